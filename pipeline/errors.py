@@ -1,0 +1,56 @@
+"""The errors a user can meet, one class per part of the pipeline.
+
+A message says where (file, key, field), what was found, what was expected, and what to try.
+"""
+
+
+class PipelineError(Exception):
+    """The base of every error that Sightline raises on purpose."""
+
+
+class ConfigError(PipelineError):
+    """A recipe, an override or a combination of settings is refused before work starts."""
+
+
+class StorageError(PipelineError):
+    """A path or object store cannot be read or written."""
+
+
+class SourceError(PipelineError):
+    """An annotation file or image folder is not what its format promises."""
+
+
+class ShardError(PipelineError):
+    """A shard or sidecar cannot be written or read."""
+
+
+class ManifestError(PipelineError):
+    """A dataset's manifest is missing, damaged, or was changed by another writer."""
+
+
+class RejectError(PipelineError):
+    """More records were rejected than the recipe allows."""
+
+
+class FeatureError(PipelineError):
+    """Features are missing, do not match their samples, or cannot be computed."""
+
+
+class ModelError(PipelineError):
+    """A model's weights or configuration do not fit its family."""
+
+
+class CheckpointError(PipelineError):
+    """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class TrainingError(PipelineError):
+    """Training cannot start or cannot go on."""
+
+
+class MetricError(PipelineError):
+    """Results do not match the references they are scored against."""
+
+
+class StageError(PipelineError):
+    """A stage needs what an earlier stage has not made."""

@@ -1,0 +1,197 @@
+"""Every byte in and out: local paths and object stores by URL, published atomically.
+
+A location is a plain string: a local path or a URL that fsspec knows (`s3://bucket/prefix`).
+Nothing here is appended to or edited in place: an object appears whole or not at all.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from pipeline.errors import StorageError
+
+
+def is_local(location: str) -> bool:
+    """Whether the location is on this machine's file system."""
+    return "://" not in location or location.startswith("file://")
+
+
+def local_path(location: str) -> Path:
+    """Returns a local location as a path; raises StorageError for an object store."""
+    if not is_local(location):
+        raise StorageError(f"{location}: expected a local path, found an object store URL")
+    return Path(location.removeprefix("file://"))
+
+
+def join(location: str, *names: str) -> str:
+    """Appends names to a location."""
+    return "/".join([location.rstrip("/"), *names])
+
+
+def absolute(location: str) -> str:
+    """Returns the location such that it means the same from any working directory."""
+    return str(local_path(location).expanduser().absolute()) if is_local(location) else location
+
+
+def read_bytes(location: str) -> bytes:
+    """Returns all bytes of an object, or raises StorageError naming it."""
+    try:
+        if is_local(location):
+            return local_path(location).read_bytes()
+        filesystem, path = _object_store(location)
+        filesystem.invalidate_cache()
+        payload: bytes = filesystem.cat_file(path)
+        return payload
+    except FileNotFoundError as error:
+        raise StorageError(f"{location}: no such file") from error
+    except OSError as error:
+        raise StorageError(f"{location}: cannot be read ({error})") from error
+
+
+def read_range(location: str, offset: int, size_bytes: int) -> bytes:
+    """Returns `size_bytes` bytes from `offset`, or raises StorageError if there are fewer."""
+    try:
+        if is_local(location):
+            with local_path(location).open("rb") as file:
+                payload = os.pread(file.fileno(), size_bytes, offset)
+        else:
+            filesystem, path = _object_store(location)
+            payload = filesystem.cat_file(path, start=offset, end=offset + size_bytes)
+    except OSError as error:
+        raise StorageError(f"{location}: cannot be read ({error})") from error
+    if len(payload) != size_bytes:
+        raise StorageError(
+            f"{location}: {size_bytes} bytes expected at offset {offset}, found {len(payload)}; "
+            "the file was cut short"
+        )
+    return payload
+
+
+def write_bytes(location: str, payload: bytes) -> None:
+    """Replaces an object; a reader sees the old bytes or the new, never a part."""
+    with publish(location) as partial:
+        partial.write_bytes(payload)
+
+
+def exists(location: str) -> bool:
+    """Whether an object or folder is there now."""
+    if is_local(location):
+        return local_path(location).exists()
+    filesystem, path = _object_store(location)
+    filesystem.invalidate_cache()
+    found: bool = filesystem.exists(path)
+    return found
+
+
+def size_bytes(location: str) -> int:
+    """Returns an object's size in bytes, or raises StorageError if it is absent."""
+    try:
+        if is_local(location):
+            return local_path(location).stat().st_size
+        filesystem, path = _object_store(location)
+        filesystem.invalidate_cache()
+        return int(filesystem.info(path)["size"])
+    except FileNotFoundError as error:
+        raise StorageError(f"{location}: no such file") from error
+
+
+def list_names(location: str) -> list[str]:
+    """Returns the sorted names directly under a folder; an absent folder is empty."""
+    if is_local(location):
+        folder = local_path(location)
+        return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    filesystem, path = _object_store(location)
+    filesystem.invalidate_cache()
+    try:
+        return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in filesystem.ls(path, False)})
+    except FileNotFoundError:
+        return []
+
+
+def remove(location: str) -> None:
+    """Removes an object, or a folder with all it holds; absence is no error."""
+    if is_local(location):
+        path = local_path(location)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        return
+    filesystem, name = _object_store(location)
+    with contextlib.suppress(FileNotFoundError):
+        filesystem.rm(name, recursive=True)
+
+
+@contextlib.contextmanager
+def publish(location: str, durable: bool = False) -> Iterator[Path]:
+    """Yields a local scratch path whose file takes the location's name when the block succeeds.
+
+    If the block is left by an exception nothing appears and the scratch file is gone.
+    `durable` flushes the bytes to the disk before the name appears.
+    """
+    if is_local(location):
+        target = local_path(location)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    else:
+        scratch = Path(tempfile.mkdtemp(prefix="sightline-")) / "object"
+    try:
+        yield scratch
+        if durable:
+            _flush(scratch)
+        if is_local(location):
+            scratch.replace(target)
+        else:
+            filesystem, path = _object_store(location)
+            filesystem.put_file(str(scratch), path)
+    except OSError as error:
+        raise StorageError(f"{location}: cannot be written ({error})") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+        if not is_local(location):
+            scratch.parent.rmdir()
+
+
+def local_copy(location: str, cache: Path) -> Path:
+    """Returns a local file with the object's bytes: itself, or a copy under `cache`."""
+    if is_local(location):
+        return local_path(location)
+    copy = cache / location.split("://", 1)[1]
+    if not copy.exists():
+        with publish(str(copy)) as partial:
+            filesystem, path = _object_store(location)
+            try:
+                filesystem.get_file(path, str(partial))
+            except FileNotFoundError as error:
+                raise StorageError(f"{location}: no such file") from error
+    return copy
+
+
+def object_store_options(location: str) -> dict[str, str]:
+    """Returns deltalake's `storage_options` for a location, from the AWS_* environment."""
+    if is_local(location):
+        return {}
+    options = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    if options.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+        options["AWS_ALLOW_HTTP"] = "true"
+    return options
+
+
+def _object_store(location: str) -> tuple[Any, str]:
+    try:
+        filesystem, path = fsspec.core.url_to_fs(location)
+    except (ImportError, ValueError) as error:
+        raise StorageError(f"{location}: no driver for this kind of URL ({error})") from error
+    return filesystem, path
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,39 @@
+from pathlib import Path
+
+import pytest
+
+from pipeline import storage
+from pipeline.errors import StorageError
+
+
+def test_a_file_appears_only_when_its_block_succeeds(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "object"
+    with pytest.raises(ValueError, match="half-way"), storage.publish(str(target)) as partial:
+        partial.write_bytes(b"half")
+        raise ValueError("half-way")
+    assert list(target.parent.iterdir()) == []
+    with storage.publish(str(target), durable=True) as partial:
+        partial.write_bytes(b"whole")
+        assert not target.exists()
+    assert storage.read_bytes(str(target)) == b"whole"
+    assert storage.list_names(str(target.parent)) == ["object"]
+
+
+def test_a_range_beyond_the_end_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    location = str(tmp_path / "short")
+    storage.write_bytes(location, b"12345")
+    assert storage.read_range(location, 1, 3) == b"234"
+    with pytest.raises(StorageError, match=r"short: 9 bytes expected at offset 1, found 4"):
+        storage.read_range(location, 1, 9)
+
+
+def test_an_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="nowhere: no such file"):
+        storage.read_bytes(str(tmp_path / "nowhere"))
+    assert storage.list_names(str(tmp_path / "nowhere")) == []
+    storage.remove(str(tmp_path / "nowhere"))
+
+
+def test_an_unknown_kind_of_url_is_refused() -> None:
+    with pytest.raises(StorageError, match="no driver for this kind of URL"):
+        storage.read_bytes("nosuchscheme://bucket/key")

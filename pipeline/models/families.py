@@ -1,0 +1,189 @@
+"""The families by name: what builds each, and which layouts of weights each can read."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from pipeline.errors import ModelError
+from pipeline.models import (
+    attention_fusion,
+    late_fusion,
+    layouts,
+    lxmert,
+    uniter,
+    vilbert,
+    visualbert,
+)
+from pipeline.models.base import ModelConfig, VisionLanguageModel
+from pipeline.models.layouts import Layout, LoadReport
+
+
+@dataclass(frozen=True)
+class Family:
+    """One way to fuse text and image."""
+
+    config: type[Any]
+    model: Callable[[Any], VisionLanguageModel]
+    model_type: str  # in config.json; transformers' own where it has the family
+    layouts: Mapping[str, Callable[[Any], Layout]]  # "saved" is the one we write
+    to_document: Callable[[Any, Sequence[str]], dict[str, Any]]  # config, answers -> config.json
+    from_document: Callable[[Mapping[str, Any]], Any]
+
+
+def _own_family(
+    name: str,
+    config_type: type[ModelConfig],
+    model: Callable[[Any], VisionLanguageModel],
+    bert_layout: Callable[[Any], Layout],
+) -> Family:
+    """A family that nobody else has: saved under our own names, its config as it stands."""
+
+    def layout(config: ModelConfig) -> Layout:
+        with torch.device("meta"):  # only for its names, with every head there can be
+            whole = model(config.model_copy(update={"num_answers": max(1, config.num_answers)}))
+        return layouts.own(name for name, _ in whole.named_parameters())
+
+    def to_document(config: ModelConfig, answers: Sequence[str]) -> dict[str, Any]:
+        labels = layouts.labels(config.num_answers, answers)
+        return {"model_type": name, **config.model_dump(), **labels}
+
+    def from_document(document: Mapping[str, Any]) -> ModelConfig:
+        fields = config_type.model_fields
+        return config_type(**{key: value for key, value in document.items() if key in fields})
+
+    return Family(
+        config=config_type,
+        model=model,
+        model_type=name,
+        layouts={"saved": layout, "bert": bert_layout},
+        to_document=to_document,
+        from_document=from_document,
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "visualbert": Family(
+        config=visualbert.VisualBertConfig,
+        model=visualbert.VisualBert,
+        model_type="visual_bert",
+        layouts={
+            "saved": visualbert.transformers_layout,
+            "bert": visualbert.bert_layout,
+            "original": visualbert.original_layout,
+        },
+        to_document=visualbert.to_transformers,
+        from_document=visualbert.from_transformers,
+    ),
+    "lxmert": Family(
+        config=lxmert.LxmertConfig,
+        model=lxmert.Lxmert,
+        model_type="lxmert",
+        layouts={
+            "saved": lxmert.transformers_layout,
+            "bert": lxmert.bert_layout,
+            "original": lxmert.original_layout,
+        },
+        to_document=lxmert.to_transformers,
+        from_document=lxmert.from_transformers,
+    ),
+    "vilbert": Family(
+        config=vilbert.VilbertConfig,
+        model=vilbert.Vilbert,
+        model_type="vilbert",
+        layouts={
+            "saved": vilbert.original_layout,
+            "bert": vilbert.bert_layout,
+            "original": vilbert.original_layout,
+        },
+        to_document=vilbert.to_document,
+        from_document=vilbert.from_document,
+    ),
+    "uniter": Family(
+        config=uniter.UniterConfig,
+        model=uniter.Uniter,
+        model_type="uniter",
+        layouts={
+            "saved": uniter.original_layout,
+            "bert": uniter.bert_layout,
+            "original": uniter.original_layout,
+        },
+        to_document=uniter.to_document,
+        from_document=uniter.from_document,
+    ),
+    "late_fusion": _own_family(
+        "late_fusion",
+        late_fusion.LateFusionConfig,
+        late_fusion.LateFusion,
+        late_fusion.bert_layout,
+    ),
+    "attention_fusion": _own_family(
+        "attention_fusion",
+        attention_fusion.AttentionFusionConfig,
+        attention_fusion.AttentionFusion,
+        attention_fusion.bert_layout,
+    ),
+}
+
+
+def family_of(config: ModelConfig) -> Family:
+    """Returns the family that a config belongs to."""
+    return next(family for family in FAMILIES.values() if type(config) is family.config)
+
+
+def build(config: ModelConfig) -> VisionLanguageModel:
+    """Returns a newly initialised model. The caller seeds."""
+    return family_of(config).model(config)
+
+
+def load_weights(
+    model: VisionLanguageModel,
+    tensors: Mapping[str, Tensor],
+    layout: str = "saved",
+    fresh: Sequence[str] = (),
+) -> LoadReport:
+    """Copies tensors of a named layout into a model; see layouts.load."""
+    known = family_of(model.config).layouts
+    if layout not in known:
+        raise ModelError(f"layout {layout!r}: {type(model).__name__} reads {', '.join(known)}")
+    return layouts.load(known[layout](model.config), model, tensors, fresh)
+
+
+def to_saved(
+    config: ModelConfig, parameters: Mapping[str, Tensor], answers: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns `config.json` and the tensors of `model.safetensors`, in the HF layout.
+
+    `parameters` are named as by `model.named_parameters()`, so a sharded engine can gather them
+    first. Where transformers has the family, it opens the result unchanged.
+    """
+    family = family_of(config)
+    tensors = layouts.export(family.layouts["saved"](config), parameters)
+    return family.to_document(config, answers), tensors
+
+
+def from_saved(
+    document: Mapping[str, Any], tensors: Mapping[str, Tensor], fresh: Sequence[str] = ()
+) -> tuple[VisionLanguageModel, LoadReport]:
+    """Builds the model that a `config.json` describes, ours or transformers', and fills it.
+
+    `fresh` is as for layouts.load; name `answer_head` there to open a folder whose head is for
+    something that we do not do. Raises ModelError for a family we do not have, or weights that do
+    not fit it.
+    """
+    model_type = document.get("model_type")
+    family = next((one for one in FAMILIES.values() if one.model_type == model_type), None)
+    if family is None:
+        known = ", ".join(one.model_type for one in FAMILIES.values())
+        raise ModelError(f"config.json: model_type is {model_type!r}; expected one of: {known}")
+    try:
+        config = family.from_document(document)
+    except ValidationError as error:
+        raise ModelError(f"config.json: {error}") from None
+    except KeyError as error:
+        raise ModelError(f"config.json: {error} is missing") from None
+    model = build(config)
+    return model, load_weights(model, tensors, fresh=fresh)

@@ -1,0 +1,54 @@
+"""An image's bytes to the small JPEG that a page carries inside itself."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from pipeline.vision.image import decode
+
+BOX_RATIOS = (1.0, 4 / 3)  # narrowest and widest box
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a page needs to show an image: the bytes as a URL, and its size in pixels."""
+
+    url: str
+    width: int
+    height: int
+
+    def fit(self, ratio: float) -> float:
+        """Returns its width in percent of a box of the given width / height that holds it whole."""
+        return min(100.0, 100 * self.width / self.height / ratio)
+
+
+def thumbnail(image: bytes, max_side: int = 320) -> bytes:
+    """Returns the image as a JPEG whose longer side is at most `max_side` pixels.
+
+    It is decoded by the extractors' rules, so boxes fit it; small images are not enlarged.
+    Raises FeatureError if the bytes are no image.
+    """
+    shown = Image.fromarray(decode(image))
+    shown.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    shown.save(buffer, "JPEG", quality=88)
+    return buffer.getvalue()
+
+
+def picture(jpeg: bytes) -> Picture:
+    """Returns the JPEG as a picture whose URL holds the bytes themselves."""
+    with Image.open(io.BytesIO(jpeg)) as opened:
+        width, height = opened.size
+    url = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
+    return Picture(url, width, height)
+
+
+def shared_ratio(pictures: Sequence[Picture]) -> float:
+    """Returns the width / height of the box in which a gallery shows all its pictures alike."""
+    if not pictures:
+        return 1.0
+    median = sorted(shown.width / shown.height for shown in pictures)[len(pictures) // 2]
+    return min(max(median, BOX_RATIOS[0]), BOX_RATIOS[1])

@@ -1,0 +1,161 @@
+"""A dataset to an HTML page of samples with everything that people wrote about them."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import storage
+from pipeline.data.dataset import Dataset, FeatureBatch, Split
+from pipeline.data.manifest import Manifest
+from pipeline.data.sample import Texts
+from pipeline.errors import FeatureError
+from pipeline.inspect.curves import spread
+from pipeline.inspect.heat import Heat, heat
+from pipeline.inspect.page import render
+from pipeline.inspect.picture import Picture, picture, shared_ratio, thumbnail
+
+REJECTS_PER_REASON = 5  # keys named as examples
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    name: str
+    samples: int
+    captions: int
+    questions: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class RejectReason:
+    reason: str
+    count: int
+    examples: tuple[tuple[str, str], ...]  # key and detail
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A sample ready to be drawn."""
+
+    key: str
+    split: str
+    row: int
+    picture: Picture
+    texts: Texts
+    questions: tuple[tuple[str, str], ...]  # question, and its answers with their counts
+    heat: Heat | None
+    outlined: int  # boxes to outline: all of a detector's, none of a grid's
+
+
+def write_preview(dataset: str, location: str, limit: int, features: str | None = None) -> str:
+    """Writes a page of about `limit` samples, spread evenly over each split; returns where.
+
+    `features` is an extractor's name: its grid is drawn as the norm of each cell, its regions as
+    boxes. Raises ManifestError if there is no dataset, FeatureError if there are no features.
+    """
+    opened = Dataset.open(dataset)
+    grid = _card_grid(dataset, features) if features else None
+    splits = [opened.split(name, features) for name in opened.splits()]
+    counts = [_counts(split) for split in splits]
+    samples = [
+        sample
+        for split in splits
+        for sample in _shown(split, max(1, limit // len(splits)), features is not None, grid)
+    ]
+    page = render(
+        "preview.html",
+        name=dataset.rstrip("/").rsplit("/", 1)[-1],
+        url=dataset,
+        version=opened.version,
+        features=features or "",
+        grid=grid,
+        splits=counts,
+        totals={
+            kind: sum(getattr(split, kind) for split in counts)
+            for kind in ("samples", "captions", "questions", "rounds")
+        },
+        rejects=_rejects(Manifest.open(dataset, opened.version)),
+        samples=samples,
+        ratio=shared_ratio([sample.picture for sample in samples]),
+    )
+    storage.write_bytes(location, page)
+    return location
+
+
+def norms(batch: FeatureBatch, index: int) -> NDArray[np.float32]:
+    """Returns the length of each region's stored vector, shifted so that the shortest is 0."""
+    count = int(batch.num_regions[index])
+    lengths = np.linalg.norm(batch.values[index, :count].astype(np.float64), axis=1)
+    shifted: NDArray[np.float32] = (lengths - lengths.min(initial=np.inf)).astype(np.float32)
+    return shifted
+
+
+def _shown(
+    split: Split, limit: int, with_features: bool, grid: tuple[int, int] | None
+) -> Iterator[Shown]:
+    for row in spread(split.num_samples, limit).tolist():
+        (texts,) = split.texts([row])
+        drawn = None
+        if with_features:
+            batch = split.features([row])
+            boxes = batch.boxes[0, : int(batch.num_regions[0])]
+            drawn = heat(norms(batch, 0)[None], boxes, grid) if len(boxes) else None
+        yield Shown(
+            key=str(split.keys[row]),
+            split=split.name,
+            row=row,
+            picture=picture(thumbnail(split.image(row))),
+            texts=texts,
+            questions=tuple((asked.question, _answers(asked.answers)) for asked in texts.questions),
+            heat=drawn,
+            outlined=0 if grid or drawn is None else len(boxes),
+        )
+
+
+def _answers(answers: tuple[str, ...]) -> str:
+    counts = Counter(answers).most_common()
+    return ", ".join(
+        f"{answer} ×{count}" if len(answers) > 1 else answer for answer, count in counts
+    )
+
+
+def _counts(split: Split) -> SplitCounts:
+    return SplitCounts(
+        name=split.name,
+        samples=split.num_samples,
+        captions=int(split.counts("captions").sum()),
+        questions=int(split.counts("questions").sum()),
+        rounds=int(split.counts("rounds").sum()),
+    )
+
+
+def _rejects(manifest: Manifest) -> list[RejectReason]:
+    """Counts the rejects by reason, the most frequent first, with a few named."""
+    rows = manifest.rejects(["key", "reason", "detail"]).sort_by("key").to_pylist()
+    by_reason: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_reason.setdefault(row["reason"], []).append(row)
+    return [
+        RejectReason(
+            reason=reason,
+            count=len(found),
+            examples=tuple((row["key"], row["detail"] or "") for row in found[:REJECTS_PER_REASON]),
+        )
+        for reason, found in sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0]))
+    ]
+
+
+def _card_grid(dataset: str, features: str) -> tuple[int, int] | None:
+    location = storage.join(dataset, "features", features, "card.json")
+    if not storage.exists(location):
+        known = storage.list_names(storage.join(dataset, "features"))
+        raise FeatureError(
+            f"{location}: no such features; this dataset has {', '.join(known) or 'none'}"
+        )
+    grid = json.loads(storage.read_bytes(location))["grid"]
+    return (int(grid[0]), int(grid[1])) if grid else None

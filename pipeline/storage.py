@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,30 @@ def list_names(location: str) -> list[str]:
         return []
 
 
+def list_stamps(folder: str) -> dict[str, str]:
+    """Returns the files directly in a folder, each with a stamp that changes when it does.
+
+    A stamp is the size with the modification time, or with the version or ETag an object store
+    keeps. One listing, no file is opened. Raises StorageError if the folder is absent.
+    """
+    try:
+        if is_local(folder):
+            with os.scandir(local_path(folder)) as entries:
+                stats = ((entry.name, entry.stat()) for entry in entries if entry.is_file())
+                return {name: f"{stat.st_size}-{stat.st_mtime_ns}" for name, stat in stats}
+        filesystem, path = _object_store(folder)
+        filesystem.invalidate_cache()
+        return {
+            entry["name"].rsplit("/", 1)[-1]: f"{entry['size']}-{_object_version(entry)}"
+            for entry in filesystem.ls(path, detail=True)
+            if entry["type"] == "file"
+        }
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise StorageError(f"{folder}: no such folder") from error
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be listed ({error})") from error
+
+
 def remove(location: str) -> None:
     """Removes an object, or a folder with all it holds; absence is no error."""
     if is_local(location):
@@ -129,6 +154,50 @@ def remove(location: str) -> None:
         filesystem.rm(name, recursive=True)
 
 
+@dataclass
+class Draft:
+    """A file on its way into a folder: written at `path`, published under `name`."""
+
+    path: Path
+    name: str | None
+
+
+@contextlib.contextmanager
+def draft(folder: str, name: str | None = None, durable: bool = False) -> Iterator[Draft]:
+    """Yields a draft to write; its file takes its name in the folder when the block succeeds.
+
+    The name may be set within the block, once the content is known. If the block is left by an
+    exception, or the draft has no name by then, nothing appears and the scratch file is gone.
+    `durable` flushes the bytes to the disk before the name appears.
+    """
+    if is_local(folder):
+        target = local_path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        scratch = target / f".{name or 'draft'}.{uuid.uuid4().hex[:8]}.partial"
+    else:
+        scratch = Path(tempfile.mkdtemp(prefix="sightline-")) / "object"
+    written = Draft(scratch, name)
+    try:
+        yield written
+        if written.name is None:
+            return
+        if durable and is_local(folder):
+            _flush(scratch)
+        if is_local(folder):
+            scratch.replace(target / written.name)
+        else:
+            filesystem, path = _object_store(join(folder, written.name))
+            filesystem.put_file(str(scratch), path)
+    except OSError as error:
+        raise StorageError(
+            f"{join(folder, written.name or '')}: cannot be written ({error})"
+        ) from error
+    finally:
+        scratch.unlink(missing_ok=True)
+        if not is_local(folder):
+            scratch.parent.rmdir()
+
+
 @contextlib.contextmanager
 def publish(location: str, durable: bool = False) -> Iterator[Path]:
     """Yields a local scratch path whose file takes the location's name when the block succeeds.
@@ -136,27 +205,9 @@ def publish(location: str, durable: bool = False) -> Iterator[Path]:
     If the block is left by an exception nothing appears and the scratch file is gone.
     `durable` flushes the bytes to the disk before the name appears.
     """
-    if is_local(location):
-        target = local_path(location)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
-    else:
-        scratch = Path(tempfile.mkdtemp(prefix="sightline-")) / "object"
-    try:
-        yield scratch
-        if durable:
-            _flush(scratch)
-        if is_local(location):
-            scratch.replace(target)
-        else:
-            filesystem, path = _object_store(location)
-            filesystem.put_file(str(scratch), path)
-    except OSError as error:
-        raise StorageError(f"{location}: cannot be written ({error})") from error
-    finally:
-        scratch.unlink(missing_ok=True)
-        if not is_local(location):
-            scratch.parent.rmdir()
+    folder, slash, name = location.rpartition("/")
+    with draft(folder + slash or ".", name, durable) as written:
+        yield written.path
 
 
 def local_copy(location: str, cache: Path) -> Path:
@@ -190,6 +241,11 @@ def _object_store(location: str) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:
         raise StorageError(f"{location}: no driver for this kind of URL ({error})") from error
     return filesystem, path
+
+
+def _object_version(entry: dict[str, Any]) -> str:
+    known = ("VersionId", "ETag", "etag", "generation", "LastModified", "mtime")
+    return next((str(entry[name]) for name in known if entry.get(name)), "")
 
 
 def _flush(path: Path) -> None:

@@ -1,0 +1,172 @@
+"""Manifest to samples: opens one version of a dataset, whose every sample is read by position."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.data.features import FeatureBatch as FeatureBatch
+from pipeline.data.features import FeatureReader, open_features, sorted_codes
+from pipeline.data.manifest import Manifest
+from pipeline.data.members import Int64Array, Members
+from pipeline.data.sample import Texts
+from pipeline.data.shard import shard_location
+from pipeline.data.shard_files import CACHE_SIZE_BYTES, ShardFiles, default_cache
+from pipeline.errors import FeatureError, ManifestError
+
+TextKind = Literal["captions", "questions", "rounds"]
+Rows = Sequence[int] | Int64Array
+
+_COLUMNS = (
+    "key",
+    "split",
+    "shard",
+    "image_offset",
+    "image_size",
+    "texts_shard",
+    "texts_offset",
+    "texts_size",
+    "num_captions",
+    "num_questions",
+    "num_rounds",
+)
+_KEYS_AT_ONCE = 100_000
+
+
+class Dataset:
+    """One version of a dataset, read-only."""
+
+    def __init__(self, manifest: Manifest, files: ShardFiles) -> None:
+        self.url = manifest.url
+        self.version = manifest.version
+        self._manifest = manifest
+        self._files = files
+
+    @classmethod
+    def open(
+        cls,
+        url: str,
+        version: int | None = None,
+        cache: Path | None = None,
+        cache_size_bytes: int = CACHE_SIZE_BYTES,
+    ) -> "Dataset":
+        """Opens a version, or the newest; raises ManifestError if there is none.
+
+        Shards of an object store are copied into the folder `cache` when they are first read;
+        its default is the environment's SIGHTLINE_CACHE, else ~/.cache/sightline.
+        """
+        files = ShardFiles(cache or default_cache(), cache_size_bytes)
+        return cls(Manifest.open(url, version), files)
+
+    def splits(self) -> list[str]:
+        """Returns the names of the splits that have live samples, sorted."""
+        return sorted(self._manifest.samples(["split"])["split"].unique().to_pylist())
+
+    def split(self, name: str, features: str | None = None) -> "Split":
+        """Opens a split, with the features of an extractor if its folder is named.
+
+        Raises ManifestError if the split has no live sample, and FeatureError if some of its
+        samples lack these features.
+        """
+        samples = self._manifest.samples(_COLUMNS)
+        samples = samples.filter(pc.equal(samples["split"], name))
+        if not samples.num_rows:
+            raise ManifestError(
+                f"{self.url}: split {name!r} has no live sample in version {self.version}; "
+                f"splits that have some: {', '.join(self.splits()) or 'none'}"
+            )
+        _, shard_of_row = sorted_codes(samples["shard"])
+        samples = samples.take(np.lexsort((samples["image_offset"].to_numpy(), shard_of_row)))
+        keys = _strings(samples["key"])
+        reader = None
+        if features is not None:
+            reader = open_features(self._manifest, features, name, samples, keys, self._files)
+        return Split(self.url, name, samples, keys, self._files, reader)
+
+
+class Split:
+    """The live samples of a split. Rows are numbered shard by shard, in the order they lie in.
+
+    Any number of threads may read at once. A read raises ShardError, naming the file and the
+    sample, if the bytes are not all there.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        samples: pa.Table,
+        keys: npt.NDArray[Any],
+        files: ShardFiles,
+        features: FeatureReader | None,
+    ) -> None:
+        self.url = url
+        self.name = name
+        self.num_samples: int = samples.num_rows
+        self.keys = keys  # (num_samples,) numpy strings: an item is a str
+        self._samples = samples.select(["num_captions", "num_questions", "num_rounds"])
+        self._features = features
+
+        def members(part: str, shard: str) -> Members:
+            names, shard_of_row = sorted_codes(samples[shard])
+            return Members(
+                files,
+                [shard_location(url, name, shard) for shard in names],
+                shard_of_row,
+                samples[f"{part}_offset"].to_numpy(),
+                samples[f"{part}_size"].to_numpy(),
+                keys,
+            )
+
+        self._images = members("image", "shard")
+        self._texts = members("texts", "texts_shard")
+        _, shard_of_row = sorted_codes(samples["shard"])
+        # (num_shards + 1,): the first row of each shard and, last, the number of rows.
+        self.shard_starts = np.searchsorted(shard_of_row, np.arange(shard_of_row[-1] + 2))
+
+    @property
+    def has_features(self) -> bool:
+        """Whether the split was opened with an extractor's features."""
+        return self._features is not None
+
+    def counts(self, kind: TextKind) -> npt.NDArray[np.int32]:
+        """Returns how many captions, questions or dialog rounds each row has."""
+        counts: npt.NDArray[np.int32] = self._samples[f"num_{kind}"].to_numpy()
+        return counts
+
+    def texts(self, rows: Rows) -> list[Texts]:
+        """Reads what people wrote about the images of these rows."""
+        return [Texts.from_json(payload) for payload in self._texts.read(_array(rows))]
+
+    def image(self, row: int) -> bytes:
+        """Reads the image file of a row, as it is stored."""
+        return self._images.read(_array([row]))[0]
+
+    def features(self, rows: Rows) -> FeatureBatch:
+        """Reads the features of these rows, padded to the most regions among them.
+
+        Raises FeatureError if the split was opened without features, or a sidecar holds other
+        arrays than the manifest says.
+        """
+        if self._features is None:
+            raise FeatureError(
+                f"{self.url}: split {self.name!r} was opened without features; "
+                "name an extractor's folder when opening it"
+            )
+        return self._features.read(_array(rows))
+
+
+def _array(rows: Rows) -> Int64Array:
+    return np.asarray(rows, np.int64)
+
+
+def _strings(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    """Returns numpy strings of variable length: a few bytes a row, where a str takes 70."""
+    strings = np.empty(len(column), np.dtypes.StringDType())
+    for start in range(0, len(column), _KEYS_AT_ONCE):
+        strings[start : start + _KEYS_AT_ONCE] = column.slice(start, _KEYS_AT_ONCE).to_pylist()
+    return strings

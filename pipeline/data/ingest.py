@@ -1,0 +1,281 @@
+"""Brings a dataset up to date with its source: source records to samples in listed shards.
+
+The work follows what changed: records the manifest has already are left alone, without opening
+an image; edited ones are written anew and supersede their old rows; vanished ones are marked
+removed. A record of which only the texts changed keeps its image where it lies. Shards are listed
+in the manifest as they are finished, so that a run that is killed keeps what it has listed and
+the next one does the rest. A shard that was never listed does not exist.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+import pyarrow as pa
+import xxhash
+from pydantic import Field
+
+from pipeline import storage
+from pipeline.config import Config
+from pipeline.data.image_check import BadImageError, Verify, check_image
+from pipeline.data.ingest_plan import IngestPlan, ShardPlan, plan_ingest
+from pipeline.data.manifest import LIVE, REJECT, SAMPLES, Manifest
+from pipeline.data.sample import Sample, Texts
+from pipeline.data.shard import Member, Shard, ShardWriter
+from pipeline.data.sources.base import Record, Source, same_texts
+from pipeline.errors import PipelineError, RejectError, SourceError
+
+COMMIT_SECONDS = 1.0  # the most work a kill can cost; a commit takes a hundredth of it
+_SHARD_RETRIES = 3  # for a lost worker or node; an error is not retried
+_TOP_REASONS = 5
+
+_IMAGE_COLUMNS = ("digest", "shard", "image_offset", "image_size", "width", "height")
+
+
+class IngestConfig(Config):
+    """How a source becomes shards."""
+
+    samples_per_shard: int = Field(default=1000, ge=1)
+    # Stops the run when more of the listed records than this are rejected.
+    max_reject_fraction: float = Field(default=0.01, ge=0, le=1)
+    # `decode` decodes every new image, to find those cut short; `header` reads their sizes only.
+    verify: Verify = "decode"
+    shards_in_flight: int = Field(default=4, ge=0)  # Ray tasks at a time; 0: in this process
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """A written shard, not listed yet, with the manifest rows of its plan's records."""
+
+    shard: Shard | None  # None if no record needed one
+    rows: pa.Table  # schema SAMPLES
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """What a run did, and what the dataset holds after it."""
+
+    version: int  # of the manifest
+    num_listed: int
+    num_added: int
+    num_edited: int
+    num_removed: int
+    num_unchanged: int
+    num_shards: int  # written by this run
+    num_live: int
+    rejects: Mapping[str, int]  # all of the dataset's, by reason, the commonest first
+
+    @property
+    def num_rejects(self) -> int:
+        """The records that are no samples, whatever the reason."""
+        return sum(self.rejects.values())
+
+
+def _ignore_progress(_num_done: int, _num_to_do: int) -> None: ...
+
+
+def ingest(
+    source: Source,
+    url: str,
+    config: IngestConfig,
+    on_progress: Callable[[int, int], None] = _ignore_progress,
+) -> IngestReport:
+    """Makes the dataset at `url` hold what the source lists; see the module.
+
+    `on_progress` is told the records written and the records to write. Ray must be running
+    unless `config.shards_in_flight` is 0. Raises SourceError if the source is malformed or lists
+    nothing, and RejectError if too many records are rejected or no sample would be left; what
+    was listed before stays.
+    """
+    url = storage.absolute(url)
+    plan = plan_ingest(source, Manifest.create(url))
+    rejects = _Rejects(url, plan.num_listed, config.max_reject_fraction)
+    rejects.add(plan.rejects)
+
+    manifest = plan.manifest.commit(plan.settled)
+    num_done, num_to_do, num_shards = 0, plan.changed.num_rows, 0
+    unlisted: list[pa.Table] = []
+    listed_at = time.monotonic()
+    on_progress(num_done, num_to_do)
+    for entry in _written(plan, source, config):
+        rejects.add(entry.rows)
+        unlisted.append(entry.rows)
+        num_done += entry.rows.num_rows
+        num_shards += entry.shard is not None
+        if num_done == num_to_do or time.monotonic() - listed_at >= COMMIT_SECONDS:
+            manifest = manifest.commit(pa.concat_tables(unlisted))
+            unlisted.clear()
+            listed_at = time.monotonic()
+        on_progress(num_done, num_to_do)
+    return IngestReport(
+        version=manifest.version,
+        num_listed=plan.num_listed,
+        num_added=plan.num_added,
+        num_edited=plan.num_edited,
+        num_removed=plan.num_removed,
+        num_unchanged=plan.num_unchanged,
+        num_shards=num_shards,
+        num_live=manifest.samples(["key"]).num_rows,
+        rejects=dict(Counter(manifest.rejects(["reason"])["reason"].to_pylist()).most_common()),
+    )
+
+
+def write_shard(plan: ShardPlan, source: Source) -> ShardEntry:
+    """Writes one shard. Safe to repeat: the same images give the same bytes, the same name.
+
+    An image that cannot be had or is not whole makes its record a reject. Raises StorageError if
+    reading or writing meets a passing fault.
+    """
+    known = {row["key"]: row for row in plan.known.to_pylist()}
+    rows = []
+    with ShardWriter(storage.join(plan.url, "shards", plan.split)) as writer:
+        for change in plan.records.to_pylist():
+            old = known.get(change["key"])
+            if plan.keep_images and old is not None:
+                rows.append(_write_texts(writer, change, old))
+            else:
+                rows.append(_write_record(writer, change, old, source, plan.verify))
+    shard = writer.shard if writer.num_samples else None
+    for row in rows:  # its name is the digest of the whole: known only now
+        for column in ("shard", "texts_shard"):
+            if shard is not None and row.get(column) == _THIS_SHARD:
+                row[column] = shard.name
+    return ShardEntry(shard, pa.Table.from_pylist(rows, SAMPLES))
+
+
+_THIS_SHARD = "."  # never a shard's name
+_Row = dict[str, Any]
+
+
+def _write_texts(writer: ShardWriter, change: _Row, old: _Row) -> _Row:
+    """Writes new texts for an image that stays where it is; returns the sample's row."""
+    members = writer.write(Sample(change["key"], {"json": change["texts"]}))
+    image = {column: old[column] for column in _IMAGE_COLUMNS}
+    return _described(change) | _located(members["json"], "texts") | image
+
+
+def _write_record(
+    writer: ShardWriter, change: _Row, old: _Row | None, source: Source, verify: Verify
+) -> _Row:
+    """Reads, checks and writes a record; returns its row, of a sample or of a reject."""
+    record = Record(
+        key=change["key"],
+        split=change["split"],
+        image=change["image"],
+        suffix=change["suffix"],
+        texts=Texts.from_json(change["texts"]),
+        fingerprint=change["fingerprint"],
+    )
+    row = _described(change)
+    try:
+        payload = source.read(record)
+        digest = xxhash.xxh3_128_hexdigest(payload)
+        if old is not None and _holds(old, change, digest):
+            return old | {"fingerprint": change["fingerprint"], "detail": change["detail"]}
+        width, height = check_image(payload, verify)
+    except SourceError as error:
+        return row | {"state": REJECT, "reason": "unreadable-image", "detail": str(error)}
+    except BadImageError as error:
+        detail = f"{record.image}: {error.detail}"
+        return row | {"state": REJECT, "reason": error.reason, "detail": detail}
+    members = writer.write(Sample(record.key, {record.suffix: payload, "json": change["texts"]}))
+    image = {"digest": digest, "width": width, "height": height}
+    return (
+        row | image | _located(members[record.suffix], "image") | _located(members["json"], "texts")
+    )
+
+
+def _described(change: _Row) -> _Row:
+    """Returns the part of a live row that does not say where the sample lies."""
+    texts = Texts.from_json(change["texts"])
+    return {
+        "key": change["key"],
+        "split": change["split"],
+        "state": LIVE,
+        "reason": "",
+        "detail": change["detail"],
+        "fingerprint": change["fingerprint"],
+        "suffix": change["suffix"],
+        "num_captions": len(texts.captions),
+        "num_questions": len(texts.questions),
+        "num_rounds": texts.num_rounds,
+    }
+
+
+def _located(member: Member, part: Literal["image", "texts"]) -> _Row:
+    shard = "shard" if part == "image" else "texts_shard"
+    return {shard: _THIS_SHARD, f"{part}_offset": member.offset, f"{part}_size": member.size}
+
+
+def _holds(old: _Row, change: _Row, digest: str) -> bool:
+    """Whether a live row's bytes are those of a record whose file was only touched."""
+    return (
+        old["split"] == change["split"]
+        and old["suffix"] == change["suffix"]
+        and old["digest"] == digest
+        and same_texts(old["fingerprint"], change["fingerprint"])
+    )
+
+
+def _written(plan: IngestPlan, source: Source, config: IngestConfig) -> Iterator[ShardEntry]:
+    """Yields shards as they are finished, a bounded number of them in the making."""
+    plans = plan.shards(config.samples_per_shard, config.verify)
+    if not config.shards_in_flight:
+        for shard_plan in plans:
+            yield write_shard(shard_plan, source)
+        return
+    import ray
+
+    task = ray.remote(max_retries=_SHARD_RETRIES)(write_shard)
+    source_ref = ray.put(source)  # one copy in the object store rather than one per Ray task
+    running = [task.remote(plan, source_ref) for plan in islice(plans, config.shards_in_flight)]
+    try:
+        while running:
+            (done,), running = ray.wait(running)
+            running += [task.remote(plan, source_ref) for plan in islice(plans, 1)]
+            try:
+                yield ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, PipelineError):
+                    raise error.cause from error  # without Ray's traceback in its message
+                raise
+    finally:
+        for unfinished in running:
+            ray.cancel(unfinished)
+
+
+class _Rejects:
+    """The rejects of a listing as they become known; raises RejectError once they are too many."""
+
+    def __init__(self, url: str, num_listed: int, max_fraction: float) -> None:
+        self._url = url
+        self._num_listed = num_listed
+        self._max_fraction = max_fraction
+        self._counts: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
+
+    def add(self, rows: pa.Table) -> None:
+        """Counts those of the rows that have a reason."""
+        for row in rows.select(["reason", "detail"]).to_pylist():
+            if row["reason"]:
+                self._counts[row["reason"]] += 1
+                self._examples.setdefault(row["reason"], row["detail"])
+        number = self._counts.total()
+        if number <= self._max_fraction * self._num_listed and number < self._num_listed:
+            return
+        allowed = (
+            f"more than max_reject_fraction={self._max_fraction:g} allows"
+            if number < self._num_listed
+            else "all of them"
+        )
+        reasons = "\n".join(
+            f"  {reason}: {count}, for example {self._examples[reason]}"
+            for reason, count in self._counts.most_common(_TOP_REASONS)
+        )
+        raise RejectError(
+            f"{self._url}: {number} of {self._num_listed} listed records are rejected, {allowed}; "
+            f"the run stopped here, and what was listed before stays\n{reasons}"
+        )

@@ -1,0 +1,214 @@
+"""Order to batches: reads a rank's share of each step ahead of its consumer."""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from pipeline.config import Config
+from pipeline.data.dataset import FeatureBatch, Split, TextKind
+from pipeline.data.order import Order
+from pipeline.data.sample import Texts
+from pipeline.errors import ConfigError
+
+Int64Array = npt.NDArray[np.int64]
+Place = TypeVar("Place")
+
+
+class BatchConfig(Config):
+    """How the samples of a step are divided."""
+
+    global_batch_size: int = Field(ge=1)  # samples per step, over all ranks and micro-batches
+    micro_batch_size: int = Field(ge=1)  # samples one rank holds in one forward pass
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Returns the micro-batches each rank runs per step, or raises ConfigError."""
+        per_pass = self.micro_batch_size * world_size
+        steps, remainder = divmod(self.global_batch_size, per_pass)
+        if remainder or steps == 0:
+            raise ConfigError(
+                f"global_batch_size={self.global_batch_size} is not a positive multiple of "
+                f"micro_batch_size={self.micro_batch_size} x {world_size} ranks = {per_pass}"
+            )
+        return steps
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples as one forward pass takes them: each is one text of one sample."""
+
+    keys: list[str]
+    rows: Int64Array  # (B,) of the split
+    positions: Int64Array  # (B,) places in the global batch; in an evaluation, in the split
+    texts: list[Texts]  # all texts of each sample
+    text_index: Int64Array  # (B,) which caption, question or round of the sample is meant
+    distractors: list[Texts]  # the texts of another sample for each example; empty if not asked for
+    features: FeatureBatch | None  # None if the split was opened without
+    step: int
+    seed: int
+
+    def rng(self, i: int, *salt: int) -> np.random.Generator:
+        """Returns the only randomness that example i may use.
+
+        A function of the seed, the step, the example's place in the global batch, and the salt
+        that tells one use from another; so that ranks and micro-batches do not matter.
+        """
+        identity = (self.seed, self.step, int(self.positions[i]))
+        return np.random.default_rng(np.random.SeedSequence(identity, spawn_key=salt))
+
+
+class Loader:
+    """Gives each rank its micro-batches of each step of an order.
+
+    `seed` is that of the batches' `rng`; the order has its own. `threads` read up to `prefetch`
+    micro-batches ahead. Raises ConfigError if distractors are asked for and there is one sample.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        order: Order,
+        *,
+        global_batch_size: int,
+        seed: int,
+        distractors: bool = False,
+        threads: int = 2,
+        prefetch: int = 4,
+    ) -> None:
+        if distractors and order.distractors(0, 1)[0] < 0:
+            raise ConfigError(
+                f"split {split.name!r} has texts of one sample only; an objective that compares "
+                "an image with another's text needs two"
+            )
+        self._split = split
+        self._order = order
+        self._global_batch_size = global_batch_size
+        self._seed = seed
+        self._distractors = distractors
+        self._threads = threads
+        self._prefetch = prefetch
+
+    def batches(
+        self, start_step: int, stop_step: int, rank: int, world_size: int, micro_batch_size: int
+    ) -> Generator[list[Batch], None, None]:
+        """Yields for each step in [start_step, stop_step) the rank's micro-batches.
+
+        Rank r of W holds positions [r * B / W, (r + 1) * B / W) of a global batch of B, in order.
+        An error of a reading thread is raised at its step. Closing the iterator, or its end, ends
+        the threads. Raises ConfigError at once if the batch cannot be divided so, or there are
+        fewer examples than ranks.
+        """
+        config = BatchConfig(
+            global_batch_size=self._global_batch_size, micro_batch_size=micro_batch_size
+        )
+        accumulation_steps = config.accumulation_steps(world_size)
+        if world_size > self._order.num_examples:
+            raise ConfigError(
+                f"split {self._split.name!r} has {self._order.num_examples} examples, fewer than "
+                f"the {world_size} ranks; use fewer"
+            )
+        first = rank * (self._global_batch_size // world_size)
+        places = (
+            (step, first + i * micro_batch_size)
+            for step in range(start_step, stop_step)
+            for i in range(accumulation_steps)
+        )
+        read = partial(self._read, micro_batch_size)
+        return _steps(_read_ahead(read, places, self._threads, self._prefetch), accumulation_steps)
+
+    def _read(self, micro_batch_size: int, place: tuple[int, int]) -> Batch:
+        step, first = place
+        start = step * self._global_batch_size + first
+        examples = self._order.between(start, start + micro_batch_size)
+        return _batch(
+            self._split,
+            examples.rows,
+            examples.text_index,
+            positions=np.arange(first, first + micro_batch_size),
+            distractors=examples.distractors if self._distractors else None,
+            step=step,
+            seed=self._seed,
+        )
+
+
+def eval_batches(
+    split: Split,
+    kind: TextKind,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    threads: int = 2,
+    prefetch: int = 4,
+) -> Generator[Batch, None, None]:
+    """Yields every example of a split exactly once over all ranks, in row order.
+
+    Rank r of W holds examples [r * N / W, (r + 1) * N / W) of N; the last batch may be smaller.
+    `positions` are the examples' places in the split, and step and seed are 0, so that an
+    example's `rng` depends on neither batch size nor ranks. Threads as in `Loader.batches`.
+    """
+    ends = np.cumsum(split.counts(kind), dtype=np.int64)
+    num_examples = int(ends[-1])
+    stop = (rank + 1) * num_examples // world_size
+
+    def read(first: int) -> Batch:
+        positions = np.arange(first, min(first + batch_size, stop))
+        rows = np.searchsorted(ends, positions, side="right")
+        text_index = positions - (ends[rows] - split.counts(kind)[rows])
+        return _batch(split, rows, text_index, positions, distractors=None, step=0, seed=0)
+
+    firsts = range(rank * num_examples // world_size, stop, batch_size)
+    return _read_ahead(read, iter(firsts), threads, prefetch)
+
+
+def _batch(
+    split: Split,
+    rows: Int64Array,
+    text_index: Int64Array,
+    positions: Int64Array,
+    distractors: Int64Array | None,
+    step: int,
+    seed: int,
+) -> Batch:
+    return Batch(
+        keys=split.keys[rows].tolist(),
+        rows=rows,
+        positions=positions,
+        texts=split.texts(rows),
+        text_index=text_index,
+        distractors=[] if distractors is None else split.texts(distractors),
+        features=split.features(rows) if split.has_features else None,
+        step=step,
+        seed=seed,
+    )
+
+
+def _steps(
+    batches: Generator[Batch, None, None], accumulation_steps: int
+) -> Generator[list[Batch], None, None]:
+    with closing(batches):
+        while step := list(islice(batches, accumulation_steps)):
+            yield step
+
+
+def _read_ahead(
+    read: Callable[[Place], Batch], places: Iterator[Place], threads: int, prefetch: int
+) -> Generator[Batch, None, None]:
+    """Yields `read(place)` of each place in turn, `prefetch` of them being read meanwhile."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="sightline-loader")
+    try:
+        reads = deque(pool.submit(read, place) for place in islice(places, prefetch))
+        while reads:
+            batch = reads.popleft().result()
+            reads.extend(pool.submit(read, place) for place in islice(places, 1))
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,364 @@
+"""The manifest: which samples of a dataset exist, where in which shard, and why others do not.
+
+It is two kinds of Delta table under `DATASET/manifest`: `samples`, and one for each extractor
+under `features/<extractor>`. Rows are only ever appended; the newest row of a key is what holds.
+A commit is an exact compare-and-set: it makes the version after the one it was prepared for, or
+it is prepared again on top of what others committed meanwhile. Readers see the table before or
+after, never between, and every old version stays readable.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake import CommitProperties, DeltaTable, write_deltalake
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+
+from pipeline import storage
+from pipeline.errors import ManifestError
+
+LIVE, REJECT, REMOVED = "live", "reject", "removed"
+
+SAMPLES = pa.schema(
+    [
+        ("key", pa.string()),
+        ("split", pa.string()),
+        ("state", pa.string()),  # live, reject or removed
+        ("reason", pa.string()),  # of a reject: a short slug
+        ("detail", pa.string()),  # of a reject: the fault; of a live sample: what was left out
+        ("fingerprint", pa.string()),  # the source's, when the record was last read
+        ("digest", pa.string()),  # xxh3_128 of the image's bytes, in hex
+        ("shard", pa.string()),  # the name of the tar that holds the image, without .tar
+        ("suffix", pa.string()),  # of the image part
+        ("image_offset", pa.int64()),
+        ("image_size", pa.int64()),
+        ("texts_shard", pa.string()),  # the name of the tar that holds the texts
+        ("texts_offset", pa.int64()),
+        ("texts_size", pa.int64()),
+        ("num_captions", pa.int32()),
+        ("num_questions", pa.int32()),
+        ("num_rounds", pa.int32()),
+        ("width", pa.int32()),  # pixels
+        ("height", pa.int32()),
+        ("sequence", pa.int64()),  # the version whose commit wrote the row
+    ]
+)
+
+FEATURES = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", pa.string()),  # of the image, and so of the sidecar; without .tar
+        ("values_offset", pa.int64()),  # of the .npy payload, its header included
+        ("values_size", pa.int64()),
+        ("boxes_offset", pa.int64()),  # -1 where the extractor's card implies the boxes
+        ("boxes_size", pa.int64()),
+        ("num_regions", pa.int32()),
+        ("sequence", pa.int64()),
+    ]
+)
+
+# Delta's own retries would put our commit after any other that does not conflict in its eyes: an
+# append after every append, a second creation after the first.
+_NO_RETRIES = CommitProperties(max_commit_retries=0)
+
+
+@dataclass(frozen=True)
+class Version:
+    """One commit of a manifest."""
+
+    version: int
+    time: datetime
+    operation: str
+
+
+class Manifest:
+    """One version of a dataset's manifest. `url` is the dataset's, not the table's."""
+
+    def __init__(self, url: str, table: "_Table") -> None:
+        self.url = url
+        self.version = table.version
+        self._table = table
+
+    @classmethod
+    def open(cls, url: str, version: int | None = None) -> "Manifest":
+        """Opens a version, or the newest; raises ManifestError if the dataset has none."""
+        return cls(url, _Table.open(_samples_location(url), SAMPLES, version))
+
+    @classmethod
+    def create(cls, url: str) -> "Manifest":
+        """Opens the newest version, of an empty manifest made now if there was none.
+
+        Safe when several do this at once: one of them makes it.
+        """
+        return cls(url, _Table.create(_samples_location(url), SAMPLES))
+
+    @staticmethod
+    def exists(url: str) -> bool:
+        """Whether a dataset with a manifest is there."""
+        return _Table.exists(_samples_location(url))
+
+    def rows(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Returns the newest row of every key, removed keys included, in no promised order."""
+        return self._table.newest(("key",), columns)
+
+    def samples(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Returns the live samples, in no promised order."""
+        return self._in_state(LIVE, columns)
+
+    def rejects(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Returns the records that did not become samples, with reason and detail."""
+        return self._in_state(REJECT, columns)
+
+    def versions(self) -> list[Version]:
+        """Returns the commits up to this version, newest first."""
+        return self._table.versions()
+
+    def commit(self, rows: pa.Table) -> "Manifest":
+        """Appends rows (schema `SAMPLES`, `sequence` optional) and returns the new version.
+
+        What other writers have committed since this manifest was opened stays: rows that it has
+        made pointless are dropped, the rest goes on top. Pointless are a row whose key has this
+        split and fingerprint by now, live or in the row's own state, and a removal of a key that
+        others touched. The manifest that is returned remembers what others did, so that a chain
+        of commits may be planned from its first version. Without rows nothing is committed.
+        Raises ManifestError if the rows do not fit or name a key twice.
+        """
+        return Manifest(self.url, self._table.append(rows, ("key",), _still_needed))
+
+    def features(self, extractor: str) -> "FeatureManifest":
+        """Returns the newest list of what an extractor has made; it may be empty."""
+        return FeatureManifest(self.url, extractor)
+
+    def extractors(self) -> list[str]:
+        """Returns the names of the extractors that have listed features."""
+        return storage.list_names(storage.join(self.url, "manifest", "features"))
+
+    def _in_state(self, state: str, columns: Sequence[str] | None) -> pa.Table:
+        names = SAMPLES.names if columns is None else list(columns)
+        rows = self.rows(sorted({*names, "state"}))
+        return rows.filter(pc.equal(rows["state"], state)).select(names)
+
+
+class FeatureManifest:
+    """The features that one extractor has made for a dataset.
+
+    A row holds for a key in a shard, so that an older version of the dataset, whose sample lay
+    in another shard, keeps the features it was trained with.
+    """
+
+    def __init__(self, url: str, extractor: str) -> None:
+        self.url = url
+        self.extractor = extractor
+
+    def rows(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Returns the newest row of every key in every shard, in no promised order."""
+        location = self._location()
+        if not _Table.exists(location):
+            names = FEATURES.names if columns is None else list(columns)
+            return FEATURES.empty_table().select(names)
+        return _Table.open(location, FEATURES).newest(("key", "shard"), columns)
+
+    def shards(self) -> set[str]:
+        """Returns the names of the shards whose features are listed."""
+        return set(self.rows(["shard"])["shard"].unique().to_pylist())
+
+    def commit(self, rows: pa.Table) -> int:
+        """Lists features (schema `FEATURES`, `sequence` optional); returns the table's version.
+
+        If another writer listed some of them meanwhile, theirs hold: a feature is a function
+        of the image and the extractor, so both made the same.
+        """
+        table = _Table.create(self._location(), FEATURES)
+        return table.append(rows, ("key", "shard"), _not_listed).version
+
+    def _location(self) -> str:
+        return storage.join(self.url, "manifest", "features", self.extractor)
+
+
+class _Table:
+    """A Delta table of rows with a `sequence`, at one version.
+
+    `others` are the rows that other writers committed between the version that was first opened
+    and this one, if this one came of `append`.
+    """
+
+    def __init__(
+        self, location: str, schema: pa.Schema, delta: DeltaTable, others: pa.Table | None = None
+    ) -> None:
+        self.location = location
+        self.schema = schema
+        self.version: int = delta.version()
+        self._delta = delta
+        self._others = schema.empty_table() if others is None else others
+
+    @classmethod
+    def open(cls, location: str, schema: pa.Schema, version: int | None = None) -> "_Table":
+        options = storage.object_store_options(location)
+        try:
+            delta = DeltaTable(_uri(location), version=version, storage_options=options)
+        except TableNotFoundError as error:
+            raise ManifestError(f"{location}: no manifest here; ingest makes one") from error
+        except (DeltaError, OSError) as error:
+            wanted = "the manifest" if version is None else f"version {version} of the manifest"
+            raise ManifestError(f"{location}: {wanted} cannot be opened ({error})") from error
+        found = pa.schema(delta.schema()).names
+        if found != schema.names:
+            raise ManifestError(
+                f"{location}: the columns are not those of a manifest of this version of "
+                f"Sightline: expected {', '.join(schema.names)}; found {', '.join(found)}"
+            )
+        return cls(location, schema, delta)
+
+    @classmethod
+    def create(cls, location: str, schema: pa.Schema) -> "_Table":
+        if not cls.exists(location):
+            options = storage.object_store_options(location)
+            # Otherwise Delta forgets versions after 30 days, and runs name what they read.
+            keep = {"delta.enableExpiredLogCleanup": "false"}
+            try:
+                DeltaTable.create(
+                    _uri(location),
+                    schema,
+                    configuration=keep,
+                    storage_options=options,
+                    commit_properties=_NO_RETRIES,
+                )
+            except (DeltaError, OSError) as error:
+                if not cls.exists(location):  # else another writer made it meanwhile
+                    raise ManifestError(f"{location}: cannot be created ({error})") from error
+        return cls.open(location, schema)
+
+    @staticmethod
+    def exists(location: str) -> bool:
+        options = storage.object_store_options(location)
+        try:
+            return bool(DeltaTable.is_deltatable(_uri(location), storage_options=options))
+        except (DeltaError, OSError) as error:
+            raise ManifestError(f"{location}: cannot be looked up ({error})") from error
+
+    def newest(self, identity: Sequence[str], columns: Sequence[str] | None) -> pa.Table:
+        names = self.schema.names if columns is None else list(columns)
+        rows = self._read(sorted({*names, *identity, "sequence"}))
+        return _newest(rows, identity).select(names)
+
+    def versions(self) -> list[Version]:
+        return [
+            Version(
+                version=commit["version"],
+                time=datetime.fromtimestamp(commit["timestamp"] / 1000, UTC),
+                operation=commit["operation"],
+            )
+            for commit in self._delta.history()
+            if commit["version"] <= self.version
+        ]
+
+    def append(
+        self,
+        rows: pa.Table,
+        identity: Sequence[str],
+        needed: Callable[[pa.Table, pa.Table], pa.Table],
+    ) -> "_Table":
+        """Appends the rows as the next version; see `Manifest.commit`.
+
+        `needed(rows, newer)` returns those of our rows that are needed on top of the newest
+        rows that others have committed.
+        """
+        table, others = self, self._others
+        rows = needed(self._fitting(rows, identity), _newest(others, identity))
+        while rows.num_rows:
+            sequence = pa.repeat(pa.scalar(table.version + 1, pa.int64()), rows.num_rows)
+            index = self.schema.get_field_index("sequence")
+            try:
+                write_deltalake(
+                    table._delta,
+                    rows.set_column(index, "sequence", sequence),
+                    mode="append",
+                    commit_properties=_NO_RETRIES,
+                )
+            except CommitFailedError:
+                latest = _Table.open(self.location, self.schema)
+                newer = latest._read(self.schema.names, after=table.version)
+                others = pa.concat_tables([others, newer])
+                rows = needed(rows, _newest(others, identity))
+                table = latest
+            except (DeltaError, OSError) as error:
+                raise ManifestError(f"{self.location}: cannot commit ({error})") from error
+            else:
+                table = _Table.open(self.location, self.schema, table.version + 1)
+                break
+        return _Table(self.location, self.schema, table._delta, others)
+
+    def _fitting(self, rows: pa.Table, identity: Sequence[str]) -> pa.Table:
+        if "sequence" not in rows.column_names:
+            rows = rows.append_column("sequence", pa.nulls(rows.num_rows, pa.int64()))
+        try:
+            rows = rows.select(self.schema.names).cast(self.schema)
+        except (KeyError, pa.ArrowInvalid) as error:
+            raise ManifestError(
+                f"{self.location}: rows do not fit the manifest: {error}"
+            ) from error
+        distinct = rows.group_by(list(identity)).aggregate([]).num_rows
+        if distinct != rows.num_rows:
+            raise ManifestError(
+                f"{self.location}: {rows.num_rows} rows to commit hold only {distinct} "
+                f"different {' and '.join(identity)}"
+            )
+        return rows
+
+    def _read(self, columns: Sequence[str], after: int | None = None) -> pa.Table:
+        filters = None if after is None else [("sequence", ">", after)]
+        try:
+            rows = self._delta.to_pyarrow_table(columns=list(columns), filters=filters)
+        except (DeltaError, OSError, pa.ArrowInvalid) as error:
+            raise ManifestError(
+                f"{self.location}: version {self.version} cannot be read ({error})"
+            ) from error
+        return rows.cast(pa.schema([self.schema.field(name) for name in columns]))
+
+
+def _newest(rows: pa.Table, identity: Sequence[str]) -> pa.Table:
+    """Returns the row with the highest sequence for every identity."""
+    if not rows.num_rows:
+        return rows
+    codes = np.zeros(rows.num_rows, np.int64)
+    for name in identity:
+        column = rows[name].combine_chunks().dictionary_encode()
+        codes = codes * len(column.dictionary) + column.indices.to_numpy()
+        codes = np.unique(codes, return_inverse=True)[1] if codes.max() >= len(codes) else codes
+    oldest_first = np.argsort(rows["sequence"].to_numpy(), kind="stable")
+    newest = np.full(int(codes.max()) + 1, -1, np.int64)
+    newest[codes[oldest_first]] = oldest_first  # of a repeated index, the last assignment holds
+    newest = newest[newest >= 0]
+    return rows.take(np.sort(newest))
+
+
+def _still_needed(rows: pa.Table, newer: pa.Table) -> pa.Table:
+    """See `Manifest.commit`: which rows are needed on top of what others committed."""
+    position = pc.index_in(rows["key"], value_set=newer["key"].combine_chunks())
+    theirs = newer.take(position)  # null where nobody touched the key
+    same_record = pc.and_(
+        pc.equal(rows["fingerprint"], theirs["fingerprint"]),
+        pc.equal(rows["split"], theirs["split"]),
+    )
+    as_good = pc.or_(pc.equal(theirs["state"], LIVE), pc.equal(theirs["state"], rows["state"]))
+    removal_of_touched = pc.and_(pc.equal(rows["state"], REMOVED), pc.is_valid(position))
+    pointless = pc.or_kleene(removal_of_touched, pc.and_(same_record, as_good))
+    return rows.filter(pc.invert(pc.fill_null(pointless, False)))
+
+
+def _not_listed(rows: pa.Table, newer: pa.Table) -> pa.Table:
+    """Returns the rows whose key and shard nobody has listed meanwhile."""
+    names = ["key", "shard"]
+    fresh = rows.select(names).join(newer.select(names), names, join_type="left anti")
+    return rows.join(fresh, names, join_type="inner").select(rows.column_names)
+
+
+def _samples_location(url: str) -> str:
+    return storage.join(url, "manifest", "samples")
+
+
+def _uri(location: str) -> str:
+    return storage.absolute(location)

@@ -1,0 +1,78 @@
+"""Row numbers to bytes: reads one part of any sample from its place in a shard."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.data.shard_files import OpenFile, ShardFiles
+from pipeline.errors import ShardError
+
+Int64Array = npt.NDArray[np.int64]
+
+
+class Members:
+    """Where one part of every row lies: which file, at which byte, how many bytes."""
+
+    def __init__(
+        self,
+        files: ShardFiles,
+        locations: Sequence[str],
+        location_of_row: Int64Array,
+        offsets: Int64Array,
+        sizes: Int64Array,
+        keys: npt.NDArray[Any],
+    ) -> None:
+        self.sizes = sizes
+        self.keys = keys
+        self._files = files
+        self._locations = locations
+        self._location_of_row = location_of_row
+        self._offsets = offsets
+
+    def location(self, row: int) -> str:
+        """Returns the file that holds the part of this row."""
+        return self._locations[int(self._location_of_row[row])]
+
+    def offset(self, row: int) -> int:
+        """Returns the first byte of the part of this row in its file."""
+        return int(self._offsets[row])
+
+    def read(self, rows: Int64Array) -> list[bytes]:
+        """Returns the payloads, or raises ShardError naming the file and the sample."""
+        payloads = [bytearray(size) for size in self.sizes[rows].tolist()]
+        self.read_into(rows, [[memoryview(payload)] for payload in payloads])
+        return [bytes(payload) for payload in payloads]
+
+    def read_into(self, rows: Int64Array, buffers: Sequence[list[memoryview]]) -> None:
+        """Fills for each row its buffers, one after the other; they have the payload's size.
+
+        Raises ShardError naming the file and the sample if it is not all there.
+        """
+        places = self._location_of_row[rows]
+        # Held until the last read: a file that nobody holds may be closed.
+        files: dict[int, OpenFile] = {
+            place: self._files.open(self._locations[place]) for place in np.unique(places).tolist()
+        }
+        requests = zip(
+            rows.tolist(),
+            places.tolist(),
+            self._offsets[rows].tolist(),
+            self.sizes[rows].tolist(),
+            buffers,
+            strict=True,
+        )
+        for row, place, offset, size, destination in requests:
+            try:
+                found = os.preadv(files[place].descriptor, destination, offset)
+            except OSError as error:
+                raise ShardError(
+                    f"{self.location(row)}: sample {self.keys[row]!r}: cannot be read ({error})"
+                ) from error
+            if found != size:
+                raise ShardError(
+                    f"{self.location(row)}: sample {self.keys[row]!r}: expected {size} bytes at "
+                    f"offset {offset}, found {found}; the file was cut short"
+                )

@@ -1,0 +1,172 @@
+"""The sample: what a source record becomes on its way into a shard.
+
+A sample is a key with named parts; its `json` part is the canonical form of `Texts`.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import xxhash
+
+from pipeline.errors import ShardError
+
+MAX_KEY_LENGTH = 80  # leaves 19 characters for ".boxes.npy" and the like in USTAR's 100
+_SAFE_KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}")
+_DIGEST_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example: a key and its parts, suffix to payload, such as `jpg` and `json`."""
+
+    key: str
+    parts: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with every human answer kept (VQA v2 has ten)."""
+
+    question_id: int | str
+    question: str
+    answers: tuple[str, ...]
+    question_type: str = ""
+    answer_type: str = ""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One turn of a dialog. `options[gt_index]` is the answer where options are given."""
+
+    question: str
+    answer: str
+    options: tuple[str, ...] = ()
+    gt_index: int = -1
+
+
+@dataclass(frozen=True)
+class Dialog:
+    """A caption, then rounds in which later questions may refer back."""
+
+    caption: str
+    rounds: tuple[Round, ...]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Everything people wrote about one image."""
+
+    image_id: int | str
+    captions: tuple[str, ...] = ()
+    questions: tuple[Question, ...] = ()
+    dialogs: tuple[Dialog, ...] = ()
+
+    @property
+    def num_rounds(self) -> int:
+        """The rounds of all dialogs together."""
+        return sum(len(dialog.rounds) for dialog in self.dialogs)
+
+    def to_json(self) -> bytes:
+        """Returns UTF-8 JSON with sorted keys and no spaces: equal texts, equal bytes."""
+        text = json.dumps(asdict(self), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        try:
+            return text.encode()
+        except UnicodeEncodeError as error:
+            raise ShardError(
+                f"texts of image {self.image_id!r}: half a surrogate pair at character "
+                f"{error.start} of their JSON; text must be encodable as UTF-8"
+            ) from error
+
+    @classmethod
+    def from_json(cls, payload: bytes) -> "Texts":
+        """Reads what `to_json` wrote; absent lists are empty and unknown keys are ignored.
+
+        Raises ShardError if the payload is not JSON or a value has the wrong type.
+        """
+        try:
+            document = json.loads(payload)
+        except ValueError as error:
+            raise ShardError(f"texts are not JSON ({error}): {payload[:60]!r}") from error
+        try:
+            return cls(
+                image_id=_identity(document, "image_id"),
+                captions=_strings(document, "captions"),
+                questions=tuple(
+                    Question(
+                        question_id=_identity(question, "question_id"),
+                        question=_string(question, "question"),
+                        answers=_strings(question, "answers"),
+                        question_type=str(question.get("question_type", "")),
+                        answer_type=str(question.get("answer_type", "")),
+                    )
+                    for question in document.get("questions", ())
+                ),
+                dialogs=tuple(
+                    Dialog(
+                        caption=_string(dialog, "caption"),
+                        rounds=tuple(
+                            Round(
+                                question=_string(turn, "question"),
+                                answer=_string(turn, "answer"),
+                                options=_strings(turn, "options"),
+                                gt_index=int(turn.get("gt_index", -1)),
+                            )
+                            for turn in dialog.get("rounds", ())
+                        ),
+                    )
+                    for dialog in document.get("dialogs", ())
+                ),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ShardError(
+                f"texts have another shape than Sightline writes ({error}): {payload[:60]!r}"
+            ) from error
+
+
+def safe_key(text: str) -> str:
+    """Returns a key for any identifier: itself if it can be one, else a readable form of it.
+
+    Keys hold only ASCII letters, digits, `_` and `-`: readers end a key at its first dot, `/`
+    makes folders, and a tar has no agreed encoding for more. Anything else, or a name over
+    `MAX_KEY_LENGTH`, is transcribed with a digest of the whole text behind it, so that
+    different texts keep different keys and the same text always has the same one.
+    """
+    if _SAFE_KEY.fullmatch(text):
+        return text
+    digest = xxhash.xxh3_64_hexdigest(text.encode("utf-8", "surrogatepass"))
+    readable = re.sub(r"[^A-Za-z0-9_]+", "-", text).strip("-")
+    readable = readable[: MAX_KEY_LENGTH - _DIGEST_LENGTH - 1]
+    return f"{readable}-{digest}" if readable else digest
+
+
+def check_key(key: str) -> None:
+    """Raises ShardError unless the key could have come from `safe_key`."""
+    if not _SAFE_KEY.fullmatch(key):
+        raise ShardError(
+            f"key {key!r}: expected 1 to {MAX_KEY_LENGTH} ASCII letters, digits, '_' or '-'; "
+            f"safe_key makes {safe_key(key)!r} of it"
+        )
+
+
+def _identity(document: Any, name: str) -> int | str:
+    value = document[name]
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError(f"{name} is {value!r}, expected a number or a string")
+    return value
+
+
+def _string(document: Any, name: str) -> str:
+    value = document[name]
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {value!r}, expected a string")
+    return value
+
+
+def _strings(document: Any, name: str) -> tuple[str, ...]:
+    values = document.get(name, ())
+    if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"{name} is {values!r}, expected a list of strings")
+    return tuple(values)

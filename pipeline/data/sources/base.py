@@ -1,0 +1,101 @@
+"""What a source is: files in somebody's format, listed as records.
+
+Listing reads annotation files and folder listings; image bytes are read later, one record at a
+time, where the shard is written.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import xxhash
+
+from pipeline.config import Config
+from pipeline.data.sample import Texts
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image with its texts, found in a source and not yet read.
+
+    `image` is a locator that the same source's `read` understands. `suffix` names the image
+    part (`jpg`, `png`, `webp`). `detail` says what was left out of the texts, if anything.
+    """
+
+    key: str
+    split: str
+    image: str
+    suffix: str
+    texts: Texts
+    fingerprint: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A record that cannot become a sample: `reason` is a short slug, `detail` names the fault.
+
+    A record rejected here is looked at again when its fingerprint or reason changes.
+    """
+
+    key: str
+    split: str
+    reason: str
+    detail: str
+    fingerprint: str
+
+
+class Source(Protocol):
+    """A listing of records and a way to read their images. It is sent to workers by pickle."""
+
+    def records(self) -> Iterator[Record | Reject]:
+        """Lists every record; raises SourceError if the files are not what they should be.
+
+        Keys come from `safe_key` and do not depend on the order or number of records. A key
+        that is listed twice makes the second record a `duplicate-id` reject.
+        """
+        ...
+
+    def read(self, record: Record) -> bytes:
+        """Returns the image's bytes.
+
+        Raises SourceError if this image cannot be had, which rejects the record, and
+        StorageError if reading failed for a passing reason, which stops the run.
+        """
+        ...
+
+
+class SourceConfig(Config):
+    """The base of a source's settings: a subclass adds its `type` tag and its fields."""
+
+    def build(self) -> Source:
+        """Returns the source; opens nothing yet."""
+        raise NotImplementedError
+
+
+def fingerprint(image: str, texts: Texts) -> str:
+    """Returns what tells whether a record has changed since it was last read: `image-texts`.
+
+    `image` is anything that changes when the image's bytes do: size and modification time, an
+    object's version, a digest, the seed and version of a generator. The two halves stay apart
+    so that an edited caption can be told from an edited photograph.
+    """
+    return f"{xxhash.xxh3_64_hexdigest(image.encode())}-{xxhash.xxh3_64_hexdigest(texts.to_json())}"
+
+
+def same_image(one: str, other: str) -> bool:
+    """Whether two fingerprints are of the same image, as far as they tell halves apart."""
+    return "-" in one and one.partition("-")[0] == other.partition("-")[0]
+
+
+def same_texts(one: str, other: str) -> bool:
+    """Whether two fingerprints are of the same texts, as far as they tell halves apart."""
+    return "-" in one and "-" in other and one.partition("-")[2] == other.partition("-")[2]
+
+
+def in_validation(key: str, fraction: float) -> bool:
+    """Whether a key falls into the validation split: a pure function of both arguments.
+
+    A key that is in a fraction is in every larger one, and other keys never matter.
+    """
+    return xxhash.xxh3_64_intdigest(f"split:{key}".encode()) < fraction * 2**64

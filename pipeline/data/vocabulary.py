@@ -1,0 +1,111 @@
+"""Caption and answer texts to vocabularies: the word pieces and the answers a model knows."""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline import storage
+from pipeline.data.sample import Question
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import BertTokenizerFast, PreTrainedTokenizerFast
+
+SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # their ids are their places here
+MAX_LETTERS = 1000  # the commonest letters kept; rarer ones make their word [UNK], as in BERT
+
+
+def build_tokenizer(captions: Iterable[str], vocab_size: int) -> "BertTokenizerFast":
+    """Trains a lower-cased BERT WordPiece tokenizer of at most `vocab_size` pieces.
+
+    The same captions in any order give the same ids. A small corpus gives fewer pieces than
+    asked for. Raises ConfigError if there is no word, or no room for the letters alone.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import BertTokenizerFast
+
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    splitter = pre_tokenizers.BertPreTokenizer()
+    words: Counter[str] = Counter()
+    for chunk, count in Counter(chunk for caption in captions for chunk in caption.split()).items():
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(chunk)):
+            words[word] += count
+    if not words:
+        raise ConfigError("vocabulary: no word found in the captions; give a vocab.txt instead")
+
+    letters: Counter[str] = Counter()
+    for word, count in words.items():
+        for letter in word:
+            letters[letter] += count
+    alphabet = set(sorted(letters, key=lambda letter: (-letters[letter], letter))[:MAX_LETTERS])
+    kept = sorted(word for word in words if alphabet.issuperset(word))
+    # The trainer numbers letters in the order of a randomly seeded hash table, so that ids differ
+    # from run to run, unless it meets them as special tokens first.
+    first = sorted({letter for word in kept for letter in word})
+    inner = sorted({f"##{letter}" for word in kept for letter in word[1:]})
+    pieces = [*SPECIAL_PIECES, *first, *inner]
+    if vocab_size < len(pieces):
+        raise ConfigError(
+            f"vocab_size={vocab_size} leaves no room for {len(SPECIAL_PIECES)} special pieces and "
+            f"{len(first)} letters, alone and within words; give at least {len(pieces)}"
+        )
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=pieces,
+        limit_alphabet=MAX_LETTERS,
+        show_progress=False,
+    )
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.train_from_iterator((" ".join([word] * words[word]) for word in kept), trainer)
+    return BertTokenizerFast(vocab=tokenizer.get_vocab(), do_lower_case=True)
+
+
+def load_tokenizer(location: str | Path) -> "PreTrainedTokenizerFast":
+    """Reads a tokenizer from a `vocab.txt` (lower-cased BERT) or a folder in the HF layout.
+
+    Raises ConfigError if there is no such file or folder, or it holds no tokenizer.
+    """
+    from transformers import AutoTokenizer, BertTokenizerFast
+
+    path = storage.local_path(str(location)).expanduser()
+    if path.is_dir() and (path / "tokenizer_config.json").exists():
+        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(path)
+        return tokenizer
+    vocabulary = path / "vocab.txt" if path.is_dir() else path
+    if not vocabulary.is_file():
+        raise ConfigError(
+            f"tokenizer: {location}: expected a vocab.txt or a folder with one or with "
+            "tokenizer_config.json, found " + ("neither in it" if path.is_dir() else "nothing")
+        )
+    lines = vocabulary.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    pieces = {piece: number for number, piece in enumerate(lines)}
+    absent = [piece for piece in SPECIAL_PIECES if piece not in pieces]
+    if absent:
+        raise ConfigError(
+            f"tokenizer: {vocabulary}: expected one piece a line, {', '.join(absent)} among them; "
+            f"found {len(lines)} lines without"
+        )
+    return BertTokenizerFast(vocab=pieces, do_lower_case=True)
+
+
+def answer_vocabulary(
+    questions: Iterable[Question], max_answers: int, min_count: int = 1
+) -> list[str]:
+    """Returns the commonest answers: at most `max_answers`, each to `min_count` questions or more.
+
+    A question counts for the answer that most people gave to it (of equals, the first in
+    alphabetical order). Ordered by falling count, then by text, so that the same questions in any
+    order give the same list.
+    """
+    counts: Counter[str] = Counter()
+    for question in questions:
+        if question.answers:
+            votes = Counter(question.answers)
+            counts[min(votes, key=lambda answer: (-votes[answer], answer))] += 1
+    common = sorted(
+        (answer for answer, count in counts.items() if count >= min_count),
+        key=lambda answer: (-counts[answer], answer),
+    )
+    return common[:max_answers]

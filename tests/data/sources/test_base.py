@@ -1,0 +1,27 @@
+from pipeline.data.sample import Texts
+from pipeline.data.sources.base import fingerprint, in_validation, same_image, same_texts
+
+
+def test_a_fingerprint_tells_an_edited_image_from_edited_texts() -> None:
+    before = fingerprint("photo 1", Texts("a", ("a cat",)))
+    edited_texts = fingerprint("photo 1", Texts("a", ("a dog",)))
+    edited_image = fingerprint("photo 2", Texts("a", ("a cat",)))
+    assert len({before, edited_texts, edited_image}) == 3
+    assert same_image(before, edited_texts)
+    assert not same_texts(before, edited_texts)
+    assert same_texts(before, edited_image)
+    assert not same_image(before, edited_image)
+
+
+def test_fingerprints_without_halves_are_never_half_the_same() -> None:
+    assert not same_image("abc", "abd")
+    assert not same_texts("abc", "abd")
+
+
+def test_a_split_by_hash_is_stable_and_grows_with_its_fraction() -> None:
+    keys = [f"key-{n}" for n in range(2000)]
+    tenth = {key for key in keys if in_validation(key, 0.1)}
+    fifth = {key for key in keys if in_validation(key, 0.2)}
+    assert 150 < len(tenth) < 250
+    assert tenth < fifth
+    assert not any(in_validation(key, 0.0) for key in keys)

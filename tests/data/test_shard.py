@@ -1,0 +1,161 @@
+import io
+import os
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+import xxhash
+
+from pipeline import storage
+from pipeline.data.sample import Sample
+from pipeline.data.shard import ShardWriter, shard_location, sidecar_location
+from pipeline.errors import ShardError
+
+SAMPLES = [
+    Sample("coco-41", {"jpg": b"\xff" * 513, "json": b"{}"}),
+    Sample("coco-42", {"json": b'{"a":1}', "jpg": b""}),
+    Sample("coco_43", {"png": b"p" * 512}),
+]
+
+
+def write(folder: Path, samples: list[Sample], name: str | None = None) -> ShardWriter:
+    with ShardWriter(str(folder), name) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return writer
+
+
+def test_the_same_samples_give_the_same_bytes_under_the_same_name(tmp_path: Path) -> None:
+    one = write(tmp_path / "one", SAMPLES).shard
+    reordered = [Sample(s.key, dict(reversed(list(s.parts.items())))) for s in SAMPLES]
+    other = write(tmp_path / "other", reordered).shard
+    assert one == other
+    payload = (tmp_path / "one" / f"{one.name}.tar").read_bytes()
+    assert payload == (tmp_path / "other" / f"{one.name}.tar").read_bytes()
+    assert one.digest == xxhash.xxh3_128_hexdigest(payload)
+    assert one.name == one.digest[:16]
+    assert (one.size_bytes, one.num_samples) == (len(payload), 3)
+
+
+def test_members_lie_where_the_writer_says(tmp_path: Path) -> None:
+    with ShardWriter(str(tmp_path)) as writer:
+        placed = [(sample, writer.write(sample)) for sample in SAMPLES]
+    location = storage.join(str(tmp_path), f"{writer.shard.name}.tar")
+    for sample, members in placed:
+        assert set(members) == set(sample.parts)
+        for suffix, member in members.items():
+            found = storage.read_range(location, member.offset, member.size)
+            assert found == sample.parts[suffix]
+
+
+def test_headers_are_those_of_tarfile(tmp_path: Path) -> None:
+    name = write(tmp_path, SAMPLES).shard.name
+    with tarfile.open(tmp_path / f"{name}.tar") as tar:
+        payload = (tmp_path / f"{name}.tar").read_bytes()
+        for member in tar.getmembers():
+            expected = member.tobuf(tarfile.USTAR_FORMAT)
+            assert payload[member.offset : member.offset + 512] == expected
+            assert (member.mtime, member.uid, member.mode) == (0, 0, 0o644)
+        assert tar.getnames() == [
+            "coco-41.jpg",
+            "coco-41.json",
+            "coco-42.jpg",
+            "coco-42.json",
+            "coco_43.png",
+        ]
+
+
+def test_plain_webdataset_reads_a_shard(tmp_path: Path) -> None:
+    name = write(tmp_path, SAMPLES).shard.name
+    dataset = webdataset.WebDataset(str(tmp_path / f"{name}.tar"), shardshuffle=False)
+    found = [
+        {name: part for name, part in sample.items() if not name.startswith("__")}
+        for sample in dataset
+    ]
+    assert found == [dict(sample.parts) for sample in SAMPLES]
+
+
+def test_plain_webdataset_decodes_a_sidecar(tmp_path: Path) -> None:
+    values = np.arange(15, dtype=np.float16).reshape(3, 5)
+    boxes = np.ones((3, 4), np.float32)
+
+    def npy(array: np.ndarray) -> bytes:
+        file = io.BytesIO()
+        np.save(file, array)
+        return file.getvalue()
+
+    write(tmp_path, [Sample("a", {"npy": npy(values), "boxes.npy": npy(boxes)})], "0011")
+    dataset = webdataset.WebDataset(str(tmp_path / "0011.tar"), shardshuffle=False).decode()
+    (sample,) = dataset
+    assert np.array_equal(sample["npy"], values)
+    assert np.array_equal(sample["boxes.npy"], boxes)
+
+
+def test_gnu_tar_lists_a_shard(tmp_path: Path) -> None:
+    name = write(tmp_path, SAMPLES).shard.name
+    listing = subprocess.run(
+        ["tar", "tf", str(tmp_path / f"{name}.tar")], check=True, capture_output=True, text=True
+    )
+    assert listing.stdout.split()[0] == "coco-41.jpg"
+    assert listing.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("sample", "match"),
+    [
+        (Sample("coco.42", {"jpg": b""}), r"coco\.42"),
+        (Sample("größe", {"jpg": b""}), "ASCII"),
+        (Sample("coco-41", {"jpg": b""}), "already"),
+        (Sample("b", {}), "no parts"),
+        (Sample("b", {"JPG": b""}), "lower-case"),
+        (Sample("b" * 80, {"a" * 20: b""}), "100 characters"),
+    ],
+)
+def test_a_shard_is_absent_after_a_sample_is_refused(
+    tmp_path: Path, sample: Sample, match: str
+) -> None:
+    with pytest.raises(ShardError, match=match), ShardWriter(str(tmp_path)) as writer:
+        writer.write(SAMPLES[0])
+        writer.write(sample)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_published_without_samples(tmp_path: Path) -> None:
+    with ShardWriter(str(tmp_path)) as writer:
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ShardError, match="no shard"):
+        _ = writer.shard
+
+
+def test_nothing_is_visible_before_the_shard_is_whole(tmp_path: Path) -> None:
+    with ShardWriter(str(tmp_path)) as writer:
+        writer.write(SAMPLES[0])
+        assert list(tmp_path.glob("*.tar")) == []
+    assert len(list(tmp_path.glob("*.tar"))) == 1
+
+
+def test_a_short_write_is_carried_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = write(tmp_path / "whole", SAMPLES).shard
+
+    def write_a_little(descriptor: int, pieces: list[bytes]) -> int:
+        return os.write(descriptor, b"".join(pieces)[:700])
+
+    monkeypatch.setattr("os.writev", write_a_little)
+    assert write(tmp_path / "short", SAMPLES).shard == whole
+    assert (tmp_path / "short" / f"{whole.name}.tar").stat().st_size == whole.size_bytes
+
+
+def test_shards_reach_an_object_store(object_store: str) -> None:
+    with ShardWriter(f"{object_store}/shards/train") as writer:
+        member = writer.write(SAMPLES[0])["jpg"]
+    location = shard_location(object_store, "train", writer.shard.name)
+    assert storage.read_range(location, member.offset, member.size) == SAMPLES[0].parts["jpg"]
+
+
+def test_places_of_shards_and_sidecars() -> None:
+    assert shard_location("s3://b/d", "train", "00ff") == "s3://b/d/shards/train/00ff.tar"
+    assert sidecar_location("d", "grid-1", "00ff") == "d/features/grid-1/00ff.tar"

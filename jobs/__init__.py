@@ -1,0 +1,1 @@
+"""What is submitted: one short file per stage, beside the recipes."""

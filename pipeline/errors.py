@@ -54,3 +54,7 @@ class MetricError(PipelineError):
 
 class StageError(PipelineError):
     """A stage needs what an earlier stage has not made."""
+
+
+class StoppedError(PipelineError):
+    """A run was told to stop; it left a checkpoint, and the same command continues it."""

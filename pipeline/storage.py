@@ -36,6 +36,11 @@ def join(location: str, *names: str) -> str:
     return "/".join([location.rstrip("/"), *names])
 
 
+def is_absolute(location: str) -> bool:
+    """Whether the location means the same from any working directory."""
+    return not is_local(location) or local_path(location).expanduser().is_absolute()
+
+
 def absolute(location: str) -> str:
     """Returns the location such that it means the same from any working directory."""
     return str(local_path(location).expanduser().absolute()) if is_local(location) else location

@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.features import FeatureBatch as FeatureBatch
-from pipeline.data.features import FeatureReader, open_features, sorted_codes
+from pipeline.data.features import FeatureReader, open_features
 from pipeline.data.manifest import Manifest
-from pipeline.data.members import Int64Array, Members
+from pipeline.data.members import Int64Array, Members, sorted_codes
 from pipeline.data.sample import Texts
 from pipeline.data.shard import shard_location
 from pipeline.data.shard_files import CACHE_SIZE_BYTES, ShardFiles, default_cache
-from pipeline.errors import FeatureError, ManifestError
+from pipeline.errors import FeatureError, ManifestError, ShardError
 
 TextKind = Literal["captions", "questions", "rounds"]
 Rows = Sequence[int] | Int64Array
@@ -73,7 +73,11 @@ class Dataset:
         samples lack these features.
         """
         samples = self._manifest.samples(_COLUMNS)
-        samples = samples.filter(pc.equal(samples["split"], name))
+        in_split = pc.equal(samples["split"], name)
+        for column in ("shard", "texts_shard"):  # numbers are filtered and sorted faster than names
+            index = samples.column_names.index(column)
+            samples = samples.set_column(index, column, samples[column].dictionary_encode())
+        samples = samples.drop_columns("split").filter(in_split)
         if not samples.num_rows:
             raise ManifestError(
                 f"{self.url}: split {name!r} has no live sample in version {self.version}; "
@@ -140,7 +144,16 @@ class Split:
 
     def texts(self, rows: Rows) -> list[Texts]:
         """Reads what people wrote about the images of these rows."""
-        return [Texts.from_json(payload) for payload in self._texts.read(_array(rows))]
+        rows = _array(rows)
+        texts = []
+        for row, payload in zip(rows.tolist(), self._texts.read(rows), strict=True):
+            try:
+                texts.append(Texts.from_json(payload))
+            except ShardError as error:
+                raise ShardError(
+                    f"{self._texts.location(row)}: sample {self.keys[row]!r}: {error}"
+                ) from error
+        return texts
 
     def image(self, row: int) -> bytes:
         """Reads the image file of a row, as it is stored."""

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from pipeline import storage
 from pipeline.data.buffers import BufferPool
 from pipeline.data.manifest import Manifest
-from pipeline.data.members import Int64Array, Members
+from pipeline.data.members import Int64Array, Members, sorted_codes
 from pipeline.data.shard import sidecar_location
 from pipeline.data.shard_files import ShardFiles
 from pipeline.errors import FeatureError, StorageError
@@ -170,7 +170,8 @@ def open_features(
     listed = manifest.features(extractor).rows(_COLUMNS)
     row = pc.index_in(listed["key"], value_set=samples["key"].combine_chunks())
     # Features made of an image that was edited since lie in another shard: they do not count.
-    current = pc.fill_null(pc.equal(listed["shard"], samples["shard"].take(row)), False)
+    shard = samples["shard"].take(row).cast(pa.string())
+    current = pc.fill_null(pc.equal(listed["shard"], shard), False)
     listed, row = listed.filter(current), row.filter(current).to_numpy()
     place = np.full(samples.num_rows, -1)
     place[row] = np.arange(len(row))
@@ -211,15 +212,6 @@ def grid_boxes(height: int, width: int) -> npt.NDArray[np.float32]:
     rows, columns = np.divmod(np.arange(height * width), width)
     edges = (columns / width, rows / height, (columns + 1) / width, (rows + 1) / height)
     return np.stack(edges, axis=1).astype(np.float32)
-
-
-def sorted_codes(names: pa.ChunkedArray) -> tuple[list[str], Int64Array]:
-    """Returns the different names, sorted, and for each row the number of its name."""
-    encoded = names.combine_chunks().dictionary_encode()
-    distinct, number = np.unique(
-        encoded.dictionary.to_numpy(zero_copy_only=False), return_inverse=True
-    )
-    return distinct.tolist(), number[encoded.indices.to_numpy()]
 
 
 def _boxes_of_card(url: str, extractor: str) -> npt.NDArray[np.float32]:

@@ -77,16 +77,21 @@ class IngestReport:
 def _ignore_progress(_num_done: int, _num_to_do: int) -> None: ...
 
 
+def _is_running() -> None: ...
+
+
 def ingest(
     source: Source,
     url: str,
     config: IngestConfig,
     on_progress: Callable[[int, int], None] = _ignore_progress,
+    start_ray: Callable[[], None] = _is_running,
 ) -> IngestReport:
     """Makes the dataset at `url` hold what the source lists; see the module.
 
-    `on_progress` is told the records written and the records to write. Ray must be running
-    unless `config.shards_in_flight` is 0. Raises SourceError if the source is malformed or lists
+    `on_progress` is told the records written and the records to write. `start_ray` is called
+    before the first Ray task, if there is any work; none is used if `config.shards_in_flight` is
+    0. Raises SourceError if the source is malformed or lists
     nothing, and RejectError if too many records are rejected or no sample would be left; what
     was listed before stays.
     """
@@ -100,6 +105,8 @@ def ingest(
     unlisted: list[pa.Table] = []
     listed_at = time.monotonic()
     on_progress(num_done, num_to_do)
+    if num_to_do and config.shards_in_flight:
+        start_ray()
     for entry in _written(plan, source, config):
         rejects.add(entry.rows)
         unlisted.append(entry.rows)
@@ -223,7 +230,7 @@ def _holds(old: _Row, change: _Row, digest: str) -> bool:
 def _written(plan: IngestPlan, source: Source, config: IngestConfig) -> Iterator[ShardEntry]:
     """Yields shards as they are finished, a bounded number of them in the making."""
     plans = plan.shards(config.samples_per_shard, config.verify)
-    if not config.shards_in_flight:
+    if not config.shards_in_flight or not plan.changed.num_rows:
         for shard_plan in plans:
             yield write_shard(shard_plan, source)
         return

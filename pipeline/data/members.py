@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from pipeline.data.shard_files import OpenFile, ShardFiles
 from pipeline.errors import ShardError
@@ -76,3 +77,14 @@ class Members:
                     f"{self.location(row)}: sample {self.keys[row]!r}: expected {size} bytes at "
                     f"offset {offset}, found {found}; the file was cut short"
                 )
+
+
+def sorted_codes(names: pa.ChunkedArray) -> tuple[list[str], Int64Array]:
+    """Returns the different names, sorted, and for each row the number of its name."""
+    encoded = names.combine_chunks().dictionary_encode()
+    indices = encoded.indices.to_numpy()
+    used = np.flatnonzero(np.bincount(indices, minlength=len(encoded.dictionary)))
+    distinct = encoded.dictionary.take(used).to_numpy(zero_copy_only=False)
+    number = np.zeros(len(encoded.dictionary), np.int64)
+    distinct, number[used] = np.unique(distinct, return_inverse=True)
+    return distinct.tolist(), number[indices]

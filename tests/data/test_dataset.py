@@ -146,6 +146,15 @@ def test_a_shard_cut_short_or_gone_is_named_with_the_sample(tmp_path: Path) -> N
         split.texts([0])
 
 
+def test_texts_that_cannot_be_read_are_named_with_shard_and_sample(tmp_path: Path) -> None:
+    make_dataset(str(tmp_path))
+    shard = sorted((tmp_path / "shards" / "train").glob("*.tar"))[0]
+    shard.write_bytes(shard.read_bytes().replace(b'{"captions"', b'{,captions"'))
+    split = Dataset.open(str(tmp_path)).split("train")
+    with pytest.raises(ShardError, match=rf"{shard.name}: sample '{split.keys[0]}': .*not JSON"):
+        split.texts([0])
+
+
 def test_a_sidecar_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     make_dataset(str(tmp_path))
     split = Dataset.open(str(tmp_path)).split("train", EXTRACTOR)

@@ -72,6 +72,19 @@ class SourceConfig(Config):
         """Returns the source; opens nothing yet."""
         raise NotImplementedError
 
+    def locations(self) -> dict[str, str]:
+        """Returns the files and folders the source reads, by the key that names each."""
+        return {}
+
+
+def by_key(**given: str | dict[str, str]) -> dict[str, str]:
+    """Returns the locations of settings that are one location or one for each split."""
+    return {
+        key if split is None else f"{key}.{split}": location
+        for key, value in given.items()
+        for split, location in (value.items() if isinstance(value, dict) else [(None, value)])
+    }
+
 
 def fingerprint(image: str, texts: Texts) -> str:
     """Returns what tells whether a record has changed since it was last read: `image-texts`.

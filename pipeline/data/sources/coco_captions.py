@@ -19,7 +19,14 @@ from pydantic import Field, model_validator
 
 from pipeline import storage
 from pipeline.data.sample import Texts, safe_key
-from pipeline.data.sources.base import Record, Reject, SourceConfig, fingerprint, in_validation
+from pipeline.data.sources.base import (
+    Record,
+    Reject,
+    SourceConfig,
+    by_key,
+    fingerprint,
+    in_validation,
+)
 from pipeline.errors import SourceError, StorageError
 
 SUFFIXES = {
@@ -68,6 +75,9 @@ class CocoCaptionsSourceConfig(SourceConfig):
 
     def build(self) -> "CocoCaptionsSource":
         return CocoCaptionsSource(self)
+
+    def locations(self) -> dict[str, str]:
+        return by_key(images=self.images, annotations=self.annotations)
 
 
 @dataclass

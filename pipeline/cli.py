@@ -1,0 +1,266 @@
+"""The verbs of the command line.
+
+Progress goes to stderr, results to stdout. The exit status is 0 only if all of the work was
+done: 1 for a failure, 2 for a wrong command line, 64 for a refused recipe, 130 after Ctrl-C,
+143 for a run that was told to stop and can be continued.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Annotated, ParamSpec
+
+import typer
+from rich.console import Console
+
+from pipeline import __version__
+from pipeline.errors import ConfigError, PipelineError, StoppedError
+
+REFUSED_STATUS = 64
+INTERRUPTED_STATUS = 130
+STOPPED_STATUS = 143
+
+console = Console(stderr=True)
+
+app = typer.Typer(
+    name="sightline",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""From image–text files to a trained, evaluated vision–language model, by one recipe.
+
+Start with `sightline run jobs/recipes/quickstart.yaml`: it needs no download and no GPU.
+""",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Look at a dataset: info, verify, preview.")
+job_app = typer.Typer(no_args_is_help=True, help="Look after submitted jobs: status, logs, stop.")
+app.add_typer(data_app, name="data")
+app.add_typer(job_app, name="job")
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe: YAML, path or URL.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]…",
+        help="Overrides by dotted key, as `training.finetune.learning_rate=1e-4`.",
+    ),
+]
+PrintRecipe = Annotated[
+    bool, typer.Option("--print-recipe", help="Print the resolved recipe and do nothing.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")]
+Address = Annotated[
+    str,
+    typer.Option(help="The cluster's dashboard URL.", envvar="RAY_API_SERVER_ADDRESS"),
+]
+DatasetUrl = Annotated[str, typer.Argument(metavar="DATASET", help="A dataset: folder or URL.")]
+LOCAL_CLUSTER = "http://127.0.0.1:8265"
+
+P = ParamSpec("P")
+
+
+def main() -> None:
+    """The `sightline` command."""
+    sys.exit(run_job(sys.argv[1:]))
+
+
+def run_job(arguments: Sequence[str]) -> int:
+    """Runs one command line and returns its exit status."""
+    try:
+        app(list(arguments))
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    return 0
+
+
+def reported(verb: Callable[P, int | None]) -> Callable[P, None]:
+    """Turns what a verb returns or raises into an exit status, and an error into a sentence."""
+
+    @wraps(verb)
+    def report(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            status = verb(*args, **kwargs)
+        except ConfigError as error:
+            console.print(f"Refused: {error}", style="red", markup=False, soft_wrap=True)
+            raise typer.Exit(REFUSED_STATUS) from None
+        except StoppedError as error:
+            console.print(f"Stopped: {error}", markup=False, soft_wrap=True)
+            raise typer.Exit(STOPPED_STATUS) from None
+        except PipelineError as error:
+            console.print(f"Failed: {error}", style="red", markup=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            console.print("Stopped. The same command goes on where this one was.")
+            raise typer.Exit(INTERRUPTED_STATUS) from None
+        raise typer.Exit(status or 0)
+
+    return report
+
+
+STAGE_VERBS = {
+    "run": """Run every stage that is out of date, in order.
+
+    ingest, extract, pretrain, finetune, evaluate, report. Running it again continues what was
+    interrupted and skips what is up to date.""",
+    "ingest": "Write the source's images and texts into shards; only what changed.",
+    "extract": "Compute visual features of the samples that have none from this extractor.",
+    "pretrain": "Train on the pretraining objectives; goes on from the newest checkpoint.",
+    "finetune": "Fine-tune on the benchmarks, and train the blind twin where asked for.",
+    "evaluate": "Score the model on the held-out split with the benchmarks' official metrics.",
+}
+
+
+def _add_stage_verb(name: str, description: str) -> None:
+    @reported
+    def verb(
+        recipe: RecipePath,
+        overrides: Overrides = None,
+        print_recipe: PrintRecipe = False,
+        as_json: AsJson = False,
+    ) -> None:
+        from pipeline import config
+        from pipeline.recipe import Recipe
+
+        resolved = config.load(Recipe, recipe, overrides or [])
+        if print_recipe:
+            typer.echo(config.to_yaml(resolved), nl=False)
+            return
+        from pipeline.stages.run import STAGES, run_stages
+
+        summary = run_stages(resolved, list(STAGES) if name == "run" else [name], console)
+        if as_json:
+            typer.echo(json.dumps(summary, ensure_ascii=False))
+
+    app.command(name, help=description)(verb)
+
+
+for _name, _description in STAGE_VERBS.items():
+    _add_stage_verb(_name, _description)
+
+
+@app.command()
+@reported
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run: folder or URL.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write one self-contained HTML page: curves, metrics, pictures, attention."""
+    from pipeline.inspect.report import write_report
+
+    location = write_report(run)
+    typer.echo(json.dumps({"report": location}) if as_json else location)
+
+
+@app.command()
+@reported
+def predict(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run or a model folder.")],
+    image: Annotated[str, typer.Option(help="A photograph: path or URL.")],
+    question: Annotated[
+        str, typer.Option(help="Ask this; without it the image is captioned.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Caption a photograph, or answer a question about it."""
+    from pipeline.stages.predict import predict as predict_image
+
+    prediction = predict_image(model, image, question)
+    typer.echo(json.dumps(prediction, ensure_ascii=False) if as_json else prediction["text"])
+
+
+@app.command()
+@reported
+def submit(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    address: Address = LOCAL_CLUSTER,
+    name: Annotated[
+        str,
+        typer.Option(help="The job's id; a name in use is refused. Default: made from the recipe."),
+    ] = "",
+    detach: Annotated[bool, typer.Option(help="Print the job's id and return at once.")] = False,
+) -> int:
+    """Run a recipe on a Ray cluster as a job; follow its log and return its exit status.
+
+    The cluster needs Sightline installed. Relative paths in the recipe are those of this folder,
+    which a cluster of several machines must share; better use URLs there.
+    """
+    from pipeline import config
+    from pipeline.recipe import Recipe
+    from pipeline.stages.submit import JobClient, job_name
+
+    resolved = config.load(Recipe, recipe, overrides or [])
+    client = JobClient(address)
+    job = client.submit(resolved, name or job_name(resolved.name))
+    if detach:
+        typer.echo(job)
+        return 0
+    console.print(f"job {job} at {address}; Ctrl-C leaves it running", highlight=False)
+    return client.follow(job)
+
+
+@job_app.command("status")
+@reported
+def job_status(job: str, address: Address = LOCAL_CLUSTER) -> None:
+    """Print PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+    from pipeline.stages.submit import JobClient
+
+    typer.echo(JobClient(address).status(job))
+
+
+@job_app.command("logs")
+@reported
+def job_logs(job: str, address: Address = LOCAL_CLUSTER, follow: bool = False) -> int:
+    """Print what a job has logged; with --follow until it ends, returning its exit status."""
+    from pipeline.stages.submit import JobClient
+
+    client = JobClient(address)
+    if follow:
+        return client.follow(job)
+    typer.echo(client.logs(job))
+    return 0
+
+
+@job_app.command("stop")
+@reported
+def job_stop(job: str, address: Address = LOCAL_CLUSTER) -> None:
+    """Ask a job to stop; submitting the recipe again continues it."""
+    from pipeline.stages.submit import JobClient
+
+    JobClient(address).stop(job)
+
+
+@data_app.command("info")
+@reported
+def data_info(dataset: DatasetUrl, as_json: AsJson = False) -> None:
+    """Print what a dataset holds: splits, samples, texts, bytes, features, rejects by reason."""
+    from pipeline.stages.data import describe, render
+
+    description = describe(dataset)
+    if as_json:
+        typer.echo(json.dumps(description, ensure_ascii=False))
+    else:
+        render(description, Console())
+
+
+@data_app.command("preview")
+@reported
+def data_preview(
+    dataset: DatasetUrl,
+    output: Annotated[str, typer.Option(help="Where to write the page.")] = "preview.html",
+    limit: Annotated[int, typer.Option(help="How many samples to show.", min=1)] = 48,
+    features: Annotated[str, typer.Option(help="Draw this extractor's features.")] = "",
+) -> None:
+    """Write an HTML page of samples with all their texts."""
+    from pipeline.inspect.preview import write_preview
+
+    typer.echo(write_preview(dataset, output, limit, features or None))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)

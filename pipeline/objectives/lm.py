@@ -1,0 +1,53 @@
+"""Captioning as a language model: each next word from the picture and the words before it."""
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.config import Config
+from pipeline.data.loader import Batch
+from pipeline.models.base import VisionLanguageModel
+from pipeline.models.inputs import Encoded, Inputs
+from pipeline.objectives.base import IGNORED, Encodings, Objective, Stream, Vocabulary
+from pipeline.objectives.token_loss import mean_token_loss
+
+
+class LmConfig(Config):
+    """Cross-entropy without label smoothing."""
+
+    weight: float = Field(default=1.0, gt=0)
+
+
+class LanguageModelling(Objective):
+    """Next-token prediction under the prefix mask (Unified VLP, arXiv:1909.11059, 3.2).
+
+    Unlike the paper's sequence-to-sequence objective it predicts every token, from the first
+    after [CLS] to the closing [SEP], rather than masked ones.
+    """
+
+    name = "lm"
+    stream = Stream("captions", "prefix")
+
+    def __init__(self, config: LmConfig) -> None:
+        super().__init__(config.weight)
+
+    def prepare(
+        self,
+        batch: Batch,  # noqa: ARG002
+        encodings: Encodings,
+        vocabulary: Vocabulary,  # noqa: ARG002
+    ) -> tuple[Encodings, Tensor]:
+        """The target (B, T) of a place is the token after it."""
+        target = np.full_like(encodings.tokens, IGNORED)
+        target[:, :-1] = np.where(encodings.padding[:, 1:], IGNORED, encodings.tokens[:, 1:])
+        return encodings, torch.from_numpy(target)
+
+    def loss(
+        self,
+        model: VisionLanguageModel,
+        encoded: Encoded,
+        inputs: Inputs,  # noqa: ARG002
+        target: Tensor,
+    ) -> Tensor:
+        return mean_token_loss(model, encoded.text, target)

@@ -1,0 +1,150 @@
+"""What a run is: one typed document, checked before work starts and saved with the results.
+
+It is made of the small configs that live beside the code they steer; `--print-recipe` shows
+every key with its default filled in.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
+
+from pipeline import storage
+from pipeline.benchmarks.benchmark import BenchmarksConfig
+from pipeline.config import Config
+from pipeline.data.ingest import IngestConfig
+from pipeline.data.sources import AnySource
+from pipeline.errors import ConfigError
+from pipeline.models.base import ModelConfig
+from pipeline.models.families import FAMILIES
+from pipeline.objectives.objective import ObjectivesConfig
+from pipeline.training.launch import ClusterConfig
+from pipeline.training.spec import TrainingConfig
+from pipeline.vision.extract import ExtractConfig
+from pipeline.vision.extractor import AnyExtractor
+
+# What the data decides; a recipe that sets them could only contradict it.
+_DERIVED_SIZES = ("vocab_size", "feature_dim", "num_answers")
+
+
+class DatasetPart(Config):
+    """Where the samples come from, and the folder or URL they are kept in."""
+
+    path: str
+    source: AnySource
+    ingest: IngestConfig = IngestConfig()
+    train_split: str = "train"
+    validation_split: str = "validation"
+
+
+class FeaturesPart(Config):
+    """What the model sees of an image."""
+
+    extractor: AnyExtractor
+    extract: ExtractConfig = ExtractConfig()
+
+
+class ModelPart(Config):
+    """The network and the words it reads."""
+
+    family: Literal[tuple(FAMILIES)] = "visualbert"  # type: ignore[valid-type]
+    sizes: dict[str, Any] = Field(default={})  # of the family's config; the rest are its defaults
+    initial: str | None = None  # a model folder whose weights pretraining starts from, as BERT's
+    tokenizer: str | None = None  # a vocab.txt or folder; null: built from the training captions
+    vocab_size: PositiveInt = 8000  # of a tokenizer that is built
+    max_tokens: int = Field(default=40, ge=4)  # the longest text, special tokens included
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        for name in _DERIVED_SIZES:
+            if name in self.sizes:
+                raise ValueError(f"sizes.{name} follows from the data; leave it out")
+        self.config(vocab_size=8, feature_dim=8)
+        return self
+
+    def config(self, **derived: int) -> ModelConfig:
+        """Returns the family's config with the sizes that the data decides."""
+        family = FAMILIES[self.family]
+        try:
+            sizes: ModelConfig = family.config(**{**self.sizes, **derived})
+        except ValidationError as error:
+            faults = [
+                f"sizes.{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+                if fault["type"] != "extra_forbidden"
+                else f"sizes.{fault['loc'][0]}: unknown; allowed: "
+                + ", ".join(
+                    name for name in family.config.model_fields if name not in _DERIVED_SIZES
+                )
+                for fault in error.errors()
+            ]
+            raise ValueError("; ".join(faults)) from None
+        if self.max_tokens > sizes.max_positions:
+            raise ValueError(
+                f"max_tokens={self.max_tokens} is more than sizes.max_positions="
+                f"{sizes.max_positions}"
+            )
+        return sizes
+
+
+class TrainingPart(Config):
+    """How the phases are trained. `blind_twin` trains the fine-tuned model again without images."""
+
+    pretrain: TrainingConfig | None = None  # null: fine-tune from `model.initial` or from nothing
+    finetune: TrainingConfig
+    blind_twin: bool = True
+    seed: int = Field(default=0, ge=0)
+
+
+class Recipe(Config):
+    """One run, from source files to a report."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    run: str  # the folder of results
+    dataset: DatasetPart
+    features: FeaturesPart
+    model: ModelPart
+    objectives: ObjectivesConfig | None = None  # of pretraining
+    training: TrainingPart
+    benchmarks: BenchmarksConfig  # what is fine-tuned for and evaluated
+    cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("run")
+    @classmethod
+    def _run_is_local(cls, run: str) -> str:
+        if not storage.is_local(run):
+            raise ValueError("checkpoints are written to a local or shared file system for now")
+        return run
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        if (self.training.pretrain is None) != (self.objectives is None):
+            raise ValueError("objectives and training.pretrain are given together, or neither is")
+        for name in ("pretrain", "finetune"):
+            training: TrainingConfig | None = getattr(self.training, name)
+            if training is None:
+                continue
+            try:
+                training.accumulation_steps(self.cluster.workers)
+            except ConfigError as error:
+                raise ValueError(f"training.{name}: {error} (cluster.workers)") from None
+        return self
+
+    def relative_locations(self) -> list[str]:
+        """Returns the paths that mean something only from the folder the recipe is used in."""
+        given = [
+            self.run,
+            self.dataset.path,
+            self.model.initial,
+            self.model.tokenizer,
+            *self.dataset.source.locations().values(),
+        ]
+        return [
+            location
+            for location in given
+            if location and storage.is_local(location) and not storage.is_absolute(location)
+        ]
+
+    def on_cluster(self) -> Self:
+        """Returns the recipe as a job runs it: on the Ray that the job is part of."""
+        return self.model_copy(
+            update={"cluster": self.cluster.model_copy(update={"address": "auto", "runner": "ray"})}
+        )

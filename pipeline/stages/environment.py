@@ -1,0 +1,70 @@
+"""What a run was made with: versions, machine, code revision, seeds, data; RUN/environment.json."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline import __version__, storage
+from pipeline.recipe import Recipe
+from pipeline.stages.state import Record
+
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "ray",
+    "deepspeed",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "deltalake",
+    "pyarrow",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "pycocoevalcap",
+)
+
+
+def write_environment(recipe: Recipe) -> None:
+    """Writes RUN/environment.json; what earlier stages found of the data goes in as well."""
+    found: dict[str, Any] = {
+        "sightline": __version__,
+        "code_revision": _code_revision(),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "seed": recipe.training.seed,
+        "workers": recipe.cluster.workers,
+        "gpus_per_worker": recipe.cluster.gpus_per_worker,
+        "dataset": recipe.dataset.path,
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }
+    ingested = Record.read(recipe.run, "ingest")
+    if ingested:
+        found["manifest_version"] = ingested.outputs.get("version")
+    extracted = Record.read(recipe.run, "extract")
+    if extracted:
+        found["features"] = extracted.outputs.get("features")
+    payload = json.dumps(found, indent=2, ensure_ascii=False).encode()
+    storage.write_bytes(storage.join(recipe.run, "environment.json"), payload)
+
+
+def _code_revision() -> str | None:
+    """Returns the checkout's commit, with `+changes` if it has any; None if it is no checkout."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    git = ["git", "-C", str(folder)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True)
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.decode().strip() + ("+changes" if status.stdout.strip() else "")

@@ -1,0 +1,68 @@
+"""Live progress of a stage, on stderr: a bar on a terminal, a line now and then in a log."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+SECONDS_BETWEEN_LINES = 15.0  # in a log; a terminal is redrawn
+
+
+class StageProgress:
+    """Shows how far one stage is. `update` may be called from any thread, as often as one likes."""
+
+    def __init__(self, console: Console, stage: str) -> None:
+        self._console = console
+        self._stage = stage
+        self._live = console.is_terminal
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description:<9}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            transient=True,
+        )
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._bar.start()
+        self._row = self._bar.add_task(self._stage, total=None, figures="")
+        return self
+
+    def update(self, done: int, total: int, figures: str = "", phase: str = "") -> None:
+        """Shows `done` of `total` units and a short text of figures, as `loss 1.23`."""
+        name = phase or self._stage
+        self._bar.update(self._row, completed=done, total=total, figures=figures, description=name)
+        now = time.monotonic()
+        if not self._live and now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self._console.print(f"{name}: {done}/{total}  {figures}", highlight=False)
+
+    def note(self, text: str) -> None:
+        """Leaves a line above the bar."""
+        self._console.print(text, style="dim", highlight=False)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._bar.stop()

@@ -1,0 +1,29 @@
+"""The report stage: what a run left to one HTML page."""
+
+from pipeline import storage
+from pipeline.inspect.report import write_report
+from pipeline.recipe import Recipe
+from pipeline.stages.progress import StageProgress
+from pipeline.stages.state import Outcome, Record, once
+
+REPORT_VERSION = 1
+
+
+def run(recipe: Recipe, _progress: StageProgress) -> Outcome:
+    """Writes RUN/report.html unless it shows the run as it is."""
+    before = {
+        stage: Record.read(recipe.run, stage)
+        for stage in ("ingest", "extract", "pretrain", "finetune", "evaluate")
+    }
+    parts = {
+        "code": REPORT_VERSION,
+        "recipe": recipe.model_dump(mode="json"),
+        "stages": {name: record.identity if record else None for name, record in before.items()},
+    }
+    return once(
+        recipe.run,
+        "report",
+        parts,
+        lambda: {"report": write_report(recipe.run)},
+        leaves=[storage.join(recipe.run, "report.html")],
+    )

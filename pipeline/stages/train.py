@@ -1,0 +1,283 @@
+"""The pretrain and finetune stages: a dataset with features to a model folder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import storage
+from pipeline.data.dataset import Dataset, Split
+from pipeline.data.vocabulary import build_tokenizer, load_tokenizer
+from pipeline.errors import ConfigError, PipelineError, StageError, StoppedError
+from pipeline.objectives.objective import ObjectivesConfig
+from pipeline.recipe import Recipe
+from pipeline.stages.progress import StageProgress
+from pipeline.stages.state import Outcome, once
+from pipeline.training.launch import launch_all
+from pipeline.training.spec import TrainingConfig, TrainingSpec
+
+# Raised when the same inputs would give another model.
+PRETRAIN_VERSION = 1
+FINETUNE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class DataInputs:
+    """What training reads, opened: the newest version of the dataset with its features."""
+
+    dataset: Dataset
+    extractor: dict[str, Any]  # its card
+
+    @classmethod
+    def open(cls, recipe: Recipe) -> "DataInputs":
+        """Raises ManifestError or FeatureError if an earlier stage has work to do."""
+        dataset = Dataset.open(recipe.dataset.path)
+        card = recipe.features.extractor.build("cpu").card()
+        inputs = cls(dataset, card)
+        for split in (recipe.dataset.train_split, recipe.dataset.validation_split):
+            inputs.split(split)
+        return inputs
+
+    @property
+    def features(self) -> str:
+        """The extractor's folder under `features/`."""
+        return f"{self.extractor['type']}-{self.extractor['identity'][:8]}"
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns, if the regions are a grid's cells."""
+        grid = self.extractor["grid"]
+        return (grid[0], grid[1]) if grid else None
+
+    def split(self, name: str) -> Split:
+        return self.dataset.split(name, self.features)
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "dataset": self.dataset.url,
+            "version": self.dataset.version,
+            "features": self.features,
+        }
+
+
+def pretrain(recipe: Recipe, progress: StageProgress) -> Outcome:
+    """Trains on the recipe's objectives, from `model.initial` or from nothing."""
+    training, objectives = recipe.training.pretrain, recipe.objectives
+    if training is None or objectives is None:
+        return Outcome("not in the recipe", 0.0, {})
+    inputs = DataInputs.open(recipe)
+    parts = {
+        "code": PRETRAIN_VERSION,
+        "inputs": inputs.identity(),
+        "model": recipe.model.model_dump(mode="json"),
+        "objectives": objectives.model_dump(mode="json"),
+        "training": training.model_dump(mode="json"),
+        "seed": recipe.training.seed,
+    }
+
+    def work() -> dict[str, Any]:
+        _prepare_tokenizer(recipe, inputs)
+        spec = _spec(recipe, inputs, "pretrain", training, objectives, recipe.model.initial, ())
+        return _train(recipe, inputs, [spec], progress)
+
+    return once(
+        recipe.run,
+        "pretrain",
+        parts,
+        work,
+        clear=lambda: _clear(recipe, ["pretrain"]),
+        leaves=[storage.join(recipe.run, "pretrain", "model", "sightline.json")],
+    )
+
+
+def finetune(recipe: Recipe, progress: StageProgress) -> Outcome:
+    """Trains the pretrained model on the benchmarks and, where asked for, its blind twin."""
+    inputs = DataInputs.open(recipe)
+    initial = _pretrained(recipe)
+    parts = {
+        "code": FINETUNE_VERSION,
+        "inputs": inputs.identity(),
+        "model": recipe.model.model_dump(mode="json"),
+        "initial": _content(initial) if initial else None,
+        "benchmarks": recipe.benchmarks.model_dump(mode="json"),
+        "training": recipe.training.finetune.model_dump(mode="json"),
+        "blind_twin": recipe.training.blind_twin,
+        "seed": recipe.training.seed,
+    }
+    phases = ["finetune", *(["blind"] if recipe.training.blind_twin else [])]
+
+    def work() -> dict[str, Any]:
+        _prepare_tokenizer(recipe, inputs)
+        answers: Sequence[str] = ()
+        if recipe.benchmarks.vqa is not None:
+            train_split = inputs.split(recipe.dataset.train_split)
+            answers = recipe.benchmarks.vqa.build().answers(train_split)
+        objectives = recipe.benchmarks.objectives()
+        specs = [
+            _spec(recipe, inputs, phase, recipe.training.finetune, objectives, initial, answers)
+            for phase in phases
+        ]
+        outputs = _train(recipe, inputs, specs, progress)
+        model = storage.join(recipe.run, "model")
+        storage.remove(model)
+        for name in storage.list_names(storage.join(recipe.run, "finetune", "model")):
+            payload = storage.read_bytes(storage.join(recipe.run, "finetune", "model", name))
+            storage.write_bytes(storage.join(model, name), payload)
+        return outputs | {"model": model}
+
+    return once(
+        recipe.run,
+        "finetune",
+        parts,
+        work,
+        clear=lambda: _clear(recipe, ["finetune", "blind", "model"]),
+        leaves=[storage.join(recipe.run, "model", "sightline.json")],
+    )
+
+
+def _train(
+    recipe: Recipe, inputs: DataInputs, specs: Sequence[TrainingSpec], progress: StageProgress
+) -> dict[str, Any]:
+    """Runs phases one after another; raises StoppedError if the run was told to stop."""
+    for spec in specs:
+        _check_fits(spec, inputs.split(spec.split), recipe.cluster.workers)
+
+    def show(line: dict[str, Any]) -> None:
+        if "loss" not in line:
+            progress.note(f"{line['phase']}: {line['event']} at step {line.get('step', 0)}")
+            return
+        losses = "  ".join(f"{name} {loss:.3f}" for name, loss in line["losses"].items())
+        figures = f"loss {line['loss']:.3f} ({losses})  {line['samples_per_second']:.0f} samples/s"
+        total = next(spec.training.steps for spec in specs if spec.phase == line["phase"])
+        progress.update(line["step"], total, figures, phase=line["phase"])
+
+    results = launch_all(specs, recipe.cluster, show)
+    stopped = [result for result in results if result.state == "stopped"]
+    if stopped or len(results) < len(specs):
+        raise StoppedError(
+            f"training was told to stop and left a checkpoint at step {stopped[0].step} of "
+            f"{stopped[0].steps}; the same command goes on from there"
+        )
+    return {
+        spec.phase: {"steps": result.steps, "loss": result.loss, "model": result.model_folder}
+        for spec, result in zip(specs, results, strict=True)
+    }
+
+
+def _spec(
+    recipe: Recipe,
+    inputs: DataInputs,
+    phase: str,
+    training: TrainingConfig,
+    objectives: ObjectivesConfig,
+    initial: str | None,
+    answers: Sequence[str],
+) -> TrainingSpec:
+    tokenizer = storage.absolute(storage.join(recipe.run, "tokenizer"))
+    config = recipe.model.config(
+        vocab_size=len(load_tokenizer(tokenizer)),
+        feature_dim=inputs.extractor["dim"],
+        num_answers=len(answers),
+    )
+    return TrainingSpec(
+        phase=phase,
+        folder=storage.absolute(storage.join(recipe.run, phase)),
+        dataset=inputs.dataset.url,
+        dataset_version=inputs.dataset.version,
+        split=recipe.dataset.train_split,
+        features=inputs.features,
+        family=recipe.model.family,
+        model=config.model_dump(mode="json"),
+        initial=storage.absolute(initial) if initial else None,
+        tokenizer=tokenizer,
+        max_tokens=recipe.model.max_tokens,
+        answers=tuple(answers),
+        objectives=objectives.settings(),
+        blind=phase == "blind",
+        seed=recipe.training.seed,
+        training=training,
+        card={
+            "recipe": recipe.name,
+            "family": recipe.model.family,
+            "phase": phase,
+            "max_tokens": recipe.model.max_tokens,
+            "data": inputs.identity() | {"split": recipe.dataset.train_split},
+            "extractor": inputs.extractor,
+            "objectives": objectives.settings(),
+            "training": training.model_dump(mode="json"),
+            "seed": recipe.training.seed,
+        },
+    )
+
+
+def _check_fits(spec: TrainingSpec, split: Split, workers: int) -> None:
+    """Refuses what the data cannot feed, before a worker starts."""
+    for objective in ObjectivesConfig.model_validate(spec.objectives).build():
+        kind = objective.stream.kind
+        num_examples = int(split.counts(kind).sum())
+        if num_examples < workers:
+            raise ConfigError(
+                f"cluster.workers: found {workers}, but split {split.name!r} has {num_examples} "
+                f"{kind} for objective {objective.name!r} and each rank needs one; use fewer "
+                "workers, or a dataset that has them"
+            )
+
+
+def _prepare_tokenizer(recipe: Recipe, inputs: DataInputs) -> None:
+    """Leaves in RUN/tokenizer the recipe's tokenizer, or one built from the training texts."""
+    folder = storage.join(recipe.run, "tokenizer")
+    given = recipe.model.tokenizer
+    parts = {
+        "dataset": inputs.identity() if given is None else None,
+        "given": given,
+        "vocab_size": recipe.model.vocab_size,
+    }
+
+    def work() -> dict[str, Any]:
+        if given is not None:
+            tokenizer = load_tokenizer(given)
+        else:
+            split = inputs.split(recipe.dataset.train_split)
+            texts = split.texts(range(split.num_samples))
+            captions = (caption for text in texts for caption in text.captions)
+            questions = (question.question for text in texts for question in text.questions)
+            tokenizer = build_tokenizer([*captions, *questions], recipe.model.vocab_size)
+        tokenizer.save_pretrained(str(storage.local_path(folder)))
+        return {"tokens": len(tokenizer)}
+
+    once(
+        recipe.run,
+        "tokenizer",
+        parts,
+        work,
+        clear=lambda: storage.remove(folder),
+        leaves=[storage.join(folder, "tokenizer_config.json")],
+    )
+
+
+def _pretrained(recipe: Recipe) -> str | None:
+    """Returns the model folder that fine-tuning starts from."""
+    if recipe.training.pretrain is None:
+        return recipe.model.initial
+    folder = storage.join(recipe.run, "pretrain", "model")
+    if not storage.exists(storage.join(folder, "sightline.json")):
+        raise StageError(
+            f"{folder}: no pretrained model; run `sightline pretrain` with this recipe first"
+        )
+    return folder
+
+
+def _content(folder: str) -> str:
+    """Returns a digest of a model folder's weights."""
+    import xxhash
+
+    try:
+        return xxhash.xxh3_128_hexdigest(
+            storage.read_bytes(storage.join(folder, "model.safetensors"))
+        )
+    except PipelineError as error:
+        raise ConfigError(f"model.initial: {error}") from error
+
+
+def _clear(recipe: Recipe, names: Sequence[str]) -> None:
+    for name in names:
+        storage.remove(storage.join(recipe.run, name))

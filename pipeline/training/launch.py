@@ -1,0 +1,390 @@
+"""A training spec to ranks that run it: on Ray Train, or in this process.
+
+The one module that meets Ray Train. Ray restarts ranks that died; what they continue from is
+our own newest whole checkpoint, so Ray is told of none and keeps no state that could go stale.
+"""
+
+import atexit
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from pipeline import storage
+from pipeline.config import Config
+from pipeline.errors import ConfigError, PipelineError, TrainingError
+from pipeline.training.spec import Environment, TrainingResult, TrainingSpec
+
+Progress = Callable[[dict[str, Any]], None]
+
+SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_TO_CONNECT = 5.0
+
+
+class ClusterConfig(Config):
+    """Where training runs. With `runner: process` this process is the one rank, without Ray.
+
+    Under torchrun, `runner: process` with `workers` equal to its number of processes makes each
+    of them a rank.
+    """
+
+    runner: Literal["ray", "process"] = "ray"
+    address: str | None = None  # null: a Ray of our own on this machine; auto; or host:port
+    workers: PositiveInt = 1  # ranks
+    cpus_per_worker: PositiveInt = 1
+    gpus_per_worker: int = Field(default=0, ge=0, le=1)
+    max_failures: int = Field(default=3, ge=0)  # restarts after a lost worker, per launch
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.runner == "process" and self.address is not None:
+            raise ValueError(f"runner=process runs here and has no use for address={self.address}")
+        return self
+
+
+def start_ray(cluster: ClusterConfig) -> None:
+    """Connects this process to Ray, starting one on this machine if the config asks for it.
+
+    Does nothing if Ray is connected already, so all stages of a command share one. Ours listens
+    with a token, has no dashboard, and ends with this process. Raises TrainingError if there is
+    no Ray at the address.
+    """
+    for name, value in _RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if cluster.address is None:
+        for name, value in _LOCAL_RAY_SETTINGS.items():
+            os.environ.setdefault(name, value)
+    if "ray" not in sys.modules:  # read once, at import; a local Ray then turns it on by itself
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+
+    if ray.is_initialized():
+        return
+    if cluster.address is not None:
+        _connect(cluster.address)
+        return
+    folder = tempfile.mkdtemp(prefix="sl-", dir="/tmp")  # short: it becomes part of socket paths
+    _make_token(Path(folder))
+    ray.init(
+        # Without it, init joins any cluster that happens to run on this machine.
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, cluster.workers * cluster.cpus_per_worker),
+        include_dashboard=False,
+        logging_level="error",
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=folder,
+    )
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def launch(spec: TrainingSpec, cluster: ClusterConfig, on_progress: Progress) -> TrainingResult:
+    """Trains one phase; see launch_all."""
+    return launch_all([spec], cluster, on_progress)[0]
+
+
+def launch_all(
+    specs: Sequence[TrainingSpec], cluster: ClusterConfig, on_progress: Progress
+) -> list[TrainingResult]:
+    """Trains phases one after another on the same ranks, which start and import only once.
+
+    `on_progress` is called, from a thread of this process, with each new line of a phase's metrics
+    (they have `loss`) and events (they have `event`), and the phase's name as `phase`. SIGTERM
+    makes the phase that is training write a checkpoint and leave; its result says `stopped`, and
+    later phases are not begun or in the list. What is finished already is left as it is. Raises a
+    PipelineError of one sentence for whatever goes wrong on a rank.
+    """
+    from pipeline.training.loop import finished_result
+
+    for spec in specs:
+        spec.training.accumulation_steps(cluster.workers)  # refused here, before anything starts
+    finished = [finished_result(spec) for spec in specs]
+    if all(finished):
+        return [result for result in finished if result is not None]
+    if os.environ.get("RANK", "0") != "0":  # under torchrun, one of the ranks tells
+
+        def on_progress(line: dict[str, Any]) -> None:
+            pass
+
+    with _following(specs, on_progress), _stopping_on_sigterm(specs):
+        if cluster.runner == "process":
+            return _run_here(specs, cluster)
+        return _run_on_ray(specs, cluster)
+
+
+def _train_each(specs: Sequence[TrainingSpec], environment: Environment) -> list[TrainingResult]:
+    from pipeline.training.loop import train
+
+    results = []
+    for spec in specs:
+        results.append(train(spec, environment))
+        if results[-1].state == "stopped":
+            break
+    return results
+
+
+def _run_here(specs: Sequence[TrainingSpec], cluster: ClusterConfig) -> list[TrainingResult]:
+    import torch
+    import torch.distributed as dist
+
+    rank, world_size, local_rank = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if world_size != cluster.workers:
+        raise ConfigError(
+            f"cluster.workers: found {cluster.workers}, but runner=process has {world_size} "
+            "process(es); set workers to that, start as many with torchrun, or use runner=ray"
+        )
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads its device from it
+    device = "cpu"
+    if cluster.gpus_per_worker:
+        if not torch.cuda.is_available():
+            raise ConfigError("cluster.gpus_per_worker: found 1, but torch sees no GPU here; use 0")
+        device = f"cuda:{local_rank}"
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        store = None
+        if world_size == 1:  # alone, it needs no port
+            store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(
+            "nccl" if cluster.gpus_per_worker else "gloo",
+            store=store,
+            rank=rank if store else -1,
+            world_size=world_size if store else -1,
+            timeout=timedelta(seconds=_timeout_seconds(specs)),
+        )
+        # Not before: DeepSpeed remembers the group, and later phases of a command use it again.
+        atexit.register(dist.destroy_process_group)
+    return _train_each(specs, Environment(rank, world_size, local_rank, device))
+
+
+def _run_on_ray(specs: Sequence[TrainingSpec], cluster: ClusterConfig) -> list[TrainingResult]:
+    from pipeline.training.loop import finished_result
+
+    finished_before = {spec.folder for spec in specs if finished_result(spec)}
+    start_ray(cluster)
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    class EndOnRefusal(UserCallback):  # type: ignore[misc]
+        """Keeps Ray from repeating what fails the same way each time: an error of our own."""
+
+        def after_exception(
+            self,
+            run_context: Any,  # noqa: ARG002 (Ray passes it by name)
+            worker_exceptions: dict[int, Any],
+        ) -> None:
+            refusal = _refusal(worker_exceptions)
+            if refusal is not None:
+                raise refusal
+
+    resources = {"CPU": float(cluster.cpus_per_worker)}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = float(cluster.gpus_per_worker)
+    state = storage.join(specs[0].folder, "ray")
+    trainer = TorchTrainer(
+        _on_ray_worker,
+        train_loop_config={"specs": [spec.model_dump(mode="json") for spec in specs]},
+        torch_config=TorchConfig(
+            backend="nccl" if cluster.gpus_per_worker else "gloo",
+            timeout_s=_timeout_seconds(specs),
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=uuid.uuid4().hex,  # never continued: its snapshot may be torn, ours cannot
+            storage_path=storage.absolute(state),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            callbacks=[EndOnRefusal()],
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        raise _in_one_sentence(error, specs[0]) from None
+    finally:
+        storage.remove(state)
+    return _results(specs, finished_before)
+
+
+def _on_ray_worker(config: dict[str, Any]) -> None:
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    environment = Environment(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        local_rank=context.get_local_rank(),
+        device=str(ray.train.torch.get_device()),
+    )
+    _train_each([TrainingSpec.model_validate(spec) for spec in config["specs"]], environment)
+
+
+def _results(specs: Sequence[TrainingSpec], finished_before: set[str]) -> list[TrainingResult]:
+    """Reads how phases ended from their folders, up to the first that was stopped."""
+    from pipeline.training.loop import finished_result
+    from pipeline.training.metrics_log import read_metrics
+
+    results = []
+    for spec in specs:
+        result = finished_result(spec)
+        if result is None:
+            last = read_metrics(spec.folder)[-1]
+            steps = spec.training.steps
+            results.append(TrainingResult("stopped", last["step"], steps, last["loss"], None))
+            break
+        results.append(replace(result, already_finished=spec.folder in finished_before))
+    return results
+
+
+def _refusal(failures: dict[int, Any]) -> PipelineError | None:
+    """Returns the error of our own among the ranks' failures, with the rank in front."""
+    for rank, failure in sorted(failures.items()):
+        cause = getattr(failure, "_base_exc", failure)
+        if isinstance(cause, PipelineError):
+            return type(cause)(f"rank {rank}: {cause}")
+    return None
+
+
+def _in_one_sentence(error: Exception, spec: TrainingSpec) -> PipelineError:
+    """Says what ended a Ray Train run; the whole trace goes into the run's folder."""
+    cause = getattr(error, "controller_failure", error)
+    if isinstance(cause, PipelineError):
+        return cause
+    failures = getattr(error, "worker_failures", {})
+    refusal = _refusal(failures)
+    if refusal is not None:
+        return refusal
+    trace = storage.join(spec.folder, "failure.txt")
+    storage.write_bytes(trace, str(error).encode())
+    reasons = [
+        f"rank {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items())
+    ] or [_last_line(cause)]
+    return TrainingError(f"{spec.phase}: {'; '.join(reasons)}; the whole trace is in {trace}")
+
+
+def _last_line(error: Any) -> str:
+    cause = getattr(error, "_base_exc", error)
+    text = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {text[-1]}" if text else type(cause).__name__
+
+
+def _timeout_seconds(specs: Sequence[TrainingSpec]) -> int:
+    return max(spec.training.timeout_seconds for spec in specs)
+
+
+@contextlib.contextmanager
+def _following(specs: Sequence[TrainingSpec], on_progress: Progress) -> Iterator[None]:
+    """Calls `on_progress` from a thread with the lines that the phases log inside the block."""
+    from pipeline.training.metrics_log import EVENTS, METRICS, Follower
+
+    logs = [
+        (spec.phase, Follower(spec.folder, name)) for spec in specs for name in (EVENTS, METRICS)
+    ]
+
+    def look() -> None:
+        for phase, log in logs:
+            for line in log.new_lines():
+                on_progress({"phase": phase, **line})
+
+    def look_until_done() -> None:
+        while not done.wait(SECONDS_BETWEEN_LOOKS):
+            look()
+
+    done = threading.Event()
+    thread = threading.Thread(target=look_until_done, name="follow-training", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        look()
+
+
+@contextlib.contextmanager
+def _stopping_on_sigterm(specs: Sequence[TrainingSpec]) -> Iterator[None]:
+    """Turns SIGTERM into a request to stop; only a main thread can, others are left as they are."""
+    from pipeline.training.loop import clear_stop, request_stop
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        for spec in specs:
+            request_stop(spec.folder)
+
+    for spec in specs:  # a request that an earlier command did not live to carry out
+        clear_stop(spec.folder)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for spec in specs:
+            clear_stop(spec.folder)
+
+
+_RAY_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray looks at its ranks every two seconds; a start and an end wait for a few such looks.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
+_LOCAL_RAY_SETTINGS = {
+    # With 127.0.0.1 as the node's address, it makes every one of Ray's sockets listen there only.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # One process less to start: this machine is not one that a cloud takes back node by node.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
+
+def _make_token(folder: Path) -> None:
+    """Gives a cluster of our own its own token, readable by this user only."""
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    path = folder / "auth_token"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    os.write(descriptor, secrets.token_hex(32).encode())
+    os.close(descriptor)
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+
+
+def _connect(address: str) -> None:
+    import ray
+
+    found = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
+    host, _, port = found.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        # Ray itself waits for a dead address for ten minutes and more.
+        try:
+            socket.create_connection((host, int(port)), SECONDS_TO_CONNECT).close()
+        except OSError as error:
+            raise TrainingError(
+                f"cluster.address: no Ray answers at {found} ({error}); start one with "
+                "`ray start --head`, or leave the address out"
+            ) from error
+    try:
+        ray.init(address=address, logging_level="error", log_to_driver=False)
+    except (ConnectionError, RuntimeError) as error:
+        raise TrainingError(f"cluster.address: cannot join {found}: {error}") from error

@@ -1,0 +1,152 @@
+"""A trained model as others open it: a folder in the Hugging Face layout.
+
+    config.json  model.safetensors  tokenizer.json …   what `transformers` reads
+    sightline.json                                     answers, extractor card, data version
+    README.md                                          the model card
+
+`sightline.json` is written last: a folder that has it is whole.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from pipeline import __version__, storage
+from pipeline.data.vocabulary import load_tokenizer
+from pipeline.errors import ModelError, StorageError
+from pipeline.models import families
+from pipeline.models.base import ModelConfig, VisionLanguageModel
+from pipeline.models.layouts import LoadReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+OWN = "sightline.json"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model with all that is needed to use it. `card` is what `sightline.json` records."""
+
+    model: VisionLanguageModel
+    tokenizer: "PreTrainedTokenizerFast"
+    answers: tuple[str, ...]
+    card: Mapping[str, Any]
+
+
+def save_model(
+    folder: str,
+    *,
+    config: ModelConfig,
+    parameters: Mapping[str, Tensor],
+    tokenizer: str,
+    answers: Sequence[str],
+    card: Mapping[str, Any],
+) -> None:
+    """Writes a model folder. `tokenizer` is the folder or vocab.txt whose files are copied."""
+    document, tensors = families.to_saved(config, parameters, answers)
+    storage.write_bytes(storage.join(folder, CONFIG), _json(document))
+    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    storage.write_bytes(storage.join(folder, WEIGHTS), weights)
+    for name, payload in _tokenizer_files(tokenizer).items():
+        storage.write_bytes(storage.join(folder, name), payload)
+    storage.write_bytes(storage.join(folder, "README.md"), _readme(document, card).encode())
+    own = {**card, "answers": list(answers), "sightline": __version__}
+    storage.write_bytes(storage.join(folder, OWN), _json(own))
+
+
+def is_model(folder: str) -> bool:
+    """Whether a folder holds a whole model of ours."""
+    return storage.exists(storage.join(folder, OWN))
+
+
+def load_model(folder: str) -> ModelFolder:
+    """Opens a model folder of ours, or raises ModelError saying what is missing or damaged."""
+    document, tensors = read_weights(folder)
+    model, _ = families.from_saved(document, tensors)
+    try:
+        card = json.loads(storage.read_bytes(storage.join(folder, OWN)))
+    except StorageError as error:
+        raise ModelError(f"{folder}: not a model of ours: it has no {OWN}") from error
+    answers = tuple(card.pop("answers"))
+    return ModelFolder(model.eval(), load_tokenizer(folder), answers, card)
+
+
+def initialise(model: VisionLanguageModel, folder: str, fresh: Sequence[str] = ()) -> LoadReport:
+    """Takes over weights from a folder: ours, BERT's, or another in the HF layout.
+
+    `fresh` names modules that keep their initialisation whatever the folder holds.
+    """
+    document, tensors = read_weights(folder)
+    layout = "bert" if document.get("model_type") == "bert" else "saved"
+    return families.load_weights(model, tensors, layout, fresh)
+
+
+def read_weights(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns `config.json` and the tensors of `model.safetensors`, or raises ModelError."""
+    try:
+        document: dict[str, Any] = json.loads(storage.read_bytes(storage.join(folder, CONFIG)))
+        tensors = safetensors.torch.load(storage.read_bytes(storage.join(folder, WEIGHTS)))
+    except StorageError as error:
+        raise ModelError(
+            f"{folder}: expected a model folder with {CONFIG} and {WEIGHTS}: {error}"
+        ) from error
+    except (ValueError, SafetensorError) as error:
+        raise ModelError(f"{folder}: damaged: {error}") from error
+    return document, tensors
+
+
+def _tokenizer_files(location: str) -> dict[str, bytes]:
+    names = storage.list_names(location)
+    if not names:  # a vocab.txt by itself
+        return {"vocab.txt": storage.read_bytes(location)}
+    return {name: storage.read_bytes(storage.join(location, name)) for name in names}
+
+
+def _json(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, indent=2, ensure_ascii=False).encode()
+
+
+def _readme(document: Mapping[str, Any], card: Mapping[str, Any]) -> str:
+    """A model card: what made this model, for a reader who has only the folder."""
+    data = card.get("data", {})
+    extractor = card.get("extractor") or {}
+    training = card.get("training", {})
+    rows = {
+        "family": document["model_type"],
+        "phase": card.get("phase", ""),
+        "dataset": PurePosixPath(str(data.get("dataset", ""))).name,
+        "dataset version": data.get("version", ""),
+        "visual features": f"{extractor.get('type', 'none')} ({extractor.get('identity', '')})",
+        "steps": training.get("steps", ""),
+        "global batch": training.get("global_batch_size", ""),
+        "learning rate": training.get("learning_rate", ""),
+        "seed": card.get("seed", ""),
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"""---
+library_name: transformers
+tags: [vision-language, {document["model_type"]}]
+---
+# A vision–language model trained with Sightline {__version__}
+
+| | |
+|---|---|
+{table}
+
+Use it: `sightline predict MODEL --image photo.jpg --question "What is this?"`.
+`transformers` opens the folder too; give it features as its extractor, described in
+`{OWN}`, makes them. With `position_fourier` in `{CONFIG}`, each region's features end in that
+many sines and cosines of its box.
+
+It knows what its training data showed it and no more: expect it to be wrong, and to repeat that
+data's biases, elsewhere.
+"""

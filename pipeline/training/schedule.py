@@ -1,0 +1,22 @@
+"""The learning rate of a step, as a fraction of its peak."""
+
+import math
+
+from pipeline.training.spec import TrainingConfig
+
+
+def rate_factor(config: TrainingConfig, step: int) -> float:
+    """Returns the factor in (0, 1] that the update numbered `step`, from 0, is made with.
+
+    The warm-up rises linearly and reaches 1 at update `warmup_steps - 1`; no update is wasted on
+    a rate of 0. The decay then falls, and would reach 0 one update after the last.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.decay == "constant":
+        return 1.0
+    decaying = max(1, config.steps - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / decaying)
+    if config.decay == "linear":
+        return 1.0 - progress
+    return 0.5 * (1.0 + math.cos(math.pi * progress))

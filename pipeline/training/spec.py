@@ -1,0 +1,167 @@
+"""What a training run is: plain data that is saved, compared and sent to every rank."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from pipeline import storage
+from pipeline.config import Config
+from pipeline.data.loader import BatchConfig
+from pipeline.errors import ConfigError
+
+Precision = Literal["fp32", "bf16"]
+
+_OWN_DEEPSPEED_KEYS = {  # DeepSpeed's name -> the key of ours that decides it
+    "train_batch_size": "global_batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "global_batch_size and micro_batch_size",
+    "gradient_clipping": "clip_norm",
+    "optimizer": "learning_rate, betas, epsilon and weight_decay",
+    "scheduler": "warmup_steps and decay",
+    "bf16": "precision",
+    "fp16": "precision",
+    "data_types": "precision",
+    "zero_optimization.stage": "zero_stage",
+}
+
+
+class TrainingConfig(BatchConfig):
+    """How one phase is trained. Counts are optimizer steps."""
+
+    steps: PositiveInt
+    learning_rate: PositiveFloat = 1e-4  # the peak, reached at the end of the warm-up
+    warmup_steps: int = Field(default=0, ge=0)
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = Field(default=0.01, ge=0)  # not applied to norms and biases
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: PositiveFloat = 1e-8
+    clip_norm: float = Field(default=1.0, ge=0)  # 0: gradients are not clipped
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    checkpoint_every_steps: PositiveInt = 500
+    keep_checkpoints: int = Field(default=2, ge=2)  # two: a damaged one needs one to fall back to
+    log_every_steps: PositiveInt = 1
+    loader_threads: PositiveInt = 2
+    prefetch_steps: PositiveInt = 4  # steps collated ahead of the one that trains
+    shuffle_window_shards: PositiveInt = 8
+    timeout_seconds: PositiveInt = 300  # a rank that waits longer for the others ends the run
+    # further DeepSpeed keys, merged into the ones built here
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of "
+                f"micro_batch_size={self.micro_batch_size}"
+            )
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} is more than steps={self.steps}")
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise ValueError(zero_0_bf16_refusal())
+        for key, ours in _OWN_DEEPSPEED_KEYS.items():
+            node: Any = self.deepspeed
+            for part in key.split("."):
+                node = node.get(part) if isinstance(node, dict) else None
+            if node is not None:
+                raise ValueError(f"deepspeed.{key} is decided by {ours}; set that instead")
+        return self
+
+    def resolved_precision(self, device: str) -> Precision:
+        """Returns the precision on a device (`cpu`, `cuda:0`), or raises ConfigError."""
+        if self.precision != "auto":
+            return self.precision
+        if device.startswith("cuda"):
+            if self.zero_stage == 0:
+                raise ConfigError(f"precision=auto on a GPU: {zero_0_bf16_refusal()}")
+            return "bf16"
+        return "fp32"
+
+
+def zero_0_bf16_refusal() -> str:
+    """Says why ZeRO stage 0 is not run in bf16."""
+    return (
+        "zero_stage=0 with precision=bf16 is refused: DeepSpeed then updates with an optimizer "
+        "that strays from fp32 by 2e-2 in five steps; use zero_stage=1 (it costs no more on one "
+        "rank) or precision=fp32"
+    )
+
+
+class TrainingSpec(Config):
+    """One phase of training, as every rank receives it: plain values, no objects.
+
+    Folders and the dataset are locations (local paths or URLs). `model` is the config of the
+    family `family`, `objectives` maps an objective's name to its config.
+    """
+
+    phase: str  # pretrain, finetune, blind
+    folder: str  # RUN/<phase>: checkpoints/, metrics.jsonl, events.jsonl, model/, result.json
+    dataset: str
+    dataset_version: int
+    split: str = "train"
+    features: str | None  # the extractor's folder name; None: text only
+    family: str
+    model: dict[str, Any]
+    initial: str | None = None  # a model folder whose weights are taken over
+    tokenizer: str
+    max_tokens: PositiveInt
+    answers: tuple[str, ...] = ()
+    objectives: dict[str, dict[str, Any]]
+    blind: bool = False  # the twin that never sees an image
+    seed: int = Field(default=0, ge=0)
+    training: TrainingConfig
+    # what the model folder records beside the weights
+    card: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("folder", "dataset", "initial", "tokenizer")
+    @classmethod
+    def _absolute(cls, location: str | None) -> str | None:
+        """Ranks have working directories of their own."""
+        return None if location is None else storage.absolute(location)
+
+    def sequence(self) -> dict[str, Any]:
+        """Returns what the loss curve is a function of, for comparing two runs.
+
+        Absent are the settings that may change between a run and its continuation: where it
+        lies, how it is spread over ranks, how often it saves and logs.
+        """
+        spec = self.model_dump(mode="json")
+        for name in ("phase", "folder", "tokenizer", "initial", "card"):
+            del spec[name]
+        for name in (
+            "micro_batch_size",
+            "precision",
+            "zero_stage",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+            "log_every_steps",
+            "loader_threads",
+            "prefetch_steps",
+            "timeout_seconds",
+            "deepspeed",
+        ):
+            del spec["training"][name]
+        return spec
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where one rank runs. `device` is a torch device such as `cpu` or `cuda:0`."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: str
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended: `finished`, or `stopped` on request after writing a checkpoint."""
+
+    state: Literal["finished", "stopped"]
+    step: int
+    steps: int
+    loss: float  # of the last step, averaged over the global batch
+    model_folder: str | None  # None while the run is not finished
+    already_finished: bool = False  # True: the run was complete before, nothing was done

@@ -1,0 +1,1 @@
+"""Frozen image networks and what they make of a dataset: extractors, feature shards."""

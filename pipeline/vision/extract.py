@@ -1,0 +1,361 @@
+"""Brings the features of a dataset up to date: shards without them to sidecars that are listed.
+
+The work is shard by shard on a pool of Ray actors, each of which holds the network once. A sidecar
+is listed in the manifest when it is whole, so that a run that is killed loses the shards in
+flight and the next one does the rest. A sidecar that was never listed does not exist.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from pipeline import storage
+from pipeline.config import Config
+from pipeline.data.manifest import Manifest
+from pipeline.data.shard_files import ShardFiles, default_cache
+from pipeline.errors import ConfigError, FeatureError, PipelineError
+from pipeline.vision.extractor import AnyExtractor, from_card
+from pipeline.vision.feature import Extractor, measure_invariance
+from pipeline.vision.sidecar import Sidecar, SidecarPlan, first_images, write_sidecar
+
+COMMIT_SECONDS = 1.0  # the most work a kill can cost beyond the shards in flight
+INVARIANCE_IMAGES = 5
+SHARD_RETRIES = 3  # for a lost actor or node; an error is not retried
+START_TIMEOUT_SECONDS = 300.0  # for the first actor, which may wait for a node to be started
+
+
+class ExtractConfig(Config):
+    """The pool of actors that computes features."""
+
+    actors: int = Field(default=1, ge=0)  # 0: in this process, without Ray
+    cpus_per_actor: float = Field(default=1, gt=0)
+    gpus_per_actor: float = Field(default=0, ge=0)  # 0.25: four actors share a GPU; 0: CPU only
+    batch_size: int = Field(default=32, ge=1)  # images the network takes at once
+
+    def device(self) -> str:
+        """Where the network computes."""
+        return "cuda" if self.gpus_per_actor else "cpu"
+
+    def threads(self) -> int:
+        """How many threads of an actor decode, and how many the network has on a CPU."""
+        return math.ceil(self.cpus_per_actor)
+
+
+@dataclass(frozen=True)
+class ExtractProgress:
+    """How far a run is."""
+
+    num_done: int  # images
+    num_to_do: int  # images, those done included
+    images_per_second: float
+    waited_fraction: float  # of the networks' time, what they spent without work
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """What a run did, and what it leaves."""
+
+    extractor: str  # the folder under features/, by which a split is opened with them
+    card: dict[str, Any]
+    num_shards: int  # computed by this run
+    num_images: int  # computed by this run
+    num_unchanged: int  # live samples that had their features before
+    seconds: float
+    images_per_second: float
+    waited_fraction: float
+    size_bytes: int  # of the sidecars written by this run
+
+
+def _ignore_progress(_progress: ExtractProgress) -> None: ...
+
+
+def _is_running() -> None: ...
+
+
+def extract(
+    url: str,
+    extractor_config: AnyExtractor,
+    config: ExtractConfig,
+    on_progress: Callable[[ExtractProgress], None] = _ignore_progress,
+    start_ray: Callable[[], None] = _is_running,
+) -> ExtractReport:
+    """Gives every live sample of the newest version its features; see the module.
+
+    `start_ray` is called before the first actor, if there is any work; none is used if
+    `config.actors` is 0. Raises FeatureError if weights are missing, a
+    live image cannot be decoded, or a feature depends on what shares its batch; what was listed
+    before stays.
+    """
+    url = storage.absolute(url)
+    started = time.perf_counter()
+    manifest = Manifest.open(url)
+    in_process = config.actors == 0
+    # The actors say what they compute on; here only the identity is needed.
+    extractor = extractor_config.build(_usable(config.device()) if in_process else "cpu")
+    plans, num_unchanged = _plan(manifest, extractor.name)
+    card = _Card(url, extractor)
+    work = _in_process(extractor, card.known, plans, config)
+    if not in_process:
+        work = _on_actors(card.known, plans, config)
+
+    if plans and not in_process:
+        start_ray()
+    meter = _Meter(sum(len(plan.live) for plan in plans))
+    on_progress(meter.progress())
+    listed = manifest.features(extractor.name)
+    unlisted: list[pa.Table] = []
+    listed_at = time.monotonic()
+    try:
+        for result in work:
+            if isinstance(result, Environment):
+                card.add(result)
+                continue
+            unlisted.append(result.rows)
+            meter.add(result)
+            if time.monotonic() - listed_at >= COMMIT_SECONDS:
+                listed.commit(pa.concat_tables(unlisted))
+                unlisted.clear()
+                listed_at = time.monotonic()
+            on_progress(meter.progress())
+    finally:
+        if unlisted:
+            listed.commit(pa.concat_tables(unlisted))
+    progress = meter.progress()
+    return ExtractReport(
+        extractor=extractor.name,
+        card=card.known,
+        num_shards=meter.num_shards,
+        num_images=progress.num_done,
+        num_unchanged=num_unchanged,
+        seconds=time.perf_counter() - started,
+        images_per_second=progress.images_per_second,
+        waited_fraction=progress.waited_fraction,
+        size_bytes=meter.size_bytes,
+    )
+
+
+def _plan(manifest: Manifest, extractor: str) -> tuple[list[SidecarPlan], int]:
+    """Returns the shards with live samples that lack features, and how many live samples do not."""
+    samples = manifest.samples(["key", "shard", "split"])
+    listed = manifest.features(extractor).rows(["key", "shard"])
+    missing = samples.join(listed, ["key", "shard"], join_type="left anti")
+    stale = samples.filter(pc.is_in(samples["shard"], pc.unique(missing["shard"])))
+    live: dict[tuple[str, str], set[str]] = {}
+    for row in stale.to_pylist():
+        live.setdefault((row["split"], row["shard"]), set()).add(row["key"])
+    plans = [
+        SidecarPlan(manifest.url, split, shard, frozenset(keys))
+        for (split, shard), keys in sorted(live.items())
+    ]
+    return plans, samples.num_rows - missing.num_rows
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Device and library versions of a process that computes, as the card lists them."""
+
+    entry: dict[str, Any]
+
+
+class _Card:
+    """`card.json`, written before any feature is listed.
+
+    A run with other library versions, or on another device, adds its environment with the batch
+    invariance that it measured there.
+    """
+
+    def __init__(self, url: str, extractor: Extractor) -> None:
+        self._location = storage.join(url, "features", extractor.name, "card.json")
+        self.known = extractor.card() | {"environments": []}
+        if storage.exists(self._location):
+            found = json.loads(storage.read_bytes(self._location))
+            if found["identity"] != self.known["identity"]:
+                raise FeatureError(
+                    f"{self._location}: is of identity {found['identity']}, not "
+                    f"{self.known['identity']}, although both are named alike; move it away"
+                )
+            self.known = found
+
+    def add(self, environment: Environment) -> None:
+        if environment.entry not in self.known["environments"]:
+            entries = [*self.known["environments"], environment.entry]
+            self.known = self.known | {"environments": entries}
+            document = json.dumps(self.known, indent=2).encode() + b"\n"
+            storage.write_bytes(self._location, document)
+
+
+def _environment(
+    extractor: Extractor, card: dict[str, Any], plan: SidecarPlan, files: ShardFiles
+) -> Environment:
+    """Returns the environment of this process, as the card has it or measured now."""
+    (entry,) = extractor.card()["environments"]
+    for known in card["environments"]:
+        if entry.items() <= known.items():
+            return Environment(known)
+    prepared = [extractor.prepare(image) for image in first_images(plan, files, INVARIANCE_IMAGES)]
+    return Environment(entry | {"batch_invariance": measure_invariance(extractor, prepared)})
+
+
+def _in_process(
+    extractor: Extractor, card: dict[str, Any], plans: Sequence[SidecarPlan], config: ExtractConfig
+) -> Iterator[Environment | Sidecar]:
+    files = ShardFiles(default_cache())
+    with _torch_threads(config.threads()):
+        if plans:
+            yield _environment(extractor, card, plans[0], files)
+        for plan in plans:
+            yield write_sidecar(extractor, plan, files, config.batch_size, config.threads())
+
+
+def _on_actors(
+    card: dict[str, Any], plans: Sequence[SidecarPlan], config: ExtractConfig
+) -> Iterator[Environment | Sidecar]:
+    """Yields environments as actors start, and sidecars as they finish, one at a time on each.
+
+    Actors that the cluster has no room for yet are given work when they come up.
+    """
+    if not plans:
+        return
+    import ray
+
+    worker = ray.remote(
+        num_cpus=config.cpus_per_actor,
+        num_gpus=config.gpus_per_actor,
+        max_restarts=-1,
+        max_task_retries=SHARD_RETRIES,
+    )(_Worker)
+    actors = [worker.remote(card, config) for _ in range(min(config.actors, len(plans)))]
+    running = {actor.environment.remote(plans[0]): actor for actor in actors}
+    to_do = deque(plans)
+    num_left, any_started = len(plans), False
+    try:
+        while num_left:
+            timeout = None if any_started else START_TIMEOUT_SECONDS
+            done, _ = ray.wait(list(running), timeout=timeout)
+            if not done:
+                found = ray.cluster_resources()
+                raise FeatureError(
+                    f"extract: no actor could be started in {START_TIMEOUT_SECONDS:.0f} s; each "
+                    f"asks for {config.cpus_per_actor:g} CPUs and {config.gpus_per_actor:g} GPUs, "
+                    f"and the cluster has {found.get('CPU', 0):g} and {found.get('GPU', 0):g}"
+                )
+            any_started = True
+            actor = running.pop(done[0])
+            result = _result(done[0])
+            if to_do:
+                running[actor.write.remote(to_do.popleft())] = actor
+            num_left -= isinstance(result, Sidecar)
+            yield result
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+class _Worker:
+    """The actor: an extractor, and the shards it is asked for one after the other."""
+
+    def __init__(self, card: dict[str, Any], config: ExtractConfig) -> None:
+        self._card = card
+        self._config = config
+        self._files = ShardFiles(default_cache())
+
+    @functools.cached_property
+    def _extractor(self) -> Extractor:  # not in __init__, whose errors Ray wraps up in a lost actor
+        return from_card(self._card, _usable(self._config.device()))
+
+    def environment(self, plan: SidecarPlan) -> Environment:
+        extractor = self._extractor
+        with _torch_threads(self._config.threads()):
+            return _environment(extractor, self._card, plan, self._files)
+
+    def write(self, plan: SidecarPlan) -> Sidecar:
+        extractor, threads = self._extractor, self._config.threads()
+        with _torch_threads(threads):
+            return write_sidecar(extractor, plan, self._files, self._config.batch_size, threads)
+
+
+def _result(reference: Any) -> Environment | Sidecar:
+    """Returns what an actor returned; raises its error without Ray's traceback in its message."""
+    import ray
+
+    try:
+        result: Environment | Sidecar = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, PipelineError):
+            raise error.cause from error
+        raise
+    except ray.exceptions.RayActorError as error:
+        raise FeatureError(
+            f"extract: an actor was lost {SHARD_RETRIES + 1} times over one shard; if it ran out "
+            f"of memory, lower features.extract.batch_size ({error})"
+        ) from error
+    return result
+
+
+@contextlib.contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    """Gives torch this many threads; their number moves the last digit of a feature.
+
+    An extractor that has not imported torch by now does not need it, and it takes seconds.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _usable(device: str) -> str:
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "extract.gpus_per_actor is above 0, but torch finds no GPU here; set it to 0"
+            )
+    return device
+
+
+class _Meter:
+    """Counts what finished sidecars report."""
+
+    def __init__(self, num_to_do: int) -> None:
+        self.num_shards = 0
+        self.size_bytes = 0
+        self._num_to_do = num_to_do
+        self._num_done = 0
+        self._seconds = 0.0
+        self._network_seconds = 0.0
+        self._started = time.perf_counter()
+
+    def add(self, sidecar: Sidecar) -> None:
+        self.num_shards += 1
+        self.size_bytes += sidecar.size_bytes
+        self._num_done += len(sidecar.plan.live)
+        self._seconds += sidecar.seconds
+        self._network_seconds += sidecar.network_seconds
+
+    def progress(self) -> ExtractProgress:
+        elapsed = time.perf_counter() - self._started
+        return ExtractProgress(
+            num_done=self._num_done,
+            num_to_do=self._num_to_do,
+            images_per_second=self._num_done / elapsed if self._num_done else 0.0,
+            waited_fraction=1 - self._network_seconds / self._seconds if self._seconds else 0.0,
+        )

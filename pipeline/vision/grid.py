@@ -1,0 +1,258 @@
+"""Images to grid features: the map that a frozen torchvision network has at one of its nodes."""
+
+import difflib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from pipeline import storage
+from pipeline.config import Config
+from pipeline.errors import ConfigError, FeatureError
+from pipeline.vision import weights
+from pipeline.vision.feature import Feature, environment, extractor_name, identity
+from pipeline.vision.image import (
+    CentreCrop,
+    Prepared,
+    Resize,
+    ResizeShortSide,
+    Step,
+    View,
+    describe,
+    prepare,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green, blue in [0, 1], as all torchvision weights
+IMAGENET_STD = (0.229, 0.224, 0.225)
+NORMALIZE = {"step": "normalize", "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+RANDOM_SEED = 0
+CALIBRATION_IMAGES = 4
+
+
+class GridConfig(Config):
+    """A node of a torchvision classification network: ResNet-50's `layer4` is 7 × 7 × 2048.
+
+    `node: avgpool` gives the pooled feature, a grid of one cell. `weights` is `default`
+    (torchvision's best for the network), a file (.safetensors, .pth) or `random`.
+    """
+
+    type: Literal["grid"] = "grid"
+    network: str = "resnet50"
+    node: str = "layer4"
+    weights: str = "default"
+    image_size: int = Field(default=224, ge=32, le=4096)  # pixels a side that the network sees
+    # stretch: the whole picture; crop: short side to 8/7 of image_size, then its middle, as the
+    # networks were evaluated on ImageNet
+    fit: Literal["stretch", "crop"] = "stretch"
+
+    def steps(self) -> tuple[Step, ...]:
+        """What happens to the pixels before they are normalized."""
+        if self.fit == "stretch":
+            return (Resize(self.image_size),)
+        return (ResizeShortSide(round(self.image_size * 8 / 7)), CentreCrop(self.image_size))
+
+    def check(self) -> None:
+        """Raises ConfigError or FeatureError for what `build` would fail on, computing nothing."""
+        import torch
+
+        with torch.device("meta"):
+            network = _cut(self.network, self.node)
+            _grid_shape(network, self)
+        if self.weights == "default":
+            weights.check_download(_default_url(self.network))
+        elif self.weights != "random":
+            weights.check_file(self.weights)
+
+    def build(self, device: str = "cpu") -> "GridExtractor":
+        """Loads the network, downloading `default` weights that are not in torch's cache."""
+        return GridExtractor(self, device)
+
+
+class GridExtractor:
+    """Computes (H * W, C) float16 features, cells row by row, C channels each.
+
+    Boxes of the cells follow from the grid if the whole picture is seen, and are given if only
+    its middle is.
+    """
+
+    def __init__(self, config: GridConfig, device: str) -> None:
+        import torch
+
+        self._config = config
+        self._device = device
+        self._steps = config.steps()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(RANDOM_SEED)
+            network = _cut(config.network, config.node)
+        if config.weights == "random":
+            self._digest = weights.digest(network)
+            _calibrate(network, config.image_size)
+            self._weights = config.weights
+        else:
+            if config.weights == "default":
+                self._weights = "default"
+                location = str(weights.download(_default_url(config.network)))
+            else:
+                self._weights = location = storage.absolute(config.weights)
+            weights.assign(network, weights.load(location), location)
+            self._digest = weights.digest(network)
+        self._dim, self._grid = _grid_shape(network, config)
+        self._network = network.to(memory_format=torch.channels_last).to(device)
+        self._mean, self._std = (
+            torch.tensor(values, device=device).view(1, 3, 1, 1)
+            for values in (IMAGENET_MEAN, IMAGENET_STD)
+        )
+
+    @property
+    def name(self) -> str:
+        return extractor_name("grid", self.card()["identity"])
+
+    def card(self) -> dict[str, Any]:
+        preprocessing = [*describe(self._steps), NORMALIZE]
+        selection = {"network": self._config.network, "node": self._config.node}
+        stored = {"dtype": "float16"}
+        height, width = self._grid
+        return {
+            "type": "grid",
+            "identity": identity("grid", self._digest, preprocessing, selection, stored),
+            "config": self._config.model_dump(mode="json") | {"weights": self._weights},
+            "weights": {"digest": self._digest, "random": self._config.weights == "random"},
+            "preprocessing": preprocessing,
+            "selection": selection,
+            "storage": stored,
+            "dtype": "float16",
+            "dim": self._dim,
+            "num_regions": height * width,
+            "grid": [height, width],
+            "boxes": "grid" if self._config.fit == "stretch" else "stored",
+            "environments": [environment(self._device)],
+        }
+
+    def prepare(self, image: bytes) -> Prepared:
+        return prepare(image, self._steps)
+
+    def extract(self, prepared: Sequence[Prepared]) -> list[Feature]:
+        import torch
+
+        pixels = torch.from_numpy(np.stack([image.pixels for image in prepared]))
+        # (B, S, S, 3) seen as (B, 3, S, S) is already in channels-last order
+        images = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
+        with (
+            torch.inference_mode(),
+            torch.backends.cudnn.flags(
+                enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+            ),
+        ):
+            maps = self._network(images.sub_(self._mean).div_(self._std))["map"]
+            values = maps.flatten(2) if maps.ndim == 4 else maps.unsqueeze(2)
+            halves = values.transpose(1, 2).contiguous().half()  # (B, H * W, C)
+            if not bool(torch.isfinite(halves).all()):
+                raise FeatureError(
+                    f"{self.name}: values up to {float(values.abs().max()):.3g} do not fit "
+                    "float16; choose another node, or weights that belong to this network"
+                )
+        return [
+            Feature(feature, None if self._config.fit == "stretch" else _boxes(self._grid, view))
+            for feature, view in zip(
+                halves.cpu().numpy(), (image.view for image in prepared), strict=True
+            )
+        ]
+
+
+def _boxes(grid: tuple[int, int], view: View) -> np.ndarray:
+    """Returns the boxes of the cells (H * W, 4) as fractions of the whole picture, row by row."""
+    height, width = grid
+    x1, y1, x2, y2 = view
+    across, down = np.linspace(x1, x2, width + 1), np.linspace(y1, y2, height + 1)
+    left, top = np.meshgrid(across[:-1], down[:-1])
+    right, bottom = np.meshgrid(across[1:], down[1:])
+    return np.stack([left, top, right, bottom], axis=-1).reshape(-1, 4).astype(np.float32)
+
+
+def _cut(name: str, node: str) -> "nn.Module":
+    """Returns the network up to a node, in evaluation mode, initialised at random.
+
+    Raises ConfigError for a name or node that torchvision does not know.
+    """
+    import torchvision
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise ConfigError(
+            f"extractor.network: found {name!r}; {_suggest(name, known)}expected one of "
+            f"{', '.join(known)}"
+        )
+    # These two were trained on another normalization, which they undo themselves if told to.
+    inception = {"init_weights": True, "transform_input": True}
+    options = inception if name in ("googlenet", "inception_v3") else {}
+    model = torchvision.models.get_model(name, weights=None, **options).eval()
+    nodes = get_graph_node_names(model, suppress_diff_warning=True)[1]
+    prefixes = {
+        ".".join(n.split(".")[:depth]) for n in nodes for depth in range(1, n.count(".") + 2)
+    }
+    if node not in prefixes:
+        top = sorted({n.split(".")[0] for n in nodes}, key=[n.split(".")[0] for n in nodes].index)
+        raise ConfigError(
+            f"extractor.node: {name} has no {node!r}; {_suggest(node, sorted(prefixes))}"
+            f"its top-level nodes are {', '.join(top)}"
+        )
+    network: nn.Module = create_feature_extractor(
+        model, return_nodes={node: "map"}, suppress_diff_warning=True
+    ).eval()
+    return network
+
+
+def _grid_shape(network: "nn.Module", config: GridConfig) -> tuple[int, tuple[int, int]]:
+    """Returns C and (H, W) of the map, or raises ConfigError if the node gives something else."""
+    import torch
+
+    device = next(network.parameters()).device
+    with torch.inference_mode():
+        images = torch.zeros(1, 3, config.image_size, config.image_size, device=device)
+        found = network(images)["map"]
+    shape = tuple(found.shape) if torch.is_tensor(found) else ()
+    if len(shape) == 2:
+        return shape[1], (1, 1)
+    if len(shape) != 4:
+        raise ConfigError(
+            f"extractor.node: {config.node!r} of {config.network} gives {shape or type(found)}; "
+            "expected a map (images, channels, height, width) or pooled (images, channels)"
+        )
+    return shape[1], (shape[2], shape[3])
+
+
+def _calibrate(network: "nn.Module", image_size: int) -> None:
+    """Sets batch-norm statistics from seeded noise pictures.
+
+    Without this, random weights make each layer larger or smaller than the one before it, and a
+    deep network ends at values that float16 cannot hold (MobileNetV2: 1e-9).
+    """
+    import torch
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    layers = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    for layer in layers:
+        layer.momentum = None  # a plain mean of what was seen
+        layer.reset_running_stats()
+        layer.train()
+    noise = torch.Generator().manual_seed(RANDOM_SEED)
+    with torch.inference_mode():
+        network(torch.randn(CALIBRATION_IMAGES, 3, image_size, image_size, generator=noise))
+    network.eval()
+
+
+def _default_url(network: str) -> str:
+    import torchvision
+
+    url: str = torchvision.models.get_model_weights(network).DEFAULT.url
+    return url
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}? " if close else ""

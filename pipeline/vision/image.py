@@ -1,0 +1,185 @@
+"""Image bytes to the pixels a network sees: decoding, then named steps that go on the card.
+
+Pixels are uint8 RGB arrays (height, width, 3). Every step is deterministic and treats one image
+at a time, so that nothing of another image can reach a feature.
+"""
+
+import io
+import struct
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image
+
+from pipeline.errors import FeatureError
+
+Pixels = npt.NDArray[np.uint8]
+View = tuple[float, float, float, float]  # x1, y1, x2, y2 as fractions of width and height
+
+# What `decode` does, as the card says it. A change of these rules changes features, so it must
+# change this text: the identity of every extractor is taken from it.
+DECODING = {
+    "step": "decode",
+    "orientation": "as the EXIF tag says",
+    "transparency": "over white",
+    "16-bit": "high byte",
+    "CMYK": "without its colour profile",
+    "animation": "first frame",
+}
+_ORIENTATION_TAG = 0x0112
+_WHITE = (255, 255, 255, 255)
+
+
+def decode(payload: bytes) -> Pixels:
+    """Returns the picture as a viewer would show it, or raises FeatureError saying why not.
+
+    The rules are those of `DECODING`. Floating-point and 32-bit integer images are refused: they
+    do not say which value is white.
+    """
+    try:
+        with Image.open(io.BytesIO(payload)) as image:
+            pixels = _rgb(image, payload)
+            return np.ascontiguousarray(_turn(pixels, _orientation(image)))
+    except FeatureError:
+        raise
+    except Exception as error:  # Pillow's readers let a dozen kinds through on damaged files
+        raise FeatureError(
+            f"not a readable image ({type(error).__name__}: {error}); {len(payload)} bytes "
+            f"beginning {payload[:8]!r}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Scales to exactly size × size, whatever the picture's proportions were."""
+
+    name: ClassVar[str] = "resize, antialiased bilinear"
+    size: int
+
+    def __call__(self, pixels: Pixels, view: View) -> tuple[Pixels, View]:
+        return _resize(pixels, self.size, self.size), view
+
+
+@dataclass(frozen=True)
+class ResizeShortSide:
+    """Scales the shorter side to `size` and keeps the proportions (torchvision's `Resize(int)`)."""
+
+    name: ClassVar[str] = "resize the short side, antialiased bilinear"
+    size: int
+
+    def __call__(self, pixels: Pixels, view: View) -> tuple[Pixels, View]:
+        height, width = pixels.shape[:2]
+        if height < width:
+            return _resize(pixels, int(self.size * width / height), self.size), view
+        return _resize(pixels, self.size, int(self.size * height / width)), view
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """Keeps the middle size × size pixels (torchvision's `CenterCrop`)."""
+
+    name: ClassVar[str] = "centre crop"
+    size: int
+
+    def __call__(self, pixels: Pixels, view: View) -> tuple[Pixels, View]:
+        height, width = pixels.shape[:2]
+        if height < self.size or width < self.size:
+            raise ValueError(f"cannot crop {self.size} pixels from {width} × {height}")
+        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
+        x1, y1, x2, y2 = view
+        scale_x, scale_y = (x2 - x1) / width, (y2 - y1) / height
+        kept = (
+            x1 + left * scale_x,
+            y1 + top * scale_y,
+            x1 + (left + self.size) * scale_x,
+            y1 + (top + self.size) * scale_y,
+        )
+        return pixels[top : top + self.size, left : left + self.size], kept
+
+
+Step = Resize | ResizeShortSide | CentreCrop
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One image as its network takes it, and which part of the picture that is."""
+
+    pixels: Pixels  # (height, width, 3)
+    view: View
+
+
+def prepare(payload: bytes, steps: tuple[Step, ...]) -> Prepared:
+    """Decodes an image and takes it through the steps; FeatureError if it cannot be decoded."""
+    pixels, view = decode(payload), (0.0, 0.0, 1.0, 1.0)
+    for step in steps:
+        pixels, view = step(pixels, view)
+    return Prepared(np.ascontiguousarray(pixels), view)
+
+
+def describe(steps: tuple[Step, ...]) -> list[dict[str, Any]]:
+    """Returns the decoding rules and every step with its settings, as the card lists them."""
+    return [DECODING, *({"step": step.name, **asdict(step)} for step in steps)]
+
+
+def _rgb(image: Image.Image, payload: bytes) -> Pixels:
+    if image.format == "JPEG" and image.mode in ("RGB", "L"):
+        jpeg = _fast_jpeg(image, payload)
+        if jpeg is not None:
+            return jpeg
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        grey = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise FeatureError(
+            f"a {image.format} image with 32 bits per pixel (mode {image.mode}) has no stated "
+            "range; convert it to 8 or 16 bits"
+        )
+    if image.has_transparency_data:
+        picture = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", picture.size, _WHITE), picture)
+    return np.asarray(image.convert("RGB"))
+
+
+def _fast_jpeg(image: Image.Image, payload: bytes) -> Pixels | None:
+    """Decodes about a third faster than Pillow, to the same values: both use libjpeg-turbo.
+
+    Returns None where Pillow should judge: damaged files, and sizes that it guards against.
+    """
+    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 0):
+        return None
+    try:
+        pixels: Pixels = simplejpeg.decode_jpeg(
+            payload, colorspace="RGB", fastdct=False, fastupsample=False
+        )
+    except ValueError:
+        return None
+    return pixels
+
+
+def _orientation(image: Image.Image) -> int:
+    """Returns the turn still to be made: Pillow makes that of a TIFF while loading its pixels."""
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except (SyntaxError, ValueError, TypeError, struct.error):
+        return 1  # EXIF that cannot be read turns nothing, as in any viewer
+
+
+def _turn(pixels: Pixels, orientation: int) -> Pixels:
+    """Undoes the camera's rotation or mirroring. Numbers are those of the EXIF standard."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def _resize(pixels: Pixels, width: int, height: int) -> Pixels:
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    picture = Image.fromarray(pixels)
+    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))

@@ -1,0 +1,195 @@
+"""The images of one shard to their features in one sidecar."""
+
+import io
+import os
+import tarfile
+import time
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.data.manifest import FEATURES
+from pipeline.data.sample import Sample
+from pipeline.data.shard import ShardWriter, shard_location
+from pipeline.data.shard_files import ShardFiles
+from pipeline.errors import FeatureError, ShardError
+from pipeline.vision.ahead import run_ahead
+from pipeline.vision.feature import Extractor, Feature
+from pipeline.vision.image import Prepared
+
+BATCHES_AHEAD = 2  # decoded and waiting for the network, or computed and waiting to be written
+
+
+@dataclass(frozen=True)
+class SidecarPlan:
+    """A shard whose features are wanted, and which of its samples are live."""
+
+    url: str  # the dataset's
+    split: str
+    shard: str
+    live: frozenset[str]
+
+    def location(self) -> str:
+        """Where the shard is."""
+        return shard_location(self.url, self.split, self.shard)
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """A published sidecar, not listed yet, with the rows that list it."""
+
+    plan: SidecarPlan
+    rows: pa.Table  # schema FEATURES but for `sequence`
+    size_bytes: int
+    seconds: float
+    network_seconds: float  # of `seconds`, those in which the network had work
+
+
+@dataclass(frozen=True)
+class _Batch:
+    keys: list[str]
+    prepared: list[Prepared]
+
+
+@dataclass(frozen=True)
+class _Computed:
+    keys: list[str]
+    features: list[Feature]
+    seconds: float
+
+
+def write_sidecar(
+    extractor: Extractor, plan: SidecarPlan, files: ShardFiles, batch_size: int, threads: int
+) -> Sidecar:
+    """Computes and publishes the features of a shard.
+
+    A pure function of the shard, the extractor and, in the last digit, of batch size, device and
+    libraries: repeated, it gives the same bytes under the same name. Hence it also takes the
+    samples that are no longer live, and two runs at once do no harm. `threads` decode ahead of the
+    network, and writing goes on beside it.
+
+    Raises FeatureError naming the shard and the sample if a live one cannot be decoded (others
+    have no feature then), and ShardError if one is missing.
+    """
+    started = time.perf_counter()
+    batches = run_ahead(_batches(extractor, plan, files, batch_size, threads), BATCHES_AHEAD)
+    computed = run_ahead(_compute(extractor, plan, batches), BATCHES_AHEAD)
+    rows: list[dict[str, Any]] = []
+    network_seconds = 0.0
+    with ShardWriter(storage.join(plan.url, "features", extractor.name), plan.shard) as writer:
+        for batch in computed:
+            network_seconds += batch.seconds
+            for key, feature in zip(batch.keys, batch.features, strict=True):
+                rows.append(_write(writer, plan.shard, key, feature))
+        absent = sorted(plan.live.difference(row["key"] for row in rows))
+        if absent:
+            raise ShardError(
+                f"{plan.location()}: {len(absent)} samples that the manifest lists are not in it, "
+                f"{absent[0]!r} the first of them; the file was cut short or replaced"
+            )
+    return Sidecar(
+        plan,
+        pa.Table.from_pylist(rows, FEATURES.remove(FEATURES.get_field_index("sequence"))),
+        writer.shard.size_bytes,
+        time.perf_counter() - started,
+        network_seconds,
+    )
+
+
+def shard_images(plan: SidecarPlan, files: ShardFiles) -> Generator[tuple[str, bytes], None, None]:
+    """Yields key and image of every sample of a shard that has one, in the shard's order."""
+    file = files.open(plan.location())
+    with os.fdopen(os.dup(file.descriptor), "rb") as stream:
+        stream.seek(0)
+        try:
+            with tarfile.open(fileobj=stream, mode="r:") as tar:
+                for member in tar:
+                    key, _, suffix = member.name.partition(".")
+                    if suffix != "json":
+                        image = tar.extractfile(member)
+                        assert image is not None, member.name  # we write plain files only
+                        yield key, image.read()
+        except (tarfile.TarError, OSError) as error:
+            raise ShardError(f"{plan.location()}: cannot be read ({error})") from error
+
+
+def _batches(
+    extractor: Extractor, plan: SidecarPlan, files: ShardFiles, batch_size: int, threads: int
+) -> Generator[_Batch, None, None]:
+    """Yields decoded batches in the shard's order; a pool decodes one batch beyond each."""
+    batch = _Batch([], [])
+    waiting: deque[tuple[str, Future[Prepared]]] = deque()
+
+    def take() -> None:
+        key, future = waiting.popleft()
+        try:
+            batch.prepared.append(future.result())
+            batch.keys.append(key)
+        except FeatureError as error:
+            if key in plan.live:
+                raise FeatureError(f"{plan.location()}: sample {key!r}: {error}") from error
+
+    with ThreadPoolExecutor(threads) as pool:
+        for key, image in shard_images(plan, files):
+            waiting.append((key, pool.submit(extractor.prepare, image)))
+            if len(waiting) > batch_size:
+                take()
+            if len(batch.keys) == batch_size:
+                yield batch
+                batch = _Batch([], [])
+        while waiting:
+            take()
+            if len(batch.keys) == batch_size or (batch.keys and not waiting):
+                yield batch
+                batch = _Batch([], [])
+
+
+def _compute(
+    extractor: Extractor, plan: SidecarPlan, batches: Generator[_Batch, None, None]
+) -> Generator[_Computed, None, None]:
+    for batch in batches:
+        started = time.perf_counter()
+        try:
+            features = extractor.extract(batch.prepared)
+        except FeatureError as error:
+            raise FeatureError(
+                f"{plan.location()}: samples {batch.keys[0]!r} to {batch.keys[-1]!r}: {error}"
+            ) from error
+        yield _Computed(batch.keys, features, time.perf_counter() - started)
+
+
+def _write(writer: ShardWriter, shard: str, key: str, feature: Feature) -> dict[str, Any]:
+    """Appends a feature to the sidecar and returns the row that lists it."""
+    parts = {"npy": _npy(feature.values)}
+    if feature.boxes is not None:
+        parts["boxes.npy"] = _npy(feature.boxes)
+    members = writer.write(Sample(key, parts))
+    boxes = members.get("boxes.npy")
+    return {
+        "key": key,
+        "shard": shard,
+        "values_offset": members["npy"].offset,
+        "values_size": members["npy"].size,
+        "boxes_offset": boxes.offset if boxes else -1,
+        "boxes_size": boxes.size if boxes else 0,
+        "num_regions": len(feature.values),
+    }
+
+
+def _npy(array: np.ndarray) -> bytes:
+    payload = io.BytesIO()
+    np.lib.format.write_array(payload, np.ascontiguousarray(array), allow_pickle=False)
+    return payload.getvalue()
+
+
+def first_images(plan: SidecarPlan, files: ShardFiles, count: int) -> list[bytes]:
+    """Returns at most `count` live images of a shard."""
+    live = (image for key, image in shard_images(plan, files) if key in plan.live)
+    return list(islice(live, count))

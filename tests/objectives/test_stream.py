@@ -1,0 +1,197 @@
+"""Batches to inputs with targets and to losses: nothing depends on what shares the batch."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import FeatureError
+from pipeline.objectives.base import Objective, Vocabulary
+from pipeline.objectives.objective import ObjectivesConfig, by_stream
+from pipeline.objectives.stream import (
+    MicroBatch,
+    ObjectiveModel,
+    StreamCollator,
+    encode_texts,
+    make_inputs,
+)
+from tests.objectives.tiny import ANSWERS, make_batch, make_model, make_texts, make_tokenizer
+
+ALL = {"mlm": {}, "itm": {"weight": 0.5}, "lm": {"weight": 2.0}, "answer": {}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def objectives() -> list[Objective]:
+    return ObjectivesConfig.model_validate(ALL).build()
+
+
+def collate(
+    objectives: list[Objective], tokenizer: Any, batch: Any, blind: bool = False
+) -> MicroBatch:
+    return MicroBatch(
+        {
+            name: StreamCollator(group, tokenizer, 24, ANSWERS, blind)(batch)
+            for name, group in by_stream(objectives).items()
+        }
+    )
+
+
+def losses_of(
+    objectives: list[Objective], tokenizer: Any, batch: Any, blind: bool = False
+) -> tuple[float, dict[str, float]]:
+    module = ObjectiveModel(make_model(len(tokenizer)), objectives)
+    total, losses = module(collate(objectives, tokenizer, batch, blind))
+    return float(total.detach()), {name: float(loss) for name, loss in losses.items()}
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_a_samples_losses_are_the_same_alone_and_in_any_batch(
+    objectives: list[Objective], tokenizer: Any, blind: bool
+) -> None:
+    _, whole = losses_of(objectives, tokenizer, make_batch(6), blind)
+    alone = [losses_of(objectives, tokenizer, make_batch(1, first=i), blind)[1] for i in range(6)]
+    pairs = [losses_of(objectives, tokenizer, make_batch(2, first=i), blind)[1] for i in (0, 2, 4)]
+    for name, mean in whole.items():
+        assert np.mean([losses[name] for losses in alone]) == pytest.approx(mean, abs=2e-6), name
+        assert np.mean([losses[name] for losses in pairs]) == pytest.approx(mean, abs=2e-6), name
+
+
+def test_the_total_is_the_weighted_sum(objectives: list[Objective], tokenizer: Any) -> None:
+    total, losses = losses_of(objectives, tokenizer, make_batch())
+    assert set(losses) == {"mlm", "itm", "lm", "answer"}
+    expected = losses["mlm"] + 0.5 * losses["itm"] + 2 * losses["lm"] + losses["answer"]
+    assert total == pytest.approx(expected)
+
+
+def test_every_loss_reaches_the_weights_and_what_is_reported_is_detached(
+    objectives: list[Objective], tokenizer: Any
+) -> None:
+    model = make_model(len(tokenizer))
+    total, losses = ObjectiveModel(model, objectives)(collate(objectives, tokenizer, make_batch()))
+    total.backward()
+    assert not any(loss.requires_grad for loss in losses.values())
+    without = {name for name, weight in model.named_parameters() if weight.grad is None}
+    assert not without
+
+
+def test_one_forward_pass_serves_the_objectives_of_a_stream(
+    objectives: list[Objective], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(len(tokenizer))
+    masks = []
+    encode = model.encode
+
+    def counted(inputs: Any, *, mask: Any) -> Any:
+        masks.append(mask)
+        return encode(inputs, mask=mask)
+
+    monkeypatch.setattr(model, "encode", counted)
+    ObjectiveModel(model, objectives)(collate(objectives, tokenizer, make_batch()))
+    assert sorted(masks) == ["full", "full", "prefix"]  # itm and mlm, answer, lm
+
+
+def test_corruption_is_a_function_of_seed_step_and_position(
+    objectives: list[Objective], tokenizer: Any
+) -> None:
+    def tokens(batch: Any) -> torch.Tensor:
+        return collate(objectives, tokenizer, batch).streams["captions-full"].inputs.tokens
+
+    assert torch.equal(tokens(make_batch()), tokens(make_batch()))
+    others = [tokens(make_batch(step=step)) for step in (4, 5, 6)]
+    assert any(
+        other.shape != tokens(make_batch()).shape or not torch.equal(other, tokens(make_batch()))
+        for other in others
+    )
+    later = tokens(make_batch(2, first=3))
+    assert torch.equal(tokens(make_batch())[3:5, : later.shape[1]], later)
+
+
+def test_captions_and_questions_have_their_special_tokens(tokenizer: Any) -> None:
+    def written(texts: list[str], kind: Any, max_tokens: int) -> list[str]:
+        encodings = encode_texts(texts, kind, tokenizer, Vocabulary.of(tokenizer), max_tokens)
+        assert encodings.tokens.shape == encodings.padding.shape == encodings.is_word.shape
+        return [tokenizer.decode(row) for row in encodings.tokens]
+
+    assert written(["a red dog", "cat"], "captions", 9) == [
+        "[CLS] a red dog [SEP]",
+        "[CLS] cat [SEP] [PAD] [PAD]",
+    ]
+    assert written(["is the dog red"], "questions", 9) == ["[CLS] is the dog red [MASK] [SEP]"]
+    assert written(["is the dog red"], "questions", 5) == ["[CLS] is the [MASK] [SEP]"]
+    assert written([""], "captions", 5) == ["[CLS] [SEP]"]
+
+
+def test_a_text_that_spells_a_special_token_has_none(tokenizer: Any) -> None:
+    vocabulary = Vocabulary.of(tokenizer)
+    encodings = encode_texts(["a [MASK] [SEP]"], "captions", tokenizer, vocabulary, 24)
+    inside = encodings.tokens[encodings.is_word]
+    assert not set(inside.tolist()) & {vocabulary.mask, vocabulary.sep}
+
+
+def test_is_word_marks_the_text_only(tokenizer: Any) -> None:
+    encodings = encode_texts(
+        ["a red dog", "cat"], "questions", tokenizer, Vocabulary.of(tokenizer), 24
+    )
+    assert encodings.is_word.astype(int).tolist() == [[0, 1, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0]]
+    assert encodings.padding.astype(int).tolist() == [[0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1]]
+
+
+def test_padding_goes_only_to_the_longest_of_the_batch(
+    objectives: list[Objective], tokenizer: Any
+) -> None:
+    for size in (1, 4):
+        for stream in collate(objectives, tokenizer, make_batch(size)).streams.values():
+            assert not stream.inputs.token_padding.all(0).any()
+            assert not stream.inputs.region_padding.all(0).any()
+
+
+def test_counts_tell_real_places_from_padding(objectives: list[Objective], tokenizer: Any) -> None:
+    batch = collate(objectives[:1], tokenizer, make_batch(3))
+    inputs = batch.streams["captions-full"].inputs
+    assert batch.num_samples == 3
+    assert batch.num_places == inputs.tokens.numel() + 3 * 3
+    assert batch.num_tokens == int((~inputs.token_padding).sum()) + 1 + 2 + 3
+
+
+def test_moving_casts_features_and_boxes_but_not_pixels(
+    objectives: list[Objective], tokenizer: Any
+) -> None:
+    batch = make_batch(3)
+    assert batch.features
+    moved = collate(objectives, tokenizer, batch).to(torch.device("cpu"), torch.bfloat16)
+    for stream in moved.streams.values():
+        assert stream.inputs.features.dtype == stream.inputs.boxes.dtype == torch.bfloat16
+    assert moved.streams["questions-full"].targets["answer"].dtype == torch.float32
+    pixels = replace(batch.features, values=np.zeros((3, 3, 7), np.uint8))
+    moved = collate(objectives, tokenizer, replace(batch, features=pixels)).to(
+        torch.device("cpu"), torch.bfloat16
+    )
+    assert moved.streams["captions-full"].inputs.features.dtype == torch.uint8
+
+
+def test_a_blind_model_is_shown_no_region(objectives: list[Objective], tokenizer: Any) -> None:
+    batch = collate(objectives, tokenizer, make_batch(3), blind=True)
+    assert all(stream.inputs.features.shape == (3, 0, 7) for stream in batch.streams.values())
+
+
+def test_a_batch_without_features_is_refused(tokenizer: Any) -> None:
+    encodings = encode_texts(["a"], "captions", tokenizer, Vocabulary.of(tokenizer), 24)
+    with pytest.raises(FeatureError, match="no features"):
+        make_inputs(encodings, None, blind=False)
+
+
+def test_the_text_that_an_example_is_about_is_read(
+    objectives: list[Objective], tokenizer: Any
+) -> None:
+    batch = replace(make_batch(2), text_index=np.array([0, 1]))
+    lm = [objective for objective in objectives if objective.name == "lm"]
+    tokens = collate(lm, tokenizer, batch).streams["captions-prefix"].inputs.tokens
+    read = [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
+    assert read == [make_texts(0).captions[0], make_texts(1).captions[1]]

@@ -1,0 +1,85 @@
+"""A micro-batch of six captioned, questioned pictures, and a VisualBERT small enough to test."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.data.features import FeatureBatch
+from pipeline.data.loader import Batch
+from pipeline.data.sample import Question, Texts
+from pipeline.data.vocabulary import build_tokenizer
+from pipeline.models.visualbert import VisualBert, VisualBertConfig
+
+WORDS = "a red dog runs past the blue cat while two green birds sit on one grey wall".split
+FEATURE_DIM, MAX_REGIONS = 7, 5
+ANSWERS = ["yes", "no", "red"]
+
+
+def make_texts(number: int) -> Texts:
+    words = WORDS()
+    return Texts(
+        image_id=100 + number,
+        captions=(" ".join(words[: 2 + 2 * number]), " ".join(words[number:][:4])),
+        questions=(
+            Question(
+                question_id=1000 + number,
+                question=f"is the {words[number + 1]} {'very ' * number}big?",
+                answers=("yes",) * (10 - number) + ("red",) * number,
+                question_type="is the",
+                answer_type="yes/no" if number % 2 else "other",
+            ),
+        ),
+    )
+
+
+def make_batch(size: int = 6, step: int = 3, first: int = 0) -> Batch:
+    """Examples with `number` regions more than one each, and captions of growing length."""
+    numbers = range(first, first + size)
+    rng = np.random.default_rng(5)
+    values = rng.standard_normal((16, MAX_REGIONS, FEATURE_DIM)).astype(np.float32)
+    boxes = rng.random((16, MAX_REGIONS, 4)).astype(np.float32)
+    num_regions = np.array([1 + number % MAX_REGIONS for number in numbers], np.int32)
+    width = int(num_regions.max())
+    kept = np.arange(width) < num_regions[:, None]
+    rows = list(numbers)
+    return Batch(
+        keys=[f"sample-{number}" for number in numbers],
+        rows=np.array(rows),
+        positions=np.array(rows),
+        texts=[make_texts(number) for number in numbers],
+        text_index=np.zeros(size, np.int64),
+        distractors=[make_texts((number + 1) % 7) for number in numbers],
+        features=FeatureBatch(
+            np.where(kept[..., None], values[rows, :width], 0),
+            np.where(kept[..., None], boxes[rows, :width], 0),
+            num_regions,
+        ),
+        step=step,
+        seed=11,
+    )
+
+
+def with_texts(batch: Batch, texts: Sequence[Texts], **changes: Any) -> Batch:
+    return replace(batch, texts=list(texts), **changes)
+
+
+def make_tokenizer() -> Any:
+    return build_tokenizer([*make_texts(6).captions, "is the very big? yes no"], 120)
+
+
+def make_model(vocab_size: int, num_answers: int = len(ANSWERS)) -> VisualBert:
+    torch.manual_seed(0)
+    config = VisualBertConfig(
+        vocab_size=vocab_size,
+        width=16,
+        num_layers=2,
+        num_heads=2,
+        intermediate_size=24,
+        feature_dim=FEATURE_DIM,
+        max_positions=32,
+        num_answers=num_answers,
+    )
+    return VisualBert(config).eval()

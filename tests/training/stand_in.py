@@ -1,0 +1,239 @@
+"""A module and batches that follow the loop's interfaces and cost nothing: for tests of training.
+
+The data of a step is a function of (seed, step, place in the global batch), as the loader's is.
+"""
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pipeline.errors import FeatureError
+from pipeline.training.assembly import Assembly
+from pipeline.training.loop import train
+from pipeline.training.spec import Environment, TrainingConfig, TrainingSpec
+
+OnStep = Callable[[int, int], None]
+Assembled = Callable[..., Assembly]
+
+FEATURES, WIDTH, CLASSES = 5, 7, 3  # odd sizes: no stage divides them evenly over two ranks
+
+
+@dataclass(frozen=True)
+class StandInBatch:
+    features: Tensor  # (B, FEATURES)
+    targets: Tensor  # (B, CLASSES)
+    num_samples: int
+    num_tokens: int
+    num_places: int
+    on_taken: Callable[[], None] | None = None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "StandInBatch":
+        if self.on_taken:
+            self.on_taken()
+        moved = self.features.to(device, dtype), self.targets.to(device, dtype)
+        return replace(self, features=moved[0], targets=moved[1])
+
+
+class StandIn(nn.Module):
+    """Two objectives over one forward pass, with dropout, a norm and biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(FEATURES, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.dropout = nn.Dropout(0.2)
+        self.out = nn.Linear(WIDTH, CLASSES)
+        self.unused = nn.Linear(2, CLASSES)  # like a head of another phase
+        self.register_buffer("scale", torch.tensor([0.5, 2.0]))
+
+    def forward(self, batch: StandInBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden = self.dropout(self.norm(self.hidden(batch.features)).relu())
+        error = self.out(hidden) - batch.targets
+        squared, absolute = error.float().pow(2).mean(), error.float().abs().mean()
+        return squared + 0.3 * absolute, {"sq": squared.detach(), "abs": absolute.detach()}
+
+
+def make_spec(folder: Path | str, **training: Any) -> TrainingSpec:
+    settings: dict[str, Any] = {
+        "steps": 8,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "learning_rate": 0.02,
+        "warmup_steps": 2,
+        "checkpoint_every_steps": 3,
+        "timeout_seconds": 60,
+        # small parameters would be kept whole by stage 3; here they are cut, as large ones are
+        "deepspeed": (
+            {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+            if training.get("zero_stage") == 3
+            else {}
+        ),
+    }
+    return TrainingSpec(
+        phase="pretrain",
+        folder=str(folder),
+        dataset="none",
+        dataset_version=1,
+        features=None,
+        family="stand-in",
+        model={},
+        tokenizer="none",
+        max_tokens=4,
+        objectives={},
+        seed=11,
+        training=TrainingConfig(**{**settings, **training}),
+    )
+
+
+def stand_in(spec: TrainingSpec, on_step: OnStep | None = None) -> Assembly:
+    """`on_step` is called with (step, rank) as a rank begins a step, from 1."""
+    torch.manual_seed(spec.seed)
+    config = spec.training
+
+    def batches(
+        start: int, rank: int, world_size: int
+    ) -> Generator[list[StandInBatch], None, None]:
+        per_rank = config.global_batch_size // world_size
+        for step in range(start, config.steps):
+            places = range(rank * per_rank, (rank + 1) * per_rank)
+            rows = torch.stack([_row(spec.seed, step, place) for place in places])
+            parts = [
+                StandInBatch(part[:, :FEATURES], part[:, FEATURES:], len(part), 3 * len(part), 12)
+                for part in torch.split(rows, config.micro_batch_size)
+            ]
+            if on_step:
+                parts[0] = replace(parts[0], on_taken=partial(on_step, step + 1, rank))
+            yield parts
+
+    def save(weights: dict[str, Tensor]) -> None:
+        folder = Path(spec.folder) / "model"
+        folder.mkdir(exist_ok=True)
+        save_file(weights, folder / "model.safetensors")
+
+    return Assembly(StandIn(), batches, save)
+
+
+def without_dropout(spec: TrainingSpec, on_step: OnStep | None = None) -> Assembly:
+    """A rank draws dropout for its own samples; without it, the loss knows no world size."""
+    assembly = stand_in(spec, on_step)
+    assembly.module.dropout.p = 0.0  # type: ignore[union-attr]
+    return assembly
+
+
+def _row(seed: int, step: int, place: int) -> Tensor:
+    noise = np.random.default_rng((seed, step, place)).normal(size=FEATURES)
+    answer = np.sin(noise[:CLASSES]) + noise[CLASSES - 1 : CLASSES + 2][:CLASSES]
+    return torch.tensor(np.concatenate([noise, answer]), dtype=torch.float32)
+
+
+def in_processes(world_size: int, work: Callable[..., Any], *arguments: Any) -> list[int]:
+    """Calls work(rank, *arguments) in processes with a gloo group; returns their exit codes."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # read as DeepSpeed is imported
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "pipeline.training.loop",
+            "deepspeed",
+            "torch._dynamo",
+            "transformers.models.auto.tokenization_auto",
+            __name__,
+        ]
+    )
+    store = Path(arguments[0].folder).parent / f"store-{os.urandom(4).hex()}"
+    processes = [
+        context.Process(target=_rank, args=(rank, world_size, store, work, arguments))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode or 0 for process in processes]
+
+
+def train_on(world_size: int, spec: TrainingSpec, assembled: Assembled = stand_in) -> None:
+    """Trains on so many processes; they must all succeed."""
+    assert in_processes(world_size, train_rank, spec, assembled) == [0] * world_size
+
+
+def train_rank(rank: int, spec: TrainingSpec, assembled: Assembled) -> None:
+    train(spec, Environment(rank, dist.get_world_size(), rank, "cpu"), assembled)
+
+
+def train_and_die(
+    rank: int, spec: TrainingSpec, victim: int, step: int, assembled: Assembled = stand_in
+) -> None:
+    """Kills the process of one rank, as kill -9 does, as it begins a step."""
+
+    def on_step(begun: int, of_rank: int) -> None:
+        if (begun, of_rank) == (step, victim):
+            os.kill(os.getpid(), 9)
+
+    train_rank(rank, spec, partial(assembled, on_step=on_step))
+
+
+def train_until(rank: int, spec: TrainingSpec, seconds: float) -> None:
+    """Kills the process of rank 1 so many seconds after its first step, wherever it is then."""
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), 9))
+    timer.daemon = True
+
+    def on_step(_: int, rank: int) -> None:
+        if rank == 1 and not timer.ident:
+            timer.start()
+        time.sleep(0.01)
+
+    train_rank(rank, spec, partial(stand_in, on_step=on_step))
+
+
+def _rank(
+    rank: int, world_size: int, store: Path, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group(
+        "gloo",
+        store=torch.distributed.FileStore(str(store), world_size),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )
+    work(rank, *arguments)
+    dist.destroy_process_group()
+
+
+def ray_worker(config: dict[str, Any]) -> None:
+    """What a rank runs under Ray Train, with the stand-in for the model and the data."""
+    import ray.train
+
+    torch.set_num_threads(1)
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    for document in config["specs"]:
+        spec = TrainingSpec.model_validate(document)
+        environment = Environment(rank, world_size, context.get_local_rank(), "cpu")
+        train(spec, environment, unhurried)
+
+
+def unhurried(spec: TrainingSpec) -> Assembly:
+    """The stand-in, slow enough to be interrupted; a phase called `fails` fails on rank 1."""
+
+    def on_step(_: int, rank: int) -> None:
+        (Path(spec.folder) / f"pid-{rank}").write_text(str(os.getpid()))
+        time.sleep(0.05)
+        if spec.phase == "fails" and rank == 1:
+            raise FeatureError("shard 7 has no features")
+
+    return stand_in(spec, on_step)

@@ -1,0 +1,214 @@
+"""The real model, objectives, loader and tokenizer, on a dataset of a few samples."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.data.vocabulary import build_tokenizer
+from pipeline.training.assembly import Assembly, assemble
+from pipeline.training.loop import train
+from pipeline.training.metrics_log import read_metrics
+from pipeline.training.model_folder import load_model
+from pipeline.training.spec import Environment, TrainingSpec
+from tests.data.tiny_dataset import EXTRACTOR, make_dataset, make_texts
+from tests.training.stand_in import in_processes, train_on
+
+HERE = Environment(rank=0, world_size=1, local_rank=0, device="cpu")
+ANSWERS = ("yes", "no", "a cat")
+SIZES = {
+    "feature_dim": 8,
+    "width": 12,
+    "num_layers": 2,
+    "num_heads": 3,
+    "intermediate_size": 20,
+    "max_positions": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dataset of 23 samples and a tokenizer built from its captions."""
+    folder = tmp_path_factory.mktemp("data")
+    make_dataset(str(folder / "dataset"))
+    texts = [make_texts(number) for number in range(23)]
+    captions = [caption for text in texts for caption in text.captions]
+    build_tokenizer(iter(captions * 3), 90).save_pretrained(str(folder / "tokenizer"))
+    return folder
+
+
+def make_spec(data: Path, folder: Path, **changes: Any) -> TrainingSpec:
+    sizes = SIZES | {"vocab_size": 90, "num_answers": len(changes.get("answers", ()))}
+    spec: dict[str, Any] = {
+        "phase": "pretrain",
+        "folder": str(folder),
+        "dataset": str(data / "dataset"),
+        "dataset_version": newest_version(data),
+        "features": EXTRACTOR,
+        "family": "visualbert",
+        "model": sizes,
+        "tokenizer": str(data / "tokenizer"),
+        "max_tokens": 9,
+        "objectives": {"mlm": {}, "itm": {}, "lm": {}},
+        "seed": 3,
+        "training": {"steps": 6, "global_batch_size": 12, "micro_batch_size": 3},
+    }
+    return TrainingSpec.model_validate(spec | changes)
+
+
+def newest_version(data: Path) -> int:
+    from pipeline.data.dataset import Dataset
+
+    return Dataset.open(str(data / "dataset")).version
+
+
+def steps_of(assembly: Assembly, start: int, world_size: int) -> list[list[Any]]:
+    """The micro-batches of every step from `start` on, over all ranks in rank order."""
+    ranks = [list(assembly.batches(start, rank, world_size)) for rank in range(world_size)]
+    return [[batch for rank in ranks for batch in rank[step]] for step in range(len(ranks[0]))]
+
+
+def words(batches: list[Any], stream: str) -> list[list[int]]:
+    rows = []
+    for batch in batches:
+        inputs = batch.streams[stream].inputs
+        for tokens, padding in zip(inputs.tokens, inputs.token_padding, strict=True):
+            rows.append(tokens[~padding].tolist())
+    return rows
+
+
+def test_a_step_is_the_same_for_any_number_of_ranks_and_any_start(
+    data: Path, tmp_path: Path
+) -> None:
+    assembly = assemble(make_spec(data, tmp_path))
+    alone, pair, later = (
+        steps_of(assembly, 0, 1),
+        steps_of(assembly, 0, 2),
+        steps_of(assembly, 4, 4),
+    )
+    assert [len(step) for step in alone] == [4] * 6
+    for stream in ("captions-full", "captions-prefix"):
+        alone_words = [words(step, stream) for step in alone]
+        assert [words(step, stream) for step in pair] == alone_words
+        assert [words(step, stream) for step in later] == alone_words[4:]
+
+
+def test_objectives_of_two_kinds_of_text_share_a_step(data: Path, tmp_path: Path) -> None:
+    spec = make_spec(
+        data, tmp_path, objectives={"answer": {}, "lm": {}}, answers=ANSWERS, phase="finetune"
+    )
+    batch: Any
+    (batch, *_), *_ = assemble(spec).batches(0, 0, 1)
+    assert set(batch.streams) == {"captions-prefix", "questions-full"}
+    assert batch.num_samples == 6
+
+
+def test_the_blind_twin_sees_no_region(data: Path, tmp_path: Path) -> None:
+    batch: Any
+    (batch, *_), *_ = assemble(make_spec(data, tmp_path, blind=True)).batches(0, 0, 1)
+    for stream in batch.streams.values():
+        assert stream.inputs.features.shape == (3, 0, 8)
+
+
+def test_every_rank_starts_from_the_same_weights(data: Path, tmp_path: Path) -> None:
+    first, second = (assemble(make_spec(data, tmp_path)).module for _ in range(2))
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert first.training
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_model_is_pretrained_saved_and_fine_tuned(data: Path, tmp_path: Path) -> None:
+    pretrain = make_spec(data, tmp_path / "pretrain", card={"phase": "pretrain"})
+    assert train(pretrain, HERE).model_folder == str(tmp_path / "pretrain" / "model")
+    assert set(read_metrics(pretrain.folder)[0]["losses"]) == {"mlm", "itm", "lm"}
+    saved = load_model(str(tmp_path / "pretrain" / "model"))
+    assert saved.card["phase"] == "pretrain"
+    weights = {name: tensor.clone() for name, tensor in saved.model.named_parameters()}
+
+    finetune = make_spec(
+        data,
+        tmp_path / "finetune",
+        phase="finetune",
+        objectives={"answer": {}, "lm": {}},
+        answers=ANSWERS,
+        initial=str(tmp_path / "pretrain" / "model"),
+        training={
+            "steps": 30,
+            "global_batch_size": 8,
+            "micro_batch_size": 8,
+            "learning_rate": 3e-3,
+        },
+    )
+    start = dict(assemble(finetune).module.model.named_parameters())  # type: ignore[union-attr]
+    assert all(torch.equal(start[name], tensor) for name, tensor in weights.items())
+    train(finetune, HERE)
+    losses = [line["losses"]["answer"] for line in read_metrics(finetune.folder)]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    assert load_model(str(tmp_path / "finetune" / "model")).answers == ANSWERS
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_answer_head_is_taken_over_only_for_the_same_answers(data: Path, tmp_path: Path) -> None:
+    first = make_spec(
+        data, tmp_path / "first", objectives={"answer": {}}, answers=ANSWERS, phase="finetune"
+    )
+    train(first, HERE)
+    initial = str(tmp_path / "first" / "model")
+    trained = load_model(initial).model.state_dict()
+    same = make_spec(data, tmp_path, objectives={"answer": {}}, answers=ANSWERS, initial=initial)
+    other = make_spec(
+        data, tmp_path, objectives={"answer": {}}, answers=("red", "blue"), initial=initial
+    )
+    taken = assemble(same).module.model.state_dict()  # type: ignore[union-attr]
+    assert all(torch.equal(taken[name], tensor) for name, tensor in trained.items())
+    fresh = assemble(other).module.model.state_dict()  # type: ignore[union-attr]
+    differing = {name for name, tensor in trained.items() if not equal(fresh[name], tensor)}
+    assert differing
+    assert all(name.startswith("answer_head") for name in differing)
+
+
+def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (3, "bf16")])
+def test_the_real_model_trains_on_two_ranks_and_goes_on_bit_by_bit(
+    data: Path, tmp_path: Path, stage: int, precision: str
+) -> None:
+    training = {
+        "steps": 6,
+        "global_batch_size": 12,
+        "micro_batch_size": 3,
+        "checkpoint_every_steps": 2,
+        "zero_stage": stage,
+        "precision": precision,
+    }
+    unbroken, broken = (
+        make_spec(data, tmp_path / name, training=training) for name in ("unbroken", "broken")
+    )
+    train_on(2, unbroken, assemble)
+    assert in_processes(2, train_to_step_5, broken) != [0, 0]
+    train_on(2, broken, assemble)
+    first, second = (
+        [(line["loss"], line["losses"], line["grad_norm"]) for line in read_metrics(spec.folder)]
+        for spec in (unbroken, broken)
+    )
+    assert first == second
+    assert len(first) == 6
+
+
+def train_to_step_5(rank: int, spec: TrainingSpec) -> None:
+    def assemble_ending(spec: TrainingSpec) -> Assembly:
+        assembly = assemble(spec)
+
+        def batches(start: int, rank: int, world_size: int) -> Any:
+            source = assembly.batches(start, rank, world_size)
+            yield from (next(source) for _ in range(4))
+
+        return replace(assembly, batches=batches)
+
+    train(spec, Environment(rank, 2, rank, "cpu"), assemble_ending)

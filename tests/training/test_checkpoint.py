@@ -1,0 +1,159 @@
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.errors import CheckpointError
+from pipeline.training import checkpoint
+from pipeline.training.checkpoint import Writer
+
+WRITER = Writer(sequence={"seed": 1}, zero_stage=1, precision="fp32")
+
+pytestmark = pytest.mark.usefixtures("alone")
+
+
+def states(step: int) -> Iterator[tuple[str, Tensor]]:
+    yield "weight/a", torch.full((2, 3), float(step))
+    yield "exp_avg/a", torch.arange(6.0).reshape(2, 3) / 7
+    yield "buffer/n", torch.tensor([step])
+
+
+def save(folder: Path, *steps: int) -> None:
+    for step in steps:
+        checkpoint.save(str(folder), step, states(step), WRITER)
+
+
+def newest(folder: Path) -> tuple[int | None, list[str]]:
+    damaged: list[str] = []
+    manifest = checkpoint.newest(str(folder), folder, damaged.append)
+    return manifest.step if manifest else None, damaged
+
+
+def flip_a_bit(path: Path) -> None:
+    payload = bytearray(path.read_bytes())
+    payload[-3] ^= 0b100
+    path.write_bytes(payload)
+
+
+def test_what_is_read_is_what_was_saved(tmp_path: Path) -> None:
+    save(tmp_path, 4)
+    location = str(tmp_path / "step-00000004")
+    manifest = checkpoint.verify(location, tmp_path)
+    read = checkpoint.reader(location, manifest, tmp_path)
+    for name, tensor in states(4):
+        assert torch.equal(read(name), tensor)
+    with pytest.raises(CheckpointError, match="no tensor 'weight/b'"):
+        read("weight/b")
+
+
+def test_the_newest_is_found_and_nothing_in_an_empty_folder(tmp_path: Path) -> None:
+    assert newest(tmp_path / "absent") == (None, [])
+    save(tmp_path, 3, 12, 6)
+    assert newest(tmp_path) == (12, [])
+
+
+def damage_by_flipping_a_bit(folder: Path) -> None:
+    flip_a_bit(folder / "rank-00000.safetensors")
+
+
+def damage_by_cutting_short(folder: Path) -> None:
+    path = folder / "rank-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def damage_by_removing_a_part(folder: Path) -> None:
+    (folder / "rank-00000.safetensors").unlink()
+
+
+def damage_by_removing_the_manifest(folder: Path) -> None:
+    (folder / checkpoint.MANIFEST).unlink()
+
+
+def damage_by_tearing_the_manifest(folder: Path) -> None:
+    path = folder / checkpoint.MANIFEST
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def damage_by_renaming(folder: Path) -> None:
+    folder.rename(folder.with_name("step-00000099"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_by_flipping_a_bit,
+        damage_by_cutting_short,
+        damage_by_removing_a_part,
+        damage_by_removing_the_manifest,
+        damage_by_tearing_the_manifest,
+        damage_by_renaming,
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, damage: Any
+) -> None:
+    save(tmp_path, 3, 6, 9)
+    damage(tmp_path / "step-00000009")
+    step, (reason,) = newest(tmp_path)
+    assert step == 6
+    assert "step-000000" in reason
+
+
+def test_a_failed_write_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Any, path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    save(tmp_path, 3)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"rank 0 could not write its part.*No space left"):
+        save(tmp_path, 6)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_a_killed_writer_leaves_only_what_is_never_taken_for_a_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    (tmp_path / "step-00000006.partial").mkdir()
+    (tmp_path / "step-00000006.partial" / "rank-00000.safetensors").write_bytes(b"half")
+    assert newest(tmp_path) == (3, [])
+    checkpoint.remove_leftovers(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_a_damaged_checkpoint_is_replaced_when_its_step_is_reached_again(tmp_path: Path) -> None:
+    save(tmp_path, 3, 6)
+    flip_a_bit(tmp_path / "step-00000006" / "rank-00000.safetensors")
+    save(tmp_path, 6)
+    assert newest(tmp_path) == (6, [])
+
+
+def test_the_last_few_are_kept_and_later_ones_are_not_counted(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 3, 4, 9)
+    assert checkpoint.prune(str(tmp_path), keep=2, step=4) == [1, 2]
+    assert checkpoint.steps_in(str(tmp_path)) == [3, 4, 9]
+
+
+def test_two_runs_are_told_apart_by_the_keys_they_differ_in() -> None:
+    mine = {"seed": 1, "training": {"learning_rate": 0.1, "steps": 5}}
+    other = {"seed": 1, "training": {"learning_rate": 0.2, "steps": 5}}
+    assert checkpoint.differences(mine, other) == ["training.learning_rate: 0.2 then, 0.1 now"]
+    assert checkpoint.differences(mine, mine) == []
+
+
+def test_the_manifest_names_every_file_with_its_size_and_digest(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    folder = tmp_path / "step-00000005"
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    assert {file["name"] for file in manifest["files"]} | {checkpoint.MANIFEST} == {
+        path.name for path in folder.iterdir()
+    }
+    assert all(
+        file["size_bytes"] == (folder / file["name"]).stat().st_size and len(file["digest"]) == 32
+        for file in manifest["files"]
+    )

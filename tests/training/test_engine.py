@@ -1,0 +1,163 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError, TrainingError
+from pipeline.training.engine import Engine, engine_config
+from pipeline.training.schedule import rate_factor
+from pipeline.training.spec import Environment, TrainingConfig
+from tests.training.stand_in import make_spec, stand_in
+
+HERE = Environment(rank=0, world_size=1, local_rank=0, device="cpu")
+
+STAGES = [
+    (0, "fp32"),
+    (1, "fp32"),
+    (1, "bf16"),
+    (2, "fp32"),
+    (2, "bf16"),
+    (3, "fp32"),
+    (3, "bf16"),
+]
+
+
+def advance(engine: Engine, spec: Any, start: int, stop: int) -> list[tuple[float, float]]:
+    """Trains from one step to another; returns each step's mean loss and gradient norm."""
+    source = stand_in(spec).batches(start, 0, 1)
+    trace = []
+    for step in range(start, stop):
+        torch.manual_seed(step)
+        batches = [batch.to(engine.device, engine.dtype) for batch in next(source)]
+        losses, norm = engine.advance(batches)
+        trace.append((float(sum(loss for loss, _ in losses)) / len(losses), norm))
+    return trace
+
+
+def with_plain_torch(spec: Any, steps: int) -> list[tuple[float, float]]:
+    """The same steps with torch alone: what the engine must come to."""
+    assembly, config = stand_in(spec), spec.training
+    module = assembly.module
+    matrices = [p for p in module.parameters() if p.ndim == 2]
+    vectors = [p for p in module.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: rate_factor(config, s))
+    trace = []
+    for step, batches in zip(range(steps), assembly.batches(0, 0, 1), strict=False):
+        torch.manual_seed(step)
+        losses = []
+        for batch in batches:
+            loss, _ = module(batch)
+            (loss / len(batches)).backward()
+            losses.append(float(loss.detach()))
+        norm = nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        trace.append((sum(losses) / len(losses), float(norm)))
+    return trace
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(("stage", "precision"), STAGES)
+def test_every_stage_trains_as_plain_torch_does(tmp_path: Path, stage: int, precision: str) -> None:
+    spec = make_spec(tmp_path, zero_stage=stage, precision=precision)
+    engine = Engine(stand_in(spec).module, spec.training, HERE)
+    trace, expected = advance(engine, spec, 0, 6), with_plain_torch(spec, 6)
+    engine.close()
+    losses, norms = zip(*trace, strict=True)
+    expected_losses, expected_norms = zip(*expected, strict=True)
+    exact = precision == "fp32"
+    assert losses == pytest.approx(expected_losses, rel=1e-5 if exact else 1e-2)
+    assert norms == pytest.approx(expected_norms, rel=1e-5 if exact else 0.1)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(("stage", "precision"), STAGES)
+def test_a_restored_engine_goes_on_bit_by_bit(tmp_path: Path, stage: int, precision: str) -> None:
+    spec = make_spec(tmp_path, zero_stage=stage, precision=precision)
+    engine = Engine(stand_in(spec).module, spec.training, HERE)
+    advance(engine, spec, 0, 3)
+    kept = {name: tensor.clone() for name, tensor in engine.states()}
+    unbroken = advance(engine, spec, 3, 8)
+    engine.close()
+    restored = Engine(stand_in(spec).module, spec.training, HERE, 3, kept.__getitem__)
+    assert {name: tensor.tolist() for name, tensor in restored.states()} == {
+        name: tensor.tolist() for name, tensor in kept.items()
+    }
+    assert advance(restored, spec, 3, 8) == unbroken
+    restored.close()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_frozen_parameter_stays_and_has_no_moments(tmp_path: Path, stage: int) -> None:
+    spec = make_spec(tmp_path, zero_stage=stage, precision="fp32")
+    module = stand_in(spec).module
+    frozen = dict(module.named_parameters())["hidden.weight"].requires_grad_(False)
+    before = frozen.detach().clone()
+    engine = Engine(module, spec.training, HERE)
+    advance(engine, spec, 0, 2)
+    states = {name: tensor.clone() for name, tensor in engine.states()}
+    engine.close()
+    assert torch.equal(states["weight/hidden.weight"], before)
+    assert "exp_avg/hidden.weight" not in states
+    assert "exp_avg/hidden.bias" in states
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_weights_are_the_modules_state_dict_in_fp32(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, zero_stage=3, precision="bf16")
+    module = stand_in(spec).module
+    expected: dict[str, Tensor] = {k: v.clone() for k, v in module.state_dict().items()}
+    engine = Engine(module, spec.training, HERE)
+    weights = engine.weights()
+    engine.close()
+    assert weights.keys() == expected.keys()
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    for name, tensor in expected.items():  # they went through bf16 when the engine was built
+        assert torch.allclose(weights[name], tensor, rtol=1e-2)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_step_of_too_few_micro_batches_is_refused(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path)
+    engine = Engine(stand_in(spec).module, spec.training, HERE)
+    with pytest.raises(TrainingError, match="4 micro-batches on each rank, found 1"):
+        engine.advance([None])
+    engine.close()
+
+
+def config_of(**settings: Any) -> dict[str, Any]:
+    sizes = {"steps": 10, "global_batch_size": 24, "micro_batch_size": 2}
+    config = TrainingConfig.model_validate({**sizes, **settings})
+    return engine_config(config, Environment(1, 3, 1, settings.pop("device", "cpu")), 1000)
+
+
+def test_the_resolved_configuration_is_plain_and_whole() -> None:
+    config = config_of(zero_stage=2, precision="bf16", clip_norm=0.5)
+    assert json.loads(json.dumps(config)) == config
+    assert config["train_batch_size"] == 24
+    assert config["gradient_accumulation_steps"] == 4
+    assert config["bf16"] == {"enabled": True}
+    assert config["gradient_clipping"] == 0.5
+    assert config["zero_optimization"]["reduce_bucket_size"] == 4096
+
+
+def test_further_keys_are_merged_in() -> None:
+    more = {"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": False}
+    config = config_of(zero_stage=3, deepspeed=more)
+    assert config["zero_optimization"]["stage"] == 3
+    assert config["zero_optimization"]["overlap_comm"] is True
+    assert config["wall_clock_breakdown"] is False
+
+
+def test_ranks_that_cannot_share_the_global_batch_are_refused() -> None:
+    with pytest.raises(ConfigError, match="not a positive multiple"):
+        config_of(micro_batch_size=12)

@@ -1,0 +1,69 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import StorageError
+from pipeline.training.metrics_log import METRICS, Follower, MetricsLog, read_metrics
+
+
+def write_steps(folder: Path, first: int, last: int) -> None:
+    with MetricsLog(str(folder), first - 1) as log:
+        for step in range(first, last + 1):
+            log.step({"step": step, "loss": 1 / step})
+
+
+def steps(folder: Path) -> list[int]:
+    return [line["step"] for line in read_metrics(str(folder))]
+
+
+def test_lines_of_steps_that_are_made_again_are_cut_off(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 7)
+    write_steps(tmp_path, 5, 6)
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_torn_last_line_is_read_over_and_then_replaced(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 3)
+    path = tmp_path / METRICS
+    path.write_bytes(path.read_bytes()[:-4])
+    assert steps(tmp_path) == [1, 2]
+    write_steps(tmp_path, 3, 4)
+    assert steps(tmp_path) == [1, 2, 3, 4]
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 3)
+    path = tmp_path / METRICS
+    path.write_bytes(path.read_bytes().replace(b'{"step": 2', b'{"step: 2'))
+    with pytest.raises(StorageError, match="line 2"):
+        read_metrics(str(tmp_path))
+
+
+def test_a_follower_sees_each_new_line_once_and_only_whole(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 2)
+    follower = Follower(str(tmp_path), METRICS)
+    assert follower.new_lines() == []
+    write_steps(tmp_path, 3, 4)
+    with (tmp_path / METRICS).open("ab") as file:
+        file.write(b'{"step": 5')
+    assert [line["step"] for line in follower.new_lines()] == [3, 4]
+    with (tmp_path / METRICS).open("ab") as file:
+        file.write(b"}\n")
+    assert [line["step"] for line in follower.new_lines()] == [5]
+
+
+def test_a_follower_goes_on_where_the_log_was_cut_back_to(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 6)
+    follower = Follower(str(tmp_path), METRICS)
+    with MetricsLog(str(tmp_path), 3):
+        assert follower.new_lines() == []
+    write_steps(tmp_path, 4, 5)
+    assert [line["step"] for line in follower.new_lines()] == [4, 5]
+
+
+def test_events_carry_their_name_and_time(tmp_path: Path) -> None:
+    with MetricsLog(str(tmp_path), 0) as log:
+        log.event("checkpoint", step=3)
+    (event,) = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert (event["event"], event["step"], event["time"] > 0) == ("checkpoint", 3, True)

@@ -1,0 +1,263 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from pipeline.data.dataset import Dataset
+from pipeline.data.manifest import Manifest
+from pipeline.errors import ConfigError, FeatureError
+from pipeline.vision import extract as module
+from pipeline.vision.extract import ExtractConfig, ExtractProgress, ExtractReport, extract
+from pipeline.vision.grid import GridConfig
+from pipeline.vision.pixels import PixelsConfig
+from tests.vision.photo_dataset import make_dataset, picture, pictures
+
+PIXELS = PixelsConfig(image_size=12, patch_size=4)
+GRID = GridConfig(network="squeezenet1_0", node="features", weights="random", image_size=64)
+HERE = ExtractConfig(actors=0, batch_size=3)
+
+
+def sidecars(url: Path, name: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (url / "features" / name).glob("*.tar")}
+
+
+def check_features(url: Path, report: ExtractReport, images: dict[str, bytes]) -> None:
+    """Every live sample, and no other, has the feature of its own image."""
+    split = Dataset.open(str(url)).split("train", features=report.extractor)
+    assert sorted(split.keys.tolist()) == sorted(images)
+    extractor = PIXELS.build()
+    values = split.features(range(split.num_samples)).values
+    for row, key in enumerate(split.keys.tolist()):
+        (expected,) = extractor.extract([extractor.prepare(images[key])])
+        np.testing.assert_array_equal(values[row], expected.values)
+
+
+def test_every_live_sample_gets_its_feature(tmp_path: Path) -> None:
+    images = pictures(11)
+    make_dataset(str(tmp_path), images)
+    heard: list[ExtractProgress] = []
+    report = extract(str(tmp_path), PIXELS, HERE, heard.append)
+    check_features(tmp_path, report, images)
+    assert (report.num_shards, report.num_images, report.num_unchanged) == (3, 11, 0)
+    assert report.size_bytes == sum(map(len, sidecars(tmp_path, report.extractor).values()))
+    assert [progress.num_done for progress in heard] == sorted(p.num_done for p in heard)
+    assert (heard[0].num_done, heard[-1].num_done, heard[-1].num_to_do) == (0, 11, 11)
+    assert 0 <= report.waited_fraction <= 1
+
+
+def test_second_run_computes_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_dataset(str(tmp_path), pictures(9))
+    first = extract(str(tmp_path), PIXELS, HERE)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(module, "write_sidecar", None)
+    monkeypatch.setattr(module, "measure_invariance", None)
+    again = extract(str(tmp_path), PIXELS, HERE)
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert (again.num_shards, again.num_images, again.num_unchanged) == (0, 0, 9)
+    assert again.extractor == first.extractor
+    assert again.card == first.card
+    assert after == before
+
+
+def test_cost_follows_change(tmp_path: Path) -> None:
+    images = pictures(12)
+    make_dataset(str(tmp_path), images)
+    name = extract(str(tmp_path), PIXELS, HERE).extractor
+    before = sidecars(tmp_path, name)
+
+    images = images | pictures(2, first=20) | {"photo-5": picture(99)}
+    del images["photo-7"]
+    make_dataset(str(tmp_path), images)
+    report = extract(str(tmp_path), PIXELS, HERE)
+    assert report.num_images == 3
+    assert report.num_unchanged == 10
+    check_features(tmp_path, report, images)
+    after = sidecars(tmp_path, name)
+    assert {shard: after[shard] for shard in before} == before
+
+
+def test_shard_with_removed_samples_counts_its_live_ones(tmp_path: Path) -> None:
+    images = pictures(8)
+    make_dataset(str(tmp_path), images, samples_per_shard=8)
+    del images["photo-2"], images["photo-6"]
+    make_dataset(str(tmp_path), images, samples_per_shard=8)
+    report = extract(str(tmp_path), PIXELS, HERE)
+    assert report.num_images == 6
+    check_features(tmp_path, report, images)
+
+
+def test_older_version_of_the_dataset_keeps_its_features(tmp_path: Path) -> None:
+    images = pictures(5)
+    make_dataset(str(tmp_path), images, samples_per_shard=5)
+    version = Manifest.open(str(tmp_path)).version
+    extract(str(tmp_path), PIXELS, HERE)
+    make_dataset(str(tmp_path), images | {"photo-1": picture(70)}, samples_per_shard=5)
+    name = extract(str(tmp_path), PIXELS, HERE).extractor
+    split = Dataset.open(str(tmp_path), version).split("train", features=name)
+    assert split.num_samples == 5
+
+
+def test_another_extractor_has_its_own_folder_and_touches_no_shard(tmp_path: Path) -> None:
+    make_dataset(str(tmp_path), pictures(6))
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").rglob("*.tar")}
+    names = {extract(str(tmp_path), config, HERE).extractor for config in (PIXELS, GRID)}
+    assert {path.name for path in (tmp_path / "features").iterdir()} == names
+    assert len(names) == 2
+    assert shards == {p: p.stat().st_mtime_ns for p in (tmp_path / "shards").rglob("*.tar")}
+
+
+def test_card_says_what_made_the_features(tmp_path: Path) -> None:
+    make_dataset(str(tmp_path), pictures(8))
+    report = extract(str(tmp_path), GRID, HERE)
+    card = json.loads((tmp_path / "features" / report.extractor / "card.json").read_text())
+    assert card == report.card
+    assert report.extractor == f"grid-{card['identity'][:8]}"
+    (environment,) = card["environments"]
+    assert environment["device"] == "cpu"
+    assert environment["libraries"]["torch"]
+    invariance = environment["batch_invariance"]
+    assert 0 <= invariance["largest_difference"] <= invariance["tolerance"]
+    assert invariance["images"] == 4  # of the first shard
+
+
+def test_other_libraries_are_added_to_the_card(tmp_path: Path) -> None:
+    make_dataset(str(tmp_path), pictures(4))
+    report = extract(str(tmp_path), PIXELS, HERE)
+    path = tmp_path / "features" / report.extractor / "card.json"
+    card = json.loads(path.read_text())
+    card["environments"][0]["libraries"]["numpy"] = "1.0"
+    path.write_text(json.dumps(card))
+    make_dataset(str(tmp_path), pictures(9))
+    extract(str(tmp_path), PIXELS, HERE)
+    versions = [e["libraries"]["numpy"] for e in json.loads(path.read_text())["environments"]]
+    assert versions == ["1.0", np.__version__]
+
+
+def test_undecodable_image_stops_the_run_and_keeps_what_was_done(tmp_path: Path) -> None:
+    images = pictures(12)
+    images["photo-3"] = images["photo-3"][:-60]
+    make_dataset(str(tmp_path), images)
+    with pytest.raises(FeatureError, match="sample 'photo-3'"):
+        extract(str(tmp_path), PIXELS, HERE)
+    images["photo-3"] = picture(3)
+    make_dataset(str(tmp_path), images)
+    report = extract(str(tmp_path), PIXELS, HERE)
+    check_features(tmp_path, report, images)
+
+
+def test_missing_weights_are_refused_before_any_work(tmp_path: Path) -> None:
+    make_dataset(str(tmp_path), pictures(2))
+    config = GRID.model_copy(update={"weights": str(tmp_path / "absent.pth")})
+    with pytest.raises(FeatureError, match=r"absent\.pth"):
+        extract(str(tmp_path), config, HERE)
+    assert not (tmp_path / "features").exists()
+
+
+def test_gpu_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    make_dataset(str(tmp_path), pictures(2))
+    with pytest.raises(ConfigError, match="gpus_per_actor"):
+        extract(str(tmp_path), PIXELS, ExtractConfig(actors=0, gpus_per_actor=1))
+
+
+def test_killed_run_loses_only_the_shard_in_flight(tmp_path: Path) -> None:
+    images = pictures(40)
+    make_dataset(str(tmp_path), images, samples_per_shard=2)
+    program = """
+import sys, time
+from pipeline.vision import extract as module
+from tests.vision.test_extract import HERE, PIXELS
+module.COMMIT_SECONDS = 0
+def slowly(progress):
+    print(progress.num_done, flush=True)
+    time.sleep(0.2)
+module.extract(sys.argv[1], PIXELS, HERE, slowly)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            if int(line) >= 10:
+                run.send_signal(signal.SIGKILL)
+                break
+    report = extract(str(tmp_path), PIXELS, HERE)
+    assert report.num_unchanged >= 10
+    assert report.num_images == 40 - report.num_unchanged
+    check_features(tmp_path, report, images)
+    folder = tmp_path / "features" / report.extractor
+    assert len(list(folder.glob("*.tar"))) == 20
+
+
+@pytest.mark.usefixtures("ray_local")
+class TestOnActors:
+    def test_actors_give_the_bytes_that_one_process_gives(self, tmp_path: Path) -> None:
+        for folder in ("here", "there"):
+            make_dataset(str(tmp_path / folder), pictures(14))
+        here = extract(str(tmp_path / "here"), GRID, HERE)
+        config = ExtractConfig(actors=2, cpus_per_actor=0.5, batch_size=3)
+        there = extract(str(tmp_path / "there"), GRID, config)
+        assert (there.num_shards, there.num_images) == (here.num_shards, here.num_images)
+        assert there.card == here.card
+        found = sidecars(tmp_path / "there", there.extractor)
+        assert found == sidecars(tmp_path / "here", here.extractor)
+
+    def test_shard_of_a_killed_actor_is_done_again(self, tmp_path: Path) -> None:
+        images = pictures(24)
+        make_dataset(str(tmp_path), images)
+        killed: list[int] = []
+
+        def kill_one(progress: ExtractProgress) -> None:
+            if progress.num_done and not killed:
+                killed.append(self._workers()[0])
+                os.kill(killed[0], signal.SIGKILL)
+
+        report = extract(str(tmp_path), PIXELS, ExtractConfig(actors=1, batch_size=3), kill_one)
+        assert len(killed) == 1
+        assert report.num_images == 24
+        check_features(tmp_path, report, images)
+
+    def test_error_in_an_actor_is_raised_as_it_is(self, tmp_path: Path) -> None:
+        images = pictures(6)
+        images["photo-3"] = images["photo-3"][:-60]
+        make_dataset(str(tmp_path), images)
+        with pytest.raises(FeatureError, match="sample 'photo-3'") as refused:
+            extract(str(tmp_path), PIXELS, ExtractConfig(actors=1))
+        assert "Traceback" not in str(refused.value)
+
+    def test_more_actors_than_the_cluster_holds_do_no_harm(self, tmp_path: Path) -> None:
+        images = pictures(24)
+        make_dataset(str(tmp_path), images)
+        report = extract(str(tmp_path), PIXELS, ExtractConfig(actors=5, cpus_per_actor=1))
+        check_features(tmp_path, report, images)
+
+    def test_cluster_without_room_for_one_actor_is_reported(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "START_TIMEOUT_SECONDS", 3.0)
+        make_dataset(str(tmp_path), pictures(2))
+        with pytest.raises(FeatureError, match="asks for 64 CPUs and 0 GPUs, and the cluster has"):
+            extract(str(tmp_path), PIXELS, ExtractConfig(actors=1, cpus_per_actor=64))
+
+    def _workers(self) -> list[int]:
+        found: list[Any] = []
+        for _ in range(50):
+            found = [
+                process.pid
+                for process in psutil.process_iter(["pid", "cmdline"])
+                if any("ray::_Worker" in word for word in process.info["cmdline"] or ())
+                and any(parent.pid == os.getpid() for parent in process.parents())
+            ]
+            if found:
+                break
+            time.sleep(0.1)
+        return found

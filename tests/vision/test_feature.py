@@ -1,0 +1,65 @@
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.errors import FeatureError
+from pipeline.vision.feature import Feature, identity, measure_invariance
+from pipeline.vision.image import Prepared
+
+
+def prepared(count: int) -> list[Prepared]:
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 4, 3, 3), np.uint8)
+    return [Prepared(image, (0.0, 0.0, 1.0, 1.0)) for image in pixels]
+
+
+class MeanExtractor:
+    """Mean colours, from which `share` of the batch's mean is taken away."""
+
+    name = "mean-00000000"
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+
+    def card(self) -> dict[str, Any]:
+        return {}
+
+    def prepare(self, image: bytes) -> Prepared:
+        raise NotImplementedError
+
+    def extract(self, prepared: Sequence[Prepared]) -> list[Feature]:
+        means = np.stack([image.pixels.mean(axis=(0, 1)) for image in prepared])
+        values = means - self._share * means.mean(axis=0)
+        return [Feature(row[None].astype(np.float32), None) for row in values]
+
+
+def test_feature_of_its_own_image_alone_is_invariant() -> None:
+    assert measure_invariance(MeanExtractor(0.0), prepared(3))["largest_difference"] == 0
+
+
+def test_statistics_of_a_batch_in_a_feature_are_found_out() -> None:
+    with pytest.raises(FeatureError, match="with the batch it was computed in"):
+        measure_invariance(MeanExtractor(0.1), prepared(3))
+
+
+def test_identity_changes_with_every_part() -> None:
+    parts: dict[str, Any] = {
+        "kind": "grid",
+        "weights_digest": "00",
+        "preprocessing": [{"step": "resize", "size": 4}],
+        "selection": {"node": "layer4"},
+        "storage": {"dtype": "float16"},
+    }
+    changes: list[dict[str, Any]] = [
+        {},
+        {"kind": "pixels"},
+        {"weights_digest": "01"},
+        {"weights_digest": None},
+        {"preprocessing": [{"step": "resize", "size": 5}]},
+        {"selection": {"node": "layer3"}},
+        {"storage": {"dtype": "float32"}},
+    ]
+    found = [identity(**(parts | change)) for change in changes]
+    assert len(set(found)) == len(changes)
+    assert identity(**parts) == found[0]

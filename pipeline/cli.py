@@ -13,6 +13,7 @@ from typing import Annotated, ParamSpec
 
 import typer
 from rich.console import Console
+from rich.table import Column, Table
 
 from pipeline import __version__
 from pipeline.errors import ConfigError, PipelineError, StoppedError
@@ -35,7 +36,7 @@ app = typer.Typer(
 Start with `sightline run jobs/recipes/quickstart.yaml`: it needs no download and no GPU.
 """,
 )
-data_app = typer.Typer(no_args_is_help=True, help="Look at a dataset: info, verify, preview.")
+data_app = typer.Typer(no_args_is_help=True, help="Look at a dataset: info, preview.")
 job_app = typer.Typer(no_args_is_help=True, help="Look after submitted jobs: status, logs, stop.")
 app.add_typer(data_app, name="data")
 app.add_typer(job_app, name="job")
@@ -237,13 +238,24 @@ def job_stop(job: str, address: Address = LOCAL_CLUSTER) -> None:
 @reported
 def data_info(dataset: DatasetUrl, as_json: AsJson = False) -> None:
     """Print what a dataset holds: splits, samples, texts, bytes, features, rejects by reason."""
-    from pipeline.stages.data import describe, render
+    from pipeline.data.info import describe
 
-    description = describe(dataset)
+    found = describe(dataset)
     if as_json:
-        typer.echo(json.dumps(description, ensure_ascii=False))
-    else:
-        render(description, Console())
+        typer.echo(json.dumps(found, ensure_ascii=False))
+        return
+    table = Table(title=f"{found['dataset']}, version {found['version']}", title_justify="left")
+    for column in next(iter(found["splits"].values()), {"samples": 0}):
+        table.add_column(column, justify="right")
+    table.columns.insert(0, Column("split"))
+    for split, counts in found["splits"].items():
+        table.add_row(split, *(f"{count:,}" for count in counts.values()))
+    output = Console()
+    output.print(table)
+    for extractor, number in found["features"].items():
+        output.print(f"features {extractor}: {number:,} samples")
+    for reason, number in found["rejects"].items():
+        output.print(f"rejects {reason}: {number:,}")
 
 
 @data_app.command("preview")

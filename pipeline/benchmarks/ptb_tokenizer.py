@@ -98,11 +98,9 @@ def _tokens(text: str) -> Iterator[str]:
         if position == len(text):
             return
         matches = (pattern.match(text, position) for pattern in _PATTERNS)
-        longest = max(
-            (match for match in matches if match), key=lambda match: match.end(), default=None
-        )
-        if longest is None:  # a character of no known kind is left out
-            position += 1
+        longest = max((match for match in matches if match), key=lambda match: match.end())
+        if longest[0] > "\uffff":  # emoji and the like are left out
+            position = longest.end()
             continue
         position = longest.end("token") if "token" in longest.re.groupindex else longest.end()
         yield from _written(text[longest.start() : position]).split(" ")
@@ -187,7 +185,7 @@ def _compiled() -> list[re.Pattern[str]]:
         r"\^_\^|-_-|>_<",
         r"[a-z]\+\+|[cf]#",
         r"[!?]+|@+|#+|\.{3,}|[-–—]+|\*+|_+|``|''",
-        r"\S",
+        r"\S",  # whatever else there is, each by itself
     ]
     stem = rf"(?P<token>{letter}+){auxiliary}"  # first of equals: O|'re rather than O're
     return [re.compile(pattern) for pattern in [stem, *exact_case]] + [

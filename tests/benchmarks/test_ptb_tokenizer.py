@@ -47,6 +47,7 @@ def test_every_token_equals_the_official_tokenizer(shared_data: Path) -> None:
         ("what?! yes!!", "what ?! yes !!"),
         ("AT&T and b&w", "at&t and b & w"),
         ("a   b\tc\nd", "a b c d"),
+        ("a 🙂 dog ★", "a dog ★"),
         ("...", ""),
         ("", ""),
     ],

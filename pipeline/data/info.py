@@ -1,0 +1,39 @@
+"""Manifest to a summary of what a dataset holds, for `sightline data info`."""
+
+from collections import Counter
+from typing import Any
+
+import pyarrow.compute as pc
+
+from pipeline.data.manifest import Manifest
+
+_COUNTS = ("num_captions", "num_questions", "num_rounds")
+
+
+def describe(url: str, version: int | None = None) -> dict[str, Any]:
+    """Returns splits, rejects by reason, features and version as plain data.
+
+    Raises ManifestError if there is no dataset.
+    """
+    manifest = Manifest.open(url, version)
+    samples = manifest.samples(["split", "shard", "image_size", "texts_size", *_COUNTS])
+    splits = {}
+    for name in sorted(pc.unique(samples["split"]).to_pylist()):
+        rows = samples.filter(pc.equal(samples["split"], name))
+        splits[name] = {
+            "samples": rows.num_rows,
+            "shards": len(pc.unique(rows["shard"])),
+            **{count.removeprefix("num_"): pc.sum(rows[count]).as_py() for count in _COUNTS},
+            "bytes": pc.sum(rows["image_size"]).as_py() + pc.sum(rows["texts_size"]).as_py(),
+        }
+    rejects = Counter(manifest.rejects(["reason"])["reason"].to_pylist())
+    return {
+        "dataset": manifest.url,
+        "version": manifest.version,
+        "versions": len(manifest.versions()),
+        "splits": splits,
+        "rejects": dict(rejects.most_common()),
+        "features": {
+            name: manifest.features(name).rows(["key"]).num_rows for name in manifest.extractors()
+        },
+    }

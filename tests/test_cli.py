@@ -1,0 +1,73 @@
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import run_job
+
+QUICKSTART = str(Path(__file__).resolve().parents[1] / "jobs" / "recipes" / "quickstart.yaml")
+
+
+def test_help_teaches_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_job(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for verb in ("run", "ingest", "extract", "pretrain", "finetune", "evaluate", "report"):
+        assert f" {verb} " in shown
+    assert run_job(["predict", "--help"]) == 0
+    assert "--question" in capsys.readouterr().out
+
+
+def test_a_misspelt_key_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_job(["run", QUICKSTART, "training.finetune.lr=1"]) == 64
+    assert "training.finetune.lr: unknown key" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_file_is_refused_before_any_work_with_its_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = "dataset.source={type: coco-captions, images: photos, annotations: captions.json}"
+    weights = "features.extractor={type: grid, network: resnet18, weights: gone.pth}"
+    assert run_job(["run", QUICKSTART, source, weights]) == 64
+    said = capsys.readouterr().err
+    for part in ("dataset.source.images: photos", "captions.json: no such", "gone.pth"):
+        assert part in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_command_line_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_job(["run"]) == 2
+    assert run_job(["nosuchverb"]) == 2
+    assert "nosuchverb" in capsys.readouterr().err
+
+
+def test_print_recipe_prints_the_resolved_recipe_and_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_job(["run", QUICKSTART, "--print-recipe", "training.seed=7"]) == 0
+    assert "seed: 7" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_whose_input_is_missing_says_what_to_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_job(["pretrain", QUICKSTART]) == 1
+    assert "ingest" in capsys.readouterr().err
+
+
+def test_info_of_no_dataset_is_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_job(["data", "info", str(tmp_path)]) == 1
+    assert "no manifest" in capsys.readouterr().err
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_job(["version"]) == 0
+    assert capsys.readouterr().out.count(".") == 2

@@ -1,0 +1,58 @@
+from pathlib import Path
+
+import pytest
+
+from pipeline import config
+from pipeline.errors import ConfigError
+from pipeline.recipe import Recipe
+
+RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
+QUICKSTART = str(RECIPES / "quickstart.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_accepted_and_printed_so_that_it_reads_back(
+    path: Path, tmp_path: Path
+) -> None:
+    overrides = ["dataset.source.images=a", "dataset.source.annotations=b"]
+    recipe = config.load(Recipe, str(path), overrides if path.stem.startswith("coco") else [])
+    assert recipe.name == path.stem
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(config.to_yaml(recipe))
+    assert config.load(Recipe, str(printed)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.finetune.lerning_rate=1", r"finetune\.lerning_rate: .*'learning_rate'"),
+        ("training.finetune.steps=many", r"training\.finetune\.steps: found 'many'"),
+        ("training.finetune.global_batch_size=63", r"global_batch_size=63 is not a"),
+        ("cluster.workers=3", r"training\.pretrain: global_batch_size=\d+ is not .* 3 ranks"),
+        ("model.family=visualbrt", r"model\.family: found 'visualbrt'; .*'visualbert'"),
+        ("model.sizes.widht=8", r"model: .*sizes\.widht: unknown; allowed: .*width"),
+        ("model.sizes.vocab_size=8", r"sizes\.vocab_size follows from the data"),
+        ("model.sizes.num_heads=7", r"width=\d+ is not a multiple of num_heads=7"),
+        ("model.max_tokens=500", r"max_tokens=500 is more than sizes\.max_positions"),
+        ("features.extractor.patch_size=7", r"patch_size"),
+        ("objectives=null", r"objectives and training\.pretrain are given together"),
+        ("benchmarks={}", r"benchmarks: no benchmark is given; choose from vqa, caption"),
+        ("dataset.source={type: shape}", r"dataset\.source.*'shape'.*'shapes'"),
+    ],
+)
+def test_a_wrong_key_type_or_combination_is_refused_by_name(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config.load(Recipe, QUICKSTART, [override])
+
+
+def test_relative_locations_are_told_from_absolute_ones_and_urls() -> None:
+    recipe = config.load(Recipe, QUICKSTART, ["run=/tmp/run", "dataset.path=s3://bucket/data"])
+    assert recipe.relative_locations() == []
+    recipe = config.load(Recipe, QUICKSTART, ["run=runs/a", "dataset.path=/data"])
+    assert recipe.relative_locations() == ["runs/a"]
+
+
+def test_a_recipe_on_a_cluster_uses_the_cluster_it_is_part_of() -> None:
+    recipe = config.load(Recipe, QUICKSTART)
+    assert recipe.cluster.address is None
+    assert recipe.on_cluster().cluster.address == "auto"

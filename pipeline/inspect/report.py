@@ -28,11 +28,11 @@ PHASES = {
 METRICS = {
     "vqa/accuracy": ("VQA accuracy", "%", "Of the answers, by the official VQA rule."),
     "caption/cider": ("CIDEr", "", "Captions against people's, by shared rare phrases."),
-    "caption/bleu_4": ("BLEU-4", "", "Four-word phrases shared with people's captions."),
-    "caption/bleu_3": ("BLEU-3", "", "Three-word phrases shared."),
-    "caption/bleu_2": ("BLEU-2", "", "Two-word phrases shared."),
-    "caption/bleu_1": ("BLEU-1", "", "Words shared."),
-    "caption/rouge_l": ("ROUGE-L", "", "Longest run of words shared with a person's caption."),
+    "caption/bleu4": ("BLEU-4", "", "Four-word phrases shared with people's captions."),
+    "caption/bleu3": ("BLEU-3", "", "Three-word phrases shared."),
+    "caption/bleu2": ("BLEU-2", "", "Two-word phrases shared."),
+    "caption/bleu1": ("BLEU-1", "", "Words shared."),
+    "caption/rouge-l": ("ROUGE-L", "", "Longest run of words shared with a person's caption."),
     "caption/meteor": ("METEOR", "", "Words matched by stem and synonym."),
 }
 # What readers call the families, extractors and objectives; others go by their own name.
@@ -156,13 +156,20 @@ def read_run(run: str) -> Run:
         )
     summary_metrics = _numbers((summary or {}).get("metrics", {}))
     metrics = _numbers(evaluated or {})
+    training = (recipe or {}).get("training", {})
+    planned = {
+        "pretrain": training.get("pretrain", True) is not None,
+        "finetune": True,
+        "blind": training.get("blind_twin", True),
+    }
+    absent_phases = {name for name in PHASES if planned[name] and name not in phases}
     missing = {
         "no recipe (recipe.yaml)": recipe is None,
         "no environment (environment.json)": environment is None,
         "no closing summary (summary.json): the run has not come to its end": summary is None,
-        "no pretraining curve (pretrain/metrics.jsonl)": "pretrain" not in phases,
-        "no fine-tuning curve (finetune/metrics.jsonl)": "finetune" not in phases,
-        "no blind twin's curve (blind/metrics.jsonl)": "blind" not in phases,
+        "no pretraining curve (pretrain/metrics.jsonl)": "pretrain" in absent_phases,
+        "no fine-tuning curve (finetune/metrics.jsonl)": "finetune" in absent_phases,
+        "no blind twin's curve (blind/metrics.jsonl)": "blind" in absent_phases,
         "no scores (evaluation/metrics.json)": evaluated is None,
         "no pictures with predictions (evaluation/examples.json)": not has_gallery,
     }

@@ -28,7 +28,7 @@ class AttentionFusion(TwoStream):
         self.fusion = nn.Linear(2 * config.width, config.width)  # W_f
         self.pooler = blocks.Pooler(config.width)
         self.match_head = nn.Linear(config.width, 2)
-        blocks.initialise(self)
+        blocks.initialise(self, config.initializer_range)
 
     def encode(
         self, inputs: Inputs, *, mask: MaskKind = "full", attention: bool = False

@@ -28,6 +28,9 @@ class ModelConfig(Config):
     max_positions: Size = 512  # the longest text, in tokens
     type_vocab_size: Size = 2
     dropout: float = Field(0.1, ge=0, lt=1)
+    # Standard deviation of new weights. BERT's suits a width of 768; narrow models learn sooner
+    # from about 1 / sqrt(width).
+    initializer_range: float = Field(0.02, gt=0)
     num_answers: int = Field(0, ge=0)  # 0: no answer head
 
     @model_validator(mode="after")

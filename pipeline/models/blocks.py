@@ -353,10 +353,10 @@ class AnswerHead(nn.Module):
         return logits
 
 
-def initialise(model: nn.Module) -> None:
-    """Draws BERT's initial weights: normal with deviation 0.02, zero biases. The caller seeds."""
+def initialise(model: nn.Module, deviation: float) -> None:
+    """Draws initial weights as BERT does: normal, with zero biases. The caller seeds."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=deviation)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)

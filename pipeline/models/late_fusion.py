@@ -48,7 +48,7 @@ class LateFusion(TwoStream):
         self.text_projection = nn.Linear(config.width, config.width, bias=False)
         self.image_projection = nn.Linear(config.width, config.width, bias=False)
         self.temperature = Temperature()
-        blocks.initialise(self)
+        blocks.initialise(self, config.initializer_range)
 
     def encode(
         self, inputs: Inputs, *, mask: MaskKind = "full", attention: bool = False

@@ -239,7 +239,7 @@ def bert_sizes(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "type_vocab_size": config.type_vocab_size,
         "layer_norm_eps": 1e-12,
-        "initializer_range": 0.02,
+        "initializer_range": config.initializer_range,
         "pad_token_id": 0,
         "tie_word_embeddings": True,
         "dtype": "float32",
@@ -263,6 +263,7 @@ def from_bert_sizes(document: Mapping[str, Any]) -> dict[str, Any]:
         "max_positions": document.get("max_position_embeddings", 512),
         "type_vocab_size": document.get("type_vocab_size", 2),
         "dropout": dropout,
+        "initializer_range": document.get("initializer_range", 0.02),
     }
 
 

@@ -77,7 +77,7 @@ class Lxmert(TwoStream):
         self.pooler = blocks.Pooler(config.width)
         self.match_head = nn.Linear(config.width, 2)
         self.region_head = RegionHead(config)
-        blocks.initialise(self)
+        blocks.initialise(self, config.initializer_range)
 
     def encode(
         self, inputs: Inputs, *, mask: MaskKind = "full", attention: bool = False

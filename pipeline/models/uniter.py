@@ -75,7 +75,7 @@ class Uniter(SingleStream):
         self.object_head = nn.Linear(config.width, config.num_objects)
         if config.num_answers:
             self.answer_head = blocks.AnswerHead(config.width, config.num_answers)
-        blocks.initialise(self)
+        blocks.initialise(self, config.initializer_range)
 
     def embed_text(self, tokens: Tensor, positions: Tensor) -> Tensor:
         embedded: Tensor = self.text_norm(self.text_embeddings(tokens, positions))

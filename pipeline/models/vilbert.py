@@ -135,7 +135,7 @@ class Vilbert(VisionLanguageModel):
         self.object_head = nn.Linear(config.region_width, config.num_objects)
         if config.num_answers:
             self.answer_head = blocks.AnswerHead(config.co_width, config.num_answers)
-        blocks.initialise(self)
+        blocks.initialise(self, config.initializer_range)
 
     def encode(
         self, inputs: Inputs, *, mask: MaskKind = "full", attention: bool = False

@@ -82,7 +82,7 @@ class VisualBert(SingleStream):
         self.embedding_norm = nn.LayerNorm(config.width, eps=blocks.LAYER_NORM_EPS)
         if config.num_answers:
             self.answer_head = nn.Linear(config.width, config.num_answers)
-        blocks.initialise(self)
+        blocks.initialise(self, config.initializer_range)
 
     def embed_text(self, tokens: Tensor, positions: Tensor) -> Tensor:
         embedded: Tensor = self.embedding_norm(self.text_embeddings(tokens, positions))

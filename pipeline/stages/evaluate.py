@@ -101,8 +101,8 @@ def run(recipe: Recipe, progress: StageProgress) -> Outcome:
             headlines |= _headlines(scored)
             examples += _examples(scored, model, inputs, recipe, device)
         selection = (
-            f"The first pictures of split “{split.name}” in the order they are stored, one "
-            "question each: not chosen by how the model did."
+            f"The first pictures of split “{split.name}” in the order they are stored, and of "
+            "each one question or caption: not chosen by how the model did."
         )
         write_gallery(recipe.run, Gallery(selection, tuple(examples)))
         _write(recipe, "metrics.json", _json(metrics))

@@ -92,10 +92,9 @@ def extract(
 ) -> ExtractReport:
     """Gives every live sample of the newest version its features; see the module.
 
-    `start_ray` is called before the first actor, if there is any work; none is used if
-    `config.actors` is 0. Raises FeatureError if weights are missing, a
-    live image cannot be decoded, or a feature depends on what shares its batch; what was listed
-    before stays.
+    `start_ray` is called before the first actor, if there is any work and `config.actors` is not 0.
+    Raises FeatureError if weights are missing, a live image cannot be decoded, or a feature
+    depends on what shares its batch; what was listed before stays.
     """
     url = storage.absolute(url)
     started = time.perf_counter()
@@ -105,12 +104,12 @@ def extract(
     extractor = extractor_config.build(_usable(config.device()) if in_process else "cpu")
     plans, num_unchanged = _plan(manifest, extractor.name)
     card = _Card(url, extractor)
-    work = _in_process(extractor, card.known, plans, config)
-    if not in_process:
+    if in_process:
+        work = _in_process(extractor, card.known, plans, config)
+    else:
         work = _on_actors(card.known, plans, config)
-
-    if plans and not in_process:
-        start_ray()
+        if plans:
+            start_ray()
     meter = _Meter(sum(len(plan.live) for plan in plans))
     on_progress(meter.progress())
     listed = manifest.features(extractor.name)

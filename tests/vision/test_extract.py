@@ -198,6 +198,17 @@ module.extract(sys.argv[1], PIXELS, HERE, slowly)
     assert len(list(folder.glob("*.tar"))) == 20
 
 
+def test_ray_is_started_only_for_work_that_needs_it(tmp_path: Path) -> None:
+    def started() -> None:
+        raise AssertionError("Ray was started")
+
+    make_dataset(str(tmp_path), pictures(5))
+    with pytest.raises(AssertionError, match="Ray was started"):
+        extract(str(tmp_path), PIXELS, ExtractConfig(actors=1), start_ray=started)
+    extract(str(tmp_path), PIXELS, HERE, start_ray=started)
+    extract(str(tmp_path), PIXELS, ExtractConfig(actors=1), start_ray=started)
+
+
 @pytest.mark.usefixtures("ray_local")
 class TestOnActors:
     def test_actors_give_the_bytes_that_one_process_gives(self, tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def _override(document: dict[str, Any], override: str) -> dict[str, Any]:
 
 def _fault(config: type[Config], fault: Any) -> str:
     """Renders one of pydantic's errors as: key, what was found, what is allowed."""
-    path = [part for part in fault["loc"] if isinstance(part, int) or not _is_tag(part, fault)]
+    location = fault["loc"]
+    path = [part for index, part in enumerate(location) if not _is_tag(location, index)]
     key = ".".join(str(part) for part in path) or "recipe"
     found = fault.get("input")
     if fault["type"] == "extra_forbidden":
@@ -92,19 +93,21 @@ def _fault(config: type[Config], fault: Any) -> str:
     return f"{key}: found {found!r}; {message}"
 
 
-def _is_tag(part: Any, fault: Any) -> bool:
+def _is_tag(location: tuple[int | str, ...], index: int) -> bool:
     """Pydantic puts the chosen member of a tagged union into the path; users never wrote it."""
-    position = fault["loc"].index(part)
-    return bool(position and fault["loc"][position - 1] in _TAGGED_FIELDS and part != "type")
+    part, before = location[index], [name for name in location[:index] if isinstance(name, str)]
+    return isinstance(part, str) and before[-1:] in _TAGGED_FIELDS and part != "type"
 
 
-_TAGGED_FIELDS = ("source", "extractor")
+_TAGGED_FIELDS = (["source"], ["sources"], ["extractor"])
 
 
 def _allowed_keys(config: Any, path: list[Any]) -> list[str]:
     """Returns the keys of the config found at `path`, walking through unions by their tag."""
     node: Any = config
     for part in path:
+        if isinstance(part, int):  # of a list, whose members the annotation already names
+            continue
         candidates = [candidate for candidate in _members(node) if _is_config(candidate)]
         tagged = [
             candidate

@@ -4,7 +4,6 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.data.sources.coco_captions import CocoCaptionsSourceConfig
-from pipeline.data.sources.shapes import ShapesSourceConfig
+from pipeline.data.sources.merged import MergedSourceConfig, SingleSource
 
-AnySource = Annotated[ShapesSourceConfig | CocoCaptionsSourceConfig, Field(discriminator="type")]
+AnySource = Annotated[SingleSource | MergedSourceConfig, Field(discriminator="type")]

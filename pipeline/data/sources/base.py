@@ -4,7 +4,7 @@ Listing reads annotation files and folder listings; image bytes are read later, 
 time, where the shard is written.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,7 +35,8 @@ class Record:
 class Reject:
     """A record that cannot become a sample: `reason` is a short slug, `detail` names the fault.
 
-    A record rejected here is looked at again when its fingerprint or reason changes.
+    A record rejected here is looked at again when its fingerprint or reason changes. `remains` is
+    what there is of it, the image (else "") or the texts: another source may have the rest.
     """
 
     key: str
@@ -43,6 +44,7 @@ class Reject:
     reason: str
     detail: str
     fingerprint: str
+    remains: Record | None = None
 
 
 class Source(Protocol):
@@ -77,13 +79,20 @@ class SourceConfig(Config):
         return {}
 
 
-def by_key(**given: str | dict[str, str]) -> dict[str, str]:
-    """Returns the locations of settings that are one location or one for each split."""
-    return {
-        key if split is None else f"{key}.{split}": location
-        for key, value in given.items()
-        for split, location in (value.items() if isinstance(value, dict) else [(None, value)])
-    }
+Locations = str | list[str] | Mapping[str, str | list[str]]
+
+
+def by_key(**given: Locations | None) -> dict[str, str]:
+    """Returns the locations of settings that are one, several, or some for each split, or null."""
+    found: dict[str, str] = {}
+    for key, value in given.items():
+        if isinstance(value, str):
+            found[key] = value
+        elif value is not None:
+            parts = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for part, location in parts:
+                found |= by_key(**{f"{key}.{part}": location})
+    return found
 
 
 def fingerprint(image: str, texts: Texts) -> str:
@@ -94,6 +103,12 @@ def fingerprint(image: str, texts: Texts) -> str:
     so that an edited caption can be told from an edited photograph.
     """
     return f"{xxhash.xxh3_64_hexdigest(image.encode())}-{xxhash.xxh3_64_hexdigest(texts.to_json())}"
+
+
+def with_texts(fingerprint_of_image: str, texts: Texts) -> str:
+    """Returns the fingerprint of the same image with these texts."""
+    image = fingerprint_of_image.partition("-")[0]
+    return f"{image}-{xxhash.xxh3_64_hexdigest(texts.to_json())}"
 
 
 def same_image(one: str, other: str) -> bool:

@@ -1,5 +1,12 @@
 from pipeline.data.sample import Texts
-from pipeline.data.sources.base import fingerprint, in_validation, same_image, same_texts
+from pipeline.data.sources.base import (
+    by_key,
+    fingerprint,
+    in_validation,
+    same_image,
+    same_texts,
+    with_texts,
+)
 
 
 def test_a_fingerprint_tells_an_edited_image_from_edited_texts() -> None:
@@ -11,6 +18,21 @@ def test_a_fingerprint_tells_an_edited_image_from_edited_texts() -> None:
     assert not same_texts(before, edited_texts)
     assert same_texts(before, edited_image)
     assert not same_image(before, edited_image)
+
+
+def test_other_texts_of_the_same_image_have_its_fingerprint_with_their_own_half() -> None:
+    one, other = Texts("a", ("a cat",)), Texts("a", ("a dog",))
+    assert with_texts(fingerprint("photo 1", one), other) == fingerprint("photo 1", other)
+
+
+def test_locations_are_named_by_the_keys_that_give_them() -> None:
+    images: dict[str, str | list[str]] = {"train": ["a", "b"], "test": "c"}
+    assert by_key(images=images, dense=None, table="t") == {
+        "images.train.0": "a",
+        "images.train.1": "b",
+        "images.test": "c",
+        "table": "t",
+    }
 
 
 def test_fingerprints_without_halves_are_never_half_the_same() -> None:

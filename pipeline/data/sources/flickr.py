@@ -1,0 +1,120 @@
+"""Flickr30k and Flickr8k as their authors gave them out: a folder of images, a file of captions.
+
+`results_20130124.token` and `Flickr8k.token.txt` have a line for each caption: the image's name,
+`#` and a number, a tab, the words. Flickr8k's splits are lists of image names. What becomes of
+each image that a caption or a list names:
+
+- its file is there and it has a caption and a split: a sample.
+- its file is not there: `missing-image`. Flickr8k's captions name `2258277193_586949ec62.jpg.1`,
+  which has never been a file.
+- nothing describes it: `no-captions`; with lists, it is in none (92 of Flickr8k's): `no-split`;
+  in several: `several-splits`.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline import storage
+from pipeline.data.sample import Texts
+from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key
+from pipeline.data.sources.image_files import (
+    ImageFolders,
+    image_key,
+    image_name,
+    listed,
+    read_image,
+)
+from pipeline.data.sources.json_file import read_text
+from pipeline.data.sources.splits import check_splits, folders_of, hash_split
+from pipeline.errors import SourceError
+
+
+class FlickrSourceConfig(SourceConfig):
+    """Where the files are, and how the images are split."""
+
+    type: Literal["flickr"]
+    images: str | list[str]  # one folder or several
+    captions: str  # the `.token` file
+    splits: dict[str, str] | None = None  # a list of image names for each split
+    # Without lists: the share of images whose key's hash puts them into `validation`; 0.1 if null.
+    validation_fraction: float | None = Field(default=None, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _splits_agree(self) -> Self:
+        check_splits("splits", self.splits, self.validation_fraction, {})
+        return self
+
+    def build(self) -> "FlickrSource":
+        return FlickrSource(self)
+
+    def locations(self) -> dict[str, str]:
+        return by_key(images=self.images, captions=self.captions, splits=self.splits)
+
+
+class FlickrSource:
+    """Images and captions of one corpus. Memory: its captions (Flickr30k's are 13 MB)."""
+
+    def __init__(self, config: FlickrSourceConfig) -> None:
+        self.config = config
+
+    def records(self) -> Iterator[Record | Reject]:
+        """Lists the images in the order of their captions, then those that only a list names."""
+        folders = ImageFolders(*folders_of(self.config.images, ""))
+        captions = _captions(storage.absolute(self.config.captions))
+        splits = self._lists()
+        for name in dict.fromkeys([*captions, *splits]):
+            image_id = image_name(name)
+            key = image_key(image_id)
+            words = tuple(caption for caption in captions.get(name, ()) if caption)
+            num_empty = len(captions.get(name, ())) - len(words)
+            fault = None
+            split = hash_split(key, self.config.validation_fraction)
+            if self.config.splits is not None:
+                split, *others = splits.get(name) or ["unlisted"]
+                if name not in splits:
+                    fault = ("no-split", f"{name}: none of the lists in `splits` names it")
+                elif others:
+                    fault = ("several-splits", f"{name}: listed for {split}, {', '.join(others)}")
+            if not words:
+                fault = ("no-captions", f"{name}: nothing describes it")
+            yield listed(
+                key=key,
+                split=split,
+                image=folders.named(name),
+                texts=Texts(image_id, words),
+                detail=f"{num_empty} empty captions dropped" if num_empty else "",
+                fault=fault,
+            )
+
+    def read(self, record: Record) -> bytes:
+        """Returns the image file's bytes; `record.image` is its location."""
+        return read_image(record)
+
+    def _lists(self) -> dict[str, list[str]]:
+        """Returns the splits of each image name that a list has."""
+        splits: defaultdict[str, list[str]] = defaultdict(list)
+        for split, location in (self.config.splits or {}).items():
+            names = read_text(storage.absolute(location)).split("\n")
+            for name in dict.fromkeys(name.strip() for name in names):
+                if name:
+                    splits[name].append(split)
+        return splits
+
+
+def _captions(location: str) -> dict[str, list[str]]:
+    captions: defaultdict[str, list[str]] = defaultdict(list)
+    for number, line in enumerate(read_text(location).split("\n"), 1):
+        if not line.strip():
+            continue
+        label, tab, caption = line.partition("\t")
+        name, sign, order = label.rpartition("#")
+        if not (tab and sign and name and order.strip().isdecimal()):
+            raise SourceError(
+                f"{location}: line {number}: expected an image's name, '#' and a number, a tab "
+                f"and a caption, found {line.strip()[:80]!r}. Is it a Flickr .token file?"
+            )
+        captions[name.strip()].append(caption.strip())
+    return captions

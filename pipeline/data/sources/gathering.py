@@ -1,0 +1,71 @@
+"""Gathers what was found about the same key, in whatever order it was found.
+
+A table has a row for each question and several files speak of one image; a sample has it all.
+"""
+
+import json
+import os
+import tempfile
+from array import array
+from collections import defaultdict
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import xxhash
+
+from pipeline.errors import StorageError
+
+
+class Gathering:
+    """JSON values put under keys, given back key by key from an unnamed scratch file.
+
+    Memory is 24 bytes for each value, however large the values are.
+    """
+
+    def __enter__(self) -> Self:
+        self._file = tempfile.TemporaryFile(prefix="sightline-")
+        self._hashes = array("Q")
+        self._ends = array("Q", [0])
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def add(self, key: str, value: Any) -> None:
+        """Puts a value under a key; raises StorageError if the scratch folder is full."""
+        payload = json.dumps([key, value], separators=(",", ":")).encode()
+        try:
+            self._file.write(payload)
+        except OSError as error:
+            raise StorageError(
+                f"{tempfile.gettempdir()}: cannot be written ({error}); TMPDIR names another folder"
+            ) from error
+        self._hashes.append(xxhash.xxh3_64_intdigest(key.encode()))
+        self._ends.append(self._ends[-1] + len(payload))
+
+    def groups(self) -> Iterator[tuple[str, list[Any]]]:
+        """Yields each key with its values in the order they were put, keys by their hashes."""
+        self._file.flush()
+        hashes = np.frombuffer(self._hashes, np.uint64)
+        order = np.argsort(hashes, kind="stable")
+        stops = np.append(np.flatnonzero(np.diff(hashes[order])) + 1, len(order))
+        start = 0
+        for stop in stops if len(order) else ():
+            values: defaultdict[str, list[Any]] = defaultdict(list)
+            for index in order[start:stop]:
+                key, value = self._read(int(index))
+                values[key].append(value)
+            yield from values.items()
+            start = stop
+
+    def _read(self, index: int) -> tuple[str, Any]:
+        offset, end = self._ends[index], self._ends[index + 1]
+        key, value = json.loads(os.pread(self._file.fileno(), end - offset, offset))
+        return key, value

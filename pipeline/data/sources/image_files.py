@@ -1,0 +1,173 @@
+"""Photographs that lie in folders: found by the names or numbers that annotations call them by.
+
+What becomes of an image with its texts is decided here for all sources of this kind: no file is
+a `missing-image` reject, a name that is not an image's `unknown-suffix`, and a source adds its
+own reason where nobody has written anything about it.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline import storage
+from pipeline.data.sample import Texts, safe_key
+from pipeline.data.sources.base import Record, Reject, fingerprint
+from pipeline.errors import SourceError, StorageError
+
+SUFFIXES = {
+    "jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp", "gif": "gif", "bmp": "bmp",
+    "tif": "tif", "tiff": "tif",
+}  # fmt: skip
+
+_LAST_NUMBER = re.compile(r"(\d+)$")
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image that annotations speak of.
+
+    `stamp` changes when it does; None: there is none. `suffix` is the image part's; None: it is
+    not named as an image is.
+    """
+
+    location: str
+    stamp: str | None
+    suffix: str | None
+
+    @classmethod
+    def at(cls, location: str, stamp: str | None) -> "ImageFile":
+        """Returns the file at a location, whose suffix its name says."""
+        return cls(location, stamp, SUFFIXES.get(location.rpartition(".")[2].lower()))
+
+
+class ImageFolders:
+    """The image files of some folders, from one listing of each; no file is opened."""
+
+    def __init__(self, *folders: str) -> None:
+        """Lists the folders; raises SourceError if one is absent."""
+        self._folders = [storage.absolute(folder).rstrip("/") for folder in folders]
+        self._stamps: dict[str, dict[str, str]] = {}
+        self._by_number: dict[int, ImageFile] | None = None
+        for folder in self._folders:
+            try:
+                self._stamps[folder] = storage.list_stamps(folder)
+            except StorageError as error:
+                raise SourceError(f"images: {error}") from error
+
+    def __iter__(self) -> Iterator[ImageFile]:
+        """Yields every file directly in the folders, images and others, by name."""
+        for folder in self._folders:
+            for name, stamp in sorted(self._stamps[folder].items()):
+                yield ImageFile.at(storage.join(folder, name), stamp)
+
+    def named(self, name: str) -> ImageFile:
+        """Returns the first folder's file of this name, which may begin with subfolders."""
+        locations = [storage.join(folder, name) for folder in self._folders]
+        for location in locations:
+            stamp = self._stamp(location)
+            if stamp is not None:
+                return ImageFile.at(location, stamp)
+        return ImageFile.at(locations[0], None)
+
+    def located(self, location: str) -> ImageFile:
+        """Returns the file at an absolute location, in one of the folders or not."""
+        return ImageFile.at(location, self._stamp(location))
+
+    def called(self, name: str) -> ImageFile:
+        """Returns the file of this name, or of this name and an image's suffix."""
+        exact = self.named(name)
+        if exact.stamp is None and exact.suffix is None:
+            for suffix in SUFFIXES:
+                file = self.named(f"{name}.{suffix}")
+                if file.stamp is not None:
+                    return file
+        return exact
+
+    def numbered(self, identity: int | str) -> ImageFile:
+        """Returns the file of an image id, by the number its name ends with.
+
+        So 9 finds `000000000009.jpg`, `COCO_train2014_000000000009.jpg` and `image9.png`. If
+        several fit, it is that of the first folder, then the first by name. An id that is not a
+        number finds the image of that name.
+        """
+        if not str(identity).isdecimal():
+            return self.called(str(identity))
+        if self._by_number is None:
+            self._by_number = {}
+            for file in self:
+                number = _LAST_NUMBER.search(image_name(file.location.rpartition("/")[2]))
+                if number and file.suffix:
+                    self._by_number.setdefault(int(number[1]), file)
+        absent = storage.join(self._folders[0], f"*{identity:0>12}.jpg")
+        return self._by_number.get(int(identity)) or ImageFile.at(absent, None)
+
+    def _stamp(self, location: str) -> str | None:
+        folder, _, name = location.rpartition("/")
+        if folder not in self._stamps:  # a folder that a file name begins with
+            try:
+                self._stamps[folder] = storage.list_stamps(folder)
+            except StorageError:
+                if storage.exists(folder):
+                    raise
+                self._stamps[folder] = {}
+        return self._stamps[folder].get(name)
+
+
+def listed(
+    key: str,
+    split: str,
+    image: ImageFile,
+    texts: Texts,
+    detail: str = "",
+    fault: tuple[str, str] | None = None,
+) -> Record | Reject:
+    """Returns what an image with its texts is listed as.
+
+    `fault` is the source's own reason against it, with a sentence: what the image itself is at
+    fault for comes first. `detail` says what was left out of the texts.
+    """
+    name = image.location.rpartition("/")[2]
+    if image.stamp is None:
+        fault = ("missing-image", f"{image.location}: no such file")
+    elif image.suffix is None:
+        expected = f"expected a name ending in .{', .'.join(SUFFIXES)}"
+        fault = ("unknown-suffix", f"{name!r}: {expected}")
+    usable = image.stamp is not None and image.suffix is not None
+    record = Record(
+        key=key,
+        split=split,
+        image=image.location if usable else "",
+        suffix=image.suffix or "" if usable else "",
+        texts=texts,
+        fingerprint=fingerprint(f"{image.location} {image.stamp}", texts),
+        detail=detail,
+    )
+    if fault is None:
+        return record
+    return Reject(key, split, *fault, record.fingerprint, remains=record)
+
+
+def read_image(record: Record) -> bytes:
+    """Returns the bytes of the file that `record.image` is the location of.
+
+    Raises SourceError if it is gone and StorageError if it cannot be read for another reason.
+    """
+    try:
+        return storage.read_bytes(record.image)
+    except StorageError as error:
+        if storage.exists(record.image):
+            raise
+        raise SourceError(f"{record.image}: vanished since it was listed") from error
+
+
+def image_key(identity: int | str) -> str:
+    """Returns an image's key: COCO's own file names are the id in twelve digits."""
+    if isinstance(identity, int) and identity >= 0:
+        return f"{identity:012d}"
+    return safe_key(str(identity))
+
+
+def image_name(file_name: str) -> str:
+    """Returns a file's name without an image's suffix; any other ending belongs to the name."""
+    name, dot, suffix = file_name.rpartition(".")
+    return name if dot and suffix.lower() in SUFFIXES else file_name

@@ -1,0 +1,100 @@
+"""Karpathy's split files of COCO, Flickr30k and Flickr8k: captions and splits in one JSON.
+
+`dataset_coco.json`, `dataset_flickr30k.json` and `dataset_flickr8k.json`, whose captions are each
+sentence's `raw` words. An image's key is its COCO id, or its file's name without the suffix.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline import storage
+from pipeline.data.sample import Texts
+from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key
+from pipeline.data.sources.image_files import (
+    ImageFile,
+    ImageFolders,
+    image_key,
+    image_name,
+    listed,
+    read_image,
+)
+from pipeline.data.sources.json_file import Fields, read_json
+from pipeline.data.sources.splits import check_names, folders_of
+
+_KIND = "one of Karpathy's split files"
+
+
+class KarpathySourceConfig(SourceConfig):
+    """Where the files are, and what the file's splits are called here."""
+
+    type: Literal["karpathy"]
+    # One folder or several. COCO's `val2014/COCO_….jpg` is looked for in that subfolder of each,
+    # then in the folder itself; a COCO image that is in neither, by the number it is called by.
+    images: str | list[str]
+    annotations: str
+    # New names for the file's splits; one that is not here keeps its name.
+    splits: dict[str, str] = Field(default={"restval": "train", "val": "validation"})
+
+    @model_validator(mode="after")
+    def _splits_are_names(self) -> Self:
+        check_names(*self.splits.values())
+        return self
+
+    def build(self) -> "KarpathySource":
+        return KarpathySource(self)
+
+    def locations(self) -> dict[str, str]:
+        return by_key(images=self.images, annotations=self.annotations)
+
+
+class KarpathySource:
+    """Images and captions of one split file."""
+
+    def __init__(self, config: KarpathySourceConfig) -> None:
+        self.config = config
+
+    def records(self) -> Iterator[Record | Reject]:
+        """Lists the images in the file's order."""
+        folders = ImageFolders(*folders_of(self.config.images, ""))
+        entries = read_json(storage.absolute(self.config.annotations), _KIND).list("images")
+        for entry in entries.objects():
+            yield self._record(entry, folders)
+
+    def read(self, record: Record) -> bytes:
+        """Returns the image file's bytes; `record.image` is its location."""
+        return read_image(record)
+
+    def _record(self, entry: Fields, folders: ImageFolders) -> Record | Reject:
+        name, split = entry.string("filename"), entry.string("split")
+        split = self.config.splits.get(split, split)
+        try:
+            check_names(split)
+        except ValueError as error:
+            raise entry.wrong("split", str(error)) from error
+        image_id = entry.identity("cocoid") if "cocoid" in entry else image_name(name)
+        sentences = [sentence.string("raw").strip() for sentence in entry.objects("sentences")]
+        captions = tuple(caption for caption in sentences if caption)
+        num_empty = len(sentences) - len(captions)
+        return listed(
+            key=image_key(image_id),
+            split=split,
+            image=_find(entry, name, folders),
+            texts=Texts(image_id, captions),
+            detail=f"{num_empty} empty captions dropped" if num_empty else "",
+            fault=None if captions else ("no-captions", f"{name}: nothing describes it"),
+        )
+
+
+def _find(entry: Fields, name: str, folders: ImageFolders) -> ImageFile:
+    folder = entry.string("filepath") if "filepath" in entry else ""
+    for path in (f"{folder}/{name}", name) if folder else (name,):
+        image = folders.named(path)
+        if image.stamp is not None:
+            return image
+    if "cocoid" in entry:
+        numbered = folders.numbered(entry.identity("cocoid"))
+        if numbered.stamp is not None:
+            return numbered
+    return image

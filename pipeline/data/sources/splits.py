@@ -1,0 +1,62 @@
+"""Splits: taken from the files where a setting has one for each, else from a hash of the key."""
+
+from collections.abc import Mapping
+
+from pipeline.data.sample import safe_key
+from pipeline.data.sources.base import Locations, in_validation
+
+_DEFAULT_VALIDATION_FRACTION = 0.1
+
+
+def hash_split(key: str, validation_fraction: float | None) -> str:
+    """Returns `validation` for this share of all keys, a tenth if null, and `train` for others."""
+    fraction = _DEFAULT_VALIDATION_FRACTION if validation_fraction is None else validation_fraction
+    return "validation" if in_validation(key, fraction) else "train"
+
+
+def folders_of(images: Locations, split: str) -> list[str]:
+    """Returns the folders a split's images are in, those of all where it has none of its own."""
+    folders = images[split] if isinstance(images, Mapping) else images
+    return [folders] if isinstance(folders, str) else folders
+
+
+def check_splits(
+    name: str,
+    files: object,
+    validation_fraction: float | None,
+    beside: Mapping[str, object],
+) -> None:
+    """Raises ValueError unless the settings beside `files` agree with it about the splits.
+
+    With a file for each split, a setting beside it is one value or has the same splits, and
+    nothing is left for `validation_fraction` to divide. With one file, each is one value.
+    """
+    if not isinstance(files, dict):
+        for other, setting in beside.items():
+            if isinstance(setting, dict):
+                raise ValueError(
+                    f"{other} has a value for each split but {name} is one file; give {name} a "
+                    f"file for each split as well, or {other} one value"
+                )
+        return
+    if validation_fraction is not None:
+        raise ValueError(
+            f"validation_fraction splits a single annotation file, but {name} has a "
+            "file for each split; leave one of them out"
+        )
+    if not files:
+        raise ValueError(f"{name} names no file")
+    check_names(*files)
+    for other, setting in beside.items():
+        if isinstance(setting, dict) and set(setting) != set(files):
+            raise ValueError(
+                f"{other} has the splits {sorted(setting)}, {name} has {sorted(files)}; "
+                "they must be the same"
+            )
+
+
+def check_names(*splits: str) -> None:
+    """Raises ValueError unless each can name a folder of shards."""
+    for split in splits:
+        if safe_key(split) != split:
+            raise ValueError(f"split {split!r}: only ASCII letters, digits, '_' and '-'")

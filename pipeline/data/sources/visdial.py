@@ -1,0 +1,183 @@
+"""The VisDial v1.0 format: dialogs about numbered images, each answer among 100 options.
+
+Questions, answers and options are numbers into two lists of the file; here each round gets its
+words. Dense annotations give one round of a dialog the relevance of each option; their
+`round_id` counts from 1. What becomes of each image that dialogs are about:
+
+- its file is there: a sample with its dialogs.
+- its file is not there: a `missing-image` reject; its name is not an image's: `unknown-suffix`.
+- its dialogs have no round: `no-rounds`.
+- dense annotations of an image without a dialog: an `unknown-image` reject.
+
+The last round of a test dialog has options but neither an answer nor `gt_index`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline import storage
+from pipeline.data.sample import Dialog, Round, Texts
+from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, fingerprint
+from pipeline.data.sources.image_files import ImageFolders, image_key, listed, read_image
+from pipeline.data.sources.json_file import Fields, Groups, Identity, read_json, read_json_list
+from pipeline.data.sources.splits import check_splits, folders_of, hash_split
+from pipeline.errors import SourceError
+
+_DIALOGS = "a VisDial v1.0 file"
+_DENSE = "a VisDial v1.0 dense annotations file"
+_RELEVANCE = ("gt_relevance", "relevance")  # what val's and train's dense annotations call it
+
+
+class VisdialSourceConfig(SourceConfig):
+    """Where the files are, and how the images of a single file are split."""
+
+    type: Literal["visdial"]
+    # A folder, several (training dialogs are about COCO's train2014 and val2014), or some for
+    # each split. The image of id 9 is any file whose name ends with that number.
+    images: str | list[str] | dict[str, str | list[str]]
+    dialogs: str | dict[str, str]  # one file, or a file for each split
+    # The dense annotations of one file of dialogs, or of some of the splits.
+    dense: str | dict[str, str] | None = None
+    # With one file: the share of images whose key's hash puts them into `validation`; 0.1 if null.
+    validation_fraction: float | None = Field(default=None, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _splits_agree(self) -> Self:
+        beside = {"images": self.images}
+        check_splits("dialogs", self.dialogs, self.validation_fraction, beside)
+        splits = set(self.dialogs) if isinstance(self.dialogs, dict) else set()
+        if isinstance(self.dense, dict) and not set(self.dense) <= splits:
+            raise ValueError(
+                f"dense has the splits {sorted(self.dense)}, dialogs has {sorted(splits)}"
+            )
+        if isinstance(self.dense, str) and splits:
+            raise ValueError("dialogs has a file for each split, so dense needs them by split too")
+        return self
+
+    def build(self) -> "VisdialSource":
+        return VisdialSource(self)
+
+    def locations(self) -> dict[str, str]:
+        return by_key(images=self.images, dialogs=self.dialogs, dense=self.dense)
+
+
+class VisdialSource:
+    """Images and dialogs of one or more VisDial files."""
+
+    def __init__(self, config: VisdialSourceConfig) -> None:
+        self.config = config
+
+    def records(self) -> Iterator[Record | Reject]:
+        """Lists the images of every file in its order."""
+        dialogs, dense = self.config.dialogs, self.config.dense
+        files = {"": dialogs} if isinstance(dialogs, str) else dialogs
+        for split, location in files.items():
+            judged = dense.get(split) if isinstance(dense, dict) else dense
+            yield from self._file(location, judged, split)
+
+    def read(self, record: Record) -> bytes:
+        """Returns the image file's bytes; `record.image` is its location."""
+        return read_image(record)
+
+    def _file(self, location: str, dense: str | None, split: str) -> Iterator[Record | Reject]:
+        folders = ImageFolders(*folders_of(self.config.images, split))
+        document = read_json(storage.absolute(location), _DIALOGS)
+        words = _Words(
+            document.list("data", "questions").strings(), document.list("data", "answers").strings()
+        )
+        dialogs = Groups(document.list("data", "dialogs"), "image_id")
+        judged = None
+        if dense is not None:
+            judged = Groups(read_json_list(storage.absolute(dense), _DENSE), "image_id")
+        for image_id, entries in dialogs:
+            texts = Texts(
+                image_id,
+                dialogs=_with_relevance(
+                    [words.dialog(entry) for entry in entries],
+                    judged.of(image_id) if judged else (),
+                ),
+            )
+            key = image_key(image_id)
+            yield listed(
+                key=key,
+                split=split or hash_split(key, self.config.validation_fraction),
+                image=folders.numbered(image_id),
+                texts=texts,
+                fault=None if texts.num_rounds else ("no-rounds", "its dialogs have no round"),
+            )
+        for image_id, _ in judged or ():
+            if not dialogs.of(image_id):
+                yield self._orphan(image_id, f"{dense} judges a dialog that is not there", split)
+
+    def _orphan(self, image_id: Identity, detail: str, split: str) -> Reject:
+        key = image_key(image_id)
+        return Reject(
+            key=key,
+            split=split or hash_split(key, self.config.validation_fraction),
+            reason="unknown-image",
+            detail=f"image {image_id!r}: {detail}",
+            fingerprint=fingerprint(detail, Texts(image_id)),
+        )
+
+
+class _Words:
+    """The questions and answers that a file's dialogs speak of by number."""
+
+    def __init__(self, questions: Sequence[str], answers: Sequence[str]) -> None:
+        self._questions = questions
+        self._answers = answers
+
+    def dialog(self, entry: Fields) -> Dialog:
+        return Dialog(
+            caption=entry.string("caption").strip(),
+            rounds=tuple(self._round(turn) for turn in entry.objects("dialog") if turn.values),
+        )
+
+    def _round(self, turn: Fields) -> Round:
+        options = turn.list("answer_options") if "answer_options" in turn else []
+        answer = gt_index = None
+        if "answer" in turn:
+            answer = turn.integer("answer", len(self._answers))
+        for option in options:
+            if not isinstance(option, int) or not 0 <= option < len(self._answers):
+                raise turn.wrong(
+                    "answer_options",
+                    f"expected numbers from 0 to {len(self._answers) - 1}, found {option!r}",
+                )
+        if "gt_index" in turn:
+            gt_index = turn.integer("gt_index", len(options))
+            if answer is not None and options[gt_index] != answer:
+                raise turn.wrong(
+                    "gt_index", f"option {gt_index} is answer {options[gt_index]}, not {answer}"
+                )
+        return Round(
+            question=self._questions[turn.integer("question", len(self._questions))],
+            answer="" if answer is None else self._answers[answer],
+            options=tuple(self._answers[option] for option in options),
+            gt_index=-1 if gt_index is None else gt_index,
+        )
+
+
+def _with_relevance(dialogs: list[Dialog], judged: Sequence[Fields]) -> tuple[Dialog, ...]:
+    """Returns the dialogs of an image with what its dense annotations say of the first one."""
+    for entry in judged:
+        rounds = list(dialogs[0].rounds)
+        index = entry.integer("round_id", len(rounds) + 1) - 1
+        if index < 0:
+            raise entry.wrong("round_id", "rounds count from 1, found 0")
+        name = next((name for name in _RELEVANCE if name in entry), _RELEVANCE[0])
+        relevance = entry.list(name)
+        num_options = len(rounds[index].options)
+        if len(relevance) != num_options or not all(
+            isinstance(value, int | float) and 0 <= value <= 1 for value in relevance
+        ):
+            raise SourceError(
+                f"{entry.where}: {name!r}: expected {num_options} numbers from 0 to 1, one for "
+                f"each option of round {index + 1}, found {len(relevance)} values"
+            )
+        rounds[index] = replace(rounds[index], relevance=tuple(map(float, relevance)))
+        dialogs[0] = replace(dialogs[0], rounds=tuple(rounds))
+    return tuple(dialogs)

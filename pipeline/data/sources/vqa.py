@@ -1,0 +1,157 @@
+"""The VQA v2 format: questions about numbered images, and ten people's answers to each.
+
+Files as published, packed with gzip or not, and others of that shape. What becomes of each image
+that questions are asked about:
+
+- its file is there and a question is left: a sample. A question that `annotations` does not
+  answer is dropped and counted in the sample's `detail`; all of them: a `no-answers` reject.
+- its file is not there: `missing-image`; its name is not an image's: `unknown-suffix`.
+- an annotation of a question that is not asked: one `unknown-question` reject per image.
+
+Annotations without `question_type` and `answer_type`, by which accuracy is reported, are refused.
+Without `annotations`, as for the test questions, every question is kept with no answers.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline import storage
+from pipeline.data.sample import Question, Texts, safe_key
+from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, fingerprint
+from pipeline.data.sources.image_files import ImageFolders, image_key, listed, read_image
+from pipeline.data.sources.json_file import Fields, Groups, read_json
+from pipeline.data.sources.splits import check_splits, folders_of, hash_split
+
+_QUESTIONS = "a VQA v2 questions file"
+_ANNOTATIONS = "a VQA v2 annotations file"
+_ANNOTATION_FIELDS = ("question_id", "image_id", "question_type", "answer_type", "answers")
+
+
+class VqaSourceConfig(SourceConfig):
+    """Where the files are, and how the images of a single file are split."""
+
+    type: Literal["vqa"]
+    # A folder, several, or some for each split. The image of id 9 is any file whose name ends
+    # with that number: COCO_train2014_000000000009.jpg, 000000000009.jpg, image9.png.
+    images: str | list[str] | dict[str, str | list[str]]
+    questions: str | dict[str, str]  # one file, or a file for each split
+    annotations: str | dict[str, str] | None = None  # likewise
+    # With one file: the share of images whose key's hash puts them into `validation`; 0.1 if null.
+    validation_fraction: float | None = Field(default=None, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _splits_agree(self) -> Self:
+        beside = {"images": self.images}
+        check_splits("questions", self.questions, self.validation_fraction, beside)
+        if self.annotations is None:
+            return self
+        if isinstance(self.questions, str):
+            check_splits("questions", self.questions, None, {"annotations": self.annotations})
+        elif isinstance(self.annotations, str):
+            raise ValueError("questions has a file for each split, so annotations needs them too")
+        elif not set(self.annotations) <= set(self.questions):
+            raise ValueError(
+                f"annotations has the splits {sorted(self.annotations)}, questions has only "
+                f"{sorted(self.questions)}"
+            )
+        return self
+
+    def build(self) -> "VqaSource":
+        return VqaSource(self)
+
+    def locations(self) -> dict[str, str]:
+        return by_key(images=self.images, questions=self.questions, annotations=self.annotations)
+
+
+class VqaSource:
+    """Images, questions and answers of one or more VQA files. Every answer is kept."""
+
+    def __init__(self, config: VqaSourceConfig) -> None:
+        self.config = config
+
+    def records(self) -> Iterator[Record | Reject]:
+        """Lists the images of every file in the order they are first asked about."""
+        questions, annotations = self.config.questions, self.config.annotations
+        files = {"": questions} if isinstance(questions, str) else questions
+        for split, location in files.items():
+            answers = annotations.get(split) if isinstance(annotations, dict) else annotations
+            yield from self._file(location, answers, split)
+
+    def read(self, record: Record) -> bytes:
+        """Returns the image file's bytes; `record.image` is its location."""
+        return read_image(record)
+
+    def _file(self, location: str, answers: str | None, split: str) -> Iterator[Record | Reject]:
+        folders = ImageFolders(*folders_of(self.config.images, split))
+        document = read_json(storage.absolute(location), _QUESTIONS)
+        questions = Groups(document.list("questions"), "image_id")
+        answered, num_used = None, 0
+        if answers is not None:
+            document = read_json(storage.absolute(answers), _ANNOTATIONS)
+            annotations = document.list("annotations")
+            if len(annotations):
+                annotations.object(0).require(*_ANNOTATION_FIELDS)
+            answered = Groups(annotations, "question_id")
+        for image_id, entries in questions:
+            key = image_key(image_id)
+            found = [_question(entry, answered) for entry in entries]
+            kept = tuple(question for question in found if question is not None)
+            num_used += len(kept)
+            num_dropped = len(found) - len(kept)
+            detail = f"{num_dropped} questions without answers dropped" if num_dropped else ""
+            fault = ("no-answers", f"image {image_id!r}: {answers} answers no question about it")
+            yield listed(
+                key=key,
+                split=split or hash_split(key, self.config.validation_fraction),
+                image=folders.numbered(image_id),
+                texts=Texts(image_id, questions=kept),
+                detail=detail,
+                fault=None if kept else fault,
+            )
+        if answered is not None and num_used < len(annotations):
+            yield from self._orphans(questions, Groups(annotations, "image_id"), location, split)
+
+    def _orphans(
+        self, questions: Groups, answered: Groups, location: str, split: str
+    ) -> Iterator[Reject]:
+        """Yields a reject for each image with answers to questions that are not asked."""
+        for image_id, entries in answered:
+            asked = {entry.identity("question_id") for entry in questions.of(image_id)}
+            unknown = [entry.identity("question_id") for entry in entries]
+            unknown = [question_id for question_id in unknown if question_id not in asked]
+            if unknown:
+                key = safe_key(f"{image_key(image_id)}-unknown-questions")
+                yield Reject(
+                    key=key,
+                    split=split or hash_split(image_key(image_id), self.config.validation_fraction),
+                    reason="unknown-question",
+                    detail=f"{len(unknown)} annotations of image {image_id!r} answer questions "
+                    f"that {location} does not ask of it, such as {unknown[0]!r}",
+                    fingerprint=fingerprint(repr(unknown), Texts(image_id)),
+                )
+
+
+def _question(entry: Fields, answered: Groups | None) -> Question | None:
+    """Returns a question with its answers, or None if there is no annotation of it."""
+    question_id, words = entry.identity("question_id"), entry.string("question").strip()
+    if answered is None:
+        return Question(question_id, words, ())
+    annotations = [
+        annotation
+        for annotation in answered.of(question_id)
+        if annotation.identity("image_id") == entry.identity("image_id")
+    ]
+    if not annotations:
+        return None
+    annotation, *others = annotations
+    if others:
+        raise others[0].wrong("question_id", f"question {question_id!r} is answered twice")
+    return Question(
+        question_id=question_id,
+        question=words,
+        answers=tuple(answer.string("answer") for answer in annotation.objects("answers")),
+        question_type=annotation.string("question_type"),
+        answer_type=annotation.string("answer_type"),
+    )

@@ -1,0 +1,194 @@
+"""Other people's WebDataset tars, read where they are by position.
+
+Members that follow each other under one name up to its first dot make one sample: `a/000.jpg`,
+`a/000.txt`, `a/000.json`. The recipe maps the parts to texts: `txt`, or `json.caption` for a
+field of a JSON part. Listing reads the tars' headers and the mapped parts; an image is one
+positioned read of a plain tar. The images are copied into this project's own shards: nothing is
+served from the foreign tar afterwards. What becomes of each sample:
+
+- it has an image and a text: a sample of that key. No image: `missing-image`; no text:
+  `no-texts`; mapped parts that are not what the recipe says: `malformed-texts`.
+- its name comes again in another place: `duplicate-id`.
+
+Tars of this project need no mapping beyond the default: it reads what it writes.
+"""
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline import storage
+from pipeline.data.sample import Texts
+from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key
+from pipeline.data.sources.image_files import SUFFIXES, ImageFile, image_key, listed
+from pipeline.data.sources.splits import check_splits, hash_split
+from pipeline.data.sources.text_columns import TextColumns
+from pipeline.errors import SourceError, StorageError
+
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_OWN_COLUMNS = TextColumns(
+    captions=["txt", "json.captions"], questions="json.questions", dialogs="json.dialogs"
+)
+
+
+class WebDatasetSourceConfig(SourceConfig):
+    """Where the tars are, and which of their parts hold texts."""
+
+    type: Literal["webdataset"]
+    # A tar, a folder of tars, or a range such as `cc3m-{00000..00331}.tar`; or some by split.
+    shards: str | list[str] | dict[str, str | list[str]]
+    # The parts an image may be: the first that is there.
+    image: str | list[str] = Field(default=list(SUFFIXES))
+    texts: TextColumns = _OWN_COLUMNS
+    # Of shards without splits: the share of images whose key's hash puts them into `validation`;
+    # 0.1 if null.
+    validation_fraction: float | None = Field(default=None, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> Self:
+        check_splits("shards", self.shards, self.validation_fraction, {})
+        for suffix in self.images():
+            if suffix.rpartition(".")[2].lower() not in SUFFIXES:
+                raise ValueError(f"image: {suffix!r}: expected one of {', '.join(SUFFIXES)}")
+        self.texts.check()
+        return self
+
+    def images(self) -> list[str]:
+        """Returns the parts that may be a sample's image, the likeliest first."""
+        return [self.image] if isinstance(self.image, str) else self.image
+
+    def build(self) -> "WebDatasetSource":
+        return WebDatasetSource(self)
+
+    def locations(self) -> dict[str, str]:
+        """Returns the tars and folders, the first and last of each range."""
+        found = {}
+        for key, location in by_key(shards=self.shards).items():
+            ends = _expanded(location)
+            found[key] = ends[0]
+            if len(ends) > 1:
+                found[f"{key}.last"] = ends[-1]
+        return found
+
+
+class WebDatasetSource:
+    """Images and texts in tars. Memory: the parts of one sample, without its image."""
+
+    def __init__(self, config: WebDatasetSourceConfig) -> None:
+        self.config = config
+
+    def records(self) -> Iterator[Record | Reject]:
+        """Lists the samples of every tar in their order."""
+        shards = self.config.shards
+        for split, setting in (shards if isinstance(shards, dict) else {"": shards}).items():
+            for location in [setting] if isinstance(setting, str) else setting:
+                for named in _expanded(storage.absolute(location)):
+                    for shard in _tars(named):
+                        yield from self._shard(shard, split)
+
+    def read(self, record: Record) -> bytes:
+        """Returns the image member's bytes, by one positioned read."""
+        location, _, place = record.image.rpartition("#")
+        offset, size = map(int, place.split(":"))
+        try:
+            return storage.read_range(location, offset, size)
+        except StorageError as error:
+            if storage.exists(location):
+                raise
+            raise SourceError(f"{location}: vanished since it was listed") from error
+
+    def _shard(self, location: str, split: str) -> Iterator[Record | Reject]:
+        stamp = storage.stamp(location)
+        wanted = {name.partition(".")[0].lower() for name in self.config.texts.columns()}
+        with storage.reader(location) as file:
+            try:
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    members = (member for member in tar if member.isfile())
+                    for name, parts in groupby(members, _sample_name):
+                        yield self._record(name, list(parts), tar, location, stamp, split, wanted)
+            except tarfile.TarError as error:
+                raise SourceError(
+                    f"{location}: not a plain tar, or cut short ({error}); a packed one (.tar.gz) "
+                    "cannot be read by position: unpack it first"
+                ) from error
+
+    def _record(
+        self,
+        name: str,
+        members: list[tarfile.TarInfo],
+        tar: tarfile.TarFile,
+        location: str,
+        stamp: str,
+        split: str,
+        wanted: set[str],
+    ) -> Record | Reject:
+        parts = {_part(member): member for member in members}
+        key = image_key(name)
+        image = ImageFile(f"{location}: {name}.jpg", None, None)
+        for suffix in self.config.images():
+            if suffix in parts:
+                member = parts[suffix]
+                place = f"{location}#{member.offset_data}:{member.size}"
+                image = ImageFile(place, stamp, SUFFIXES[suffix.rpartition(".")[2].lower()])
+                break
+        texts, fault = Texts(name), ("no-texts", f"{name}: nothing is written about it")
+        try:
+            row = {
+                part: _value(tar, member)
+                for part, member in parts.items()
+                if part.rpartition(".")[2] in wanted or part in wanted
+            }
+            texts = self.config.texts.texts(row, name)
+        except (ValueError, TypeError) as error:
+            fault = ("malformed-texts", f"{location}: {name}: {error}")
+        return listed(
+            key=key,
+            split=split or hash_split(key, self.config.validation_fraction),
+            image=image,
+            texts=texts,
+            fault=None if texts.num_texts else fault,
+        )
+
+
+def _sample_name(member: tarfile.TarInfo) -> str:
+    folder, slash, name = member.name.rpartition("/")
+    return f"{folder}{slash}{name.partition('.')[0]}".removeprefix("./")
+
+
+def _part(member: tarfile.TarInfo) -> str:
+    return member.name.rpartition("/")[2].partition(".")[2].lower()
+
+
+def _value(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
+    """Returns a text part's words, or what its JSON holds."""
+    file = tar.extractfile(member)
+    text = file.read().decode("utf-8-sig").strip() if file else ""
+    return json.loads(text) if member.name.lower().endswith(".json") else text
+
+
+def _tars(location: str) -> list[str]:
+    if location.endswith((".tar", ".gz", ".tgz")):
+        return [location]
+    names = [name for name in storage.list_names(location) if name.endswith(".tar")]
+    if not names:
+        raise SourceError(f"{location}: expected a tar or a folder of tars, found none")
+    return [storage.join(location, name) for name in names]
+
+
+def _expanded(location: str) -> list[str]:
+    """Returns the locations a range of numbers stands for, or the location itself."""
+    span = _RANGE.search(location)
+    if span is None:
+        return [location]
+    first, last = span.groups()
+    names = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
+    return [
+        expanded
+        for name in names
+        for expanded in _expanded(location[: span.start()] + name + location[span.end() :])
+    ]

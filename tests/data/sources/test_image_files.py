@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.sample import Texts
+from pipeline.data.sources.base import Record, Reject
+from pipeline.data.sources.image_files import (
+    ImageFile,
+    ImageFolders,
+    image_key,
+    image_name,
+    listed,
+    read_image,
+)
+from pipeline.errors import SourceError
+from tests.data.sources.built import draw
+
+
+def test_a_number_finds_the_file_whose_name_ends_with_it(tmp_path: Path) -> None:
+    names = ["COCO_train2014_000000000009.jpg", "image25.png", "000000000003.jpg", "12.txt"]
+    for name in names:
+        (tmp_path / name).touch()
+    folders = ImageFolders(str(tmp_path))
+    assert folders.numbered(9).location.endswith(names[0])
+    assert folders.numbered("25").location.endswith(names[1])
+    assert folders.numbered(3).location.endswith(names[2])
+    assert folders.numbered(12).stamp is None
+    assert folders.numbered(5).location == f"{tmp_path}/*000000000005.jpg"
+    assert folders.numbered("image25").location.endswith("image25.png")
+
+
+def test_the_first_folder_that_has_a_file_is_taken(tmp_path: Path) -> None:
+    draw(tmp_path / "a" / "1.jpg", tmp_path / "b" / "1.jpg", tmp_path / "b" / "2.jpg")
+    folders = ImageFolders(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert folders.numbered(1).location == str(tmp_path / "a" / "1.jpg")
+    assert folders.named("2.jpg").location == str(tmp_path / "b" / "2.jpg")
+    assert folders.named("3.jpg") == ImageFile(str(tmp_path / "a" / "3.jpg"), None, "jpg")
+    assert folders.called("2").location == str(tmp_path / "b" / "2.jpg")
+
+
+def test_names_may_begin_with_subfolders_that_may_be_absent(tmp_path: Path) -> None:
+    draw(tmp_path / "val2014" / "x.JPEG")
+    folders = ImageFolders(str(tmp_path))
+    assert folders.named("val2014/x.JPEG").suffix == "jpg"
+    assert folders.named("val2014/x.JPEG").stamp
+    assert folders.named("train2014/x.jpg").stamp is None
+    assert folders.located(str(tmp_path / "val2014" / "x.JPEG")).stamp
+
+
+def test_an_absent_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"images: .*nowhere: no such folder"):
+        ImageFolders(str(tmp_path / "nowhere"))
+
+
+def test_the_image_is_at_fault_before_the_texts() -> None:
+    texts = Texts(1, ("words",))
+    fault = ("no-captions", "nothing describes it")
+    missing = listed("k", "train", ImageFile.at("/a/x.jpg", None), texts, fault=fault)
+    unknown = listed("k", "train", ImageFile.at("/a/x.jpg.1", "7"), texts, fault=fault)
+    silent = listed("k", "train", ImageFile.at("/a/x.jpg", "7"), Texts(1), fault=fault)
+    assert isinstance(missing, Reject)
+    assert isinstance(unknown, Reject)
+    assert isinstance(silent, Reject)
+    assert (missing.reason, unknown.reason) == ("missing-image", "unknown-suffix")
+    assert (silent.reason, silent.detail) == fault
+    assert missing.remains is not None
+    assert (missing.remains.image, missing.remains.texts) == ("", texts)
+    assert silent.remains is not None
+    assert silent.remains.image == "/a/x.jpg"
+    live = listed("k", "train", ImageFile.at("/a/x.jpg", "7"), texts, detail="less")
+    assert isinstance(live, Record)
+    assert (live.suffix, live.detail) == ("jpg", "less")
+
+
+def test_a_vanished_image_is_told_from_an_unreadable_one(tmp_path: Path) -> None:
+    draw(tmp_path / "a.jpg")
+    record = listed("a", "train", ImageFolders(str(tmp_path)).named("a.jpg"), Texts("a", ("x",)))
+    assert isinstance(record, Record)
+    assert read_image(record) == (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(SourceError, match="vanished"):
+        read_image(record)
+
+
+def test_keys_are_cocos_for_numbers_and_names_for_the_rest() -> None:
+    assert image_key(9) == "000000000009"
+    assert image_key("100652400") == "100652400"
+    assert image_key(-1) != image_key(1)
+    assert image_name("a.b.JPG") == "a.b"
+    assert image_name("2258277193_586949ec62.jpg.1") == "2258277193_586949ec62.jpg.1"

@@ -1,0 +1,123 @@
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.sources.json_file import Groups, JsonList, read_json, read_json_list, read_text
+from pipeline.errors import SourceError
+
+DOCUMENT = {
+    "info": {"year": 2014},
+    "data": {"items": [{"id": 3, "w": "a"}, {"id": "3", "w": "b"}, {"id": 3, "w": "ü"}], "n": [1]},
+    "empty": [],
+    "flag": None,
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "file.json"
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_lists_are_what_json_says_they_are(path: Path, indent: int | None, packed: bool) -> None:
+    payload = json.dumps(DOCUMENT, indent=indent, ensure_ascii=False).encode()
+    path.write_bytes(gzip.compress(payload) if packed else payload)
+    document = read_json(str(path), "a test file")
+    items = document.list("data", "items")
+    assert [entry.values for entry in items.objects()] == DOCUMENT["data"]["items"]  # type: ignore[index]
+    assert items.object(2).where == f"{path}: data.items[2]"
+    assert len(document.list("empty")) == 0
+    assert document.values["info"] == {"year": 2014}
+    assert document.values["flag"] is None
+
+
+def test_objects_are_grouped_by_a_field_with_numbers_apart_from_their_names(path: Path) -> None:
+    path.write_text(json.dumps(DOCUMENT))
+    groups = Groups(read_json(str(path), "a test file").list("data", "items"), "id")
+    assert [(key, [entry.string("w") for entry in found]) for key, found in groups] == [
+        (3, ["a", "ü"]),
+        ("3", ["b"]),
+    ]
+    assert [entry.string("w") for entry in groups.of("3")] == ["b"]
+    assert groups.of(4) == []
+
+
+def test_groups_keep_the_order_of_first_appearance(path: Path) -> None:
+    ids = [7, 1, 9, 1, 4, 7]
+    path.write_text(json.dumps([{"id": number} for number in ids]))
+    items = read_json_list(str(path), "a test file")
+    assert [key for key, _ in Groups(items, "id")] == [7, 1, 9, 4]
+
+
+def test_an_empty_list_has_no_groups(path: Path) -> None:
+    path.write_text("[]")
+    groups = Groups(read_json_list(str(path), "a test file"), "id")
+    assert list(groups) == []
+    assert groups.of(1) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("", "not valid JSON: Expecting value: line 1"),
+        ('{"a": [1, 2', "not valid JSON.*line 1 column"),
+        ('{"a": [1 2]}', "Expecting ',' delimiter"),
+        ('{"a": [1,]}', "not valid JSON"),
+        ('{"a" 1}', "Expecting ':' delimiter"),
+        ('{"a": 1,}', "not valid JSON"),
+        ('{"a": 1} x', "Extra data"),
+        ("{1: 2}", "Expecting property name"),
+        ("[1]", "expected an object, found a list"),
+        ("3", "expected an object, found a int"),
+        ('{"b": 1}', "expected a list 'a'; the file has the keys 'b'. Is it a test file?"),
+        ('{"a": 1}', "expected a list 'a', found 1"),
+    ],
+)
+def test_what_is_not_the_expected_json_is_named(path: Path, text: str, match: str) -> None:
+    path.write_text(text)
+    with pytest.raises(SourceError, match=match):
+        read_json(str(path), "a test file").list("a")
+
+
+def test_packed_or_encoded_badly_is_named(path: Path) -> None:
+    path.write_bytes(gzip.compress(b"[]")[:-6])
+    with pytest.raises(SourceError, match="cannot be unpacked"):
+        read_text(str(path))
+    path.write_bytes(b'["\xff"]')
+    with pytest.raises(SourceError, match="not UTF-8"):
+        read_text(str(path))
+
+
+def test_fields_are_checked(path: Path) -> None:
+    path.write_text('[{"id": true, "n": 5, "s": 1, "l": [1], "t": "\\ud800"}, 4]')
+    items = read_json_list(str(path), "a test file")
+    entry = items.object(0)
+    with pytest.raises(SourceError, match=r"\[0\]: 'id': expected a number or a string"):
+        entry.identity("id")
+    with pytest.raises(SourceError, match="a whole number from 0 to 4, found 5"):
+        entry.integer("n", 5)
+    with pytest.raises(SourceError, match="a string, found 1"):
+        entry.string("s")
+    with pytest.raises(SourceError, match="surrogate"):
+        entry.string("t")
+    with pytest.raises(SourceError, match=r"l\[0\]: expected an object, found 1"):
+        list(entry.objects("l"))
+    with pytest.raises(SourceError, match="a list, found 5"):
+        entry.list("n")
+    with pytest.raises(SourceError, match=r"field 'x', found 'id', 'n'.*Is it a test file"):
+        entry.get("x")
+    with pytest.raises(SourceError, match=r"\[1\]: expected an object, found 4"):
+        items.object(1)
+    with pytest.raises(SourceError, match="expected a string, found"):
+        items.strings()
+
+
+def test_the_official_file_reads_as_json_reads_it(shared_data: Path) -> None:
+    location = shared_data / "vqa_v2" / "v2_OpenEnded_mscoco_train2014_questions.json.gz"
+    questions = read_json(str(location), "a VQA v2 questions file").list("questions")
+    assert isinstance(questions, JsonList)
+    with gzip.open(location) as file:
+        assert [entry.values for entry in questions.objects()] == json.load(file)["questions"]

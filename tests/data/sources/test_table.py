@@ -1,0 +1,197 @@
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import storage
+from pipeline.data.dataset import Dataset
+from pipeline.errors import ConfigError, SourceError
+from tests.data.sources.built import build, draw, ingested, listed, reason, reasons, record
+
+
+def write_jsonl(path: Path, *rows: dict[str, Any] | str) -> str:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def test_rows_of_one_image_are_one_sample(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png", tmp_path / "sub" / "b.jpg")
+    table = write_jsonl(
+        tmp_path / "t.jsonl",
+        {"file": "a.png", "text": "one", "q": "what?", "a": "x"},
+        {"file": "sub/b.jpg", "text": ["two", "three"]},
+        {"file": "a.png", "text": "four", "q": "what?", "a": "y"},
+    )
+    columns = {"captions": "text", "question": "q", "answers": "a"}
+    source = build("table", table=table, image="file", texts=columns)
+    found = record(source, "a")
+    assert found.texts.captions == ("one", "four")
+    assert [asked.answers for asked in found.texts.questions] == [("x", "y")]
+    assert (found.suffix, source.read(found)) == ("png", (tmp_path / "a.png").read_bytes())
+    assert len(listed(source)) == 2
+
+
+def test_daquars_csv_has_one_sample_for_each_of_105_images(shared_data: Path) -> None:
+    folder = shared_data / "daquar"
+    source = build(
+        "table",
+        table={"validation": str(folder / "daquar_val.csv")},
+        images=str(folder / "images"),
+        image="image_id",
+        texts={"question": "question", "answers": "answer"},
+    )
+    entries = listed(source)
+    assert Counter(map(reason, entries.values())) == {"live": 105}
+    questions = [asked for e in entries.values() for asked in e.texts.questions]  # type: ignore[union-attr]
+    assert sum(len(asked.answers) for asked in questions) == 957
+    assert len({asked.question_id for asked in questions}) == len(questions)
+    assert record(source, "image1032").texts.questions[1].answers == ("1",)
+
+
+@pytest.mark.parametrize("with_path", [True, False])
+def test_parquet_as_hugging_face_writes_it(tmp_path: Path, with_path: bool) -> None:
+    draw(*(tmp_path / f"{n}.png" for n in range(5)))
+    cells = [
+        {"bytes": (tmp_path / f"{n}.png").read_bytes(), "path": f"{n}.png" if with_path else None}
+        for n in range(5)
+    ]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = {"image": pa.array(cells, kind), "text": list("abcde"), "id": list(range(5))}
+    (tmp_path / "data").mkdir()
+    for part in range(2):
+        rows_of_part = pa.table(rows).slice(part * 3, 3)
+        path = tmp_path / "data" / f"train-0000{part}-of-00002.parquet"
+        pq.write_table(rows_of_part, path, row_group_size=2)
+    settings = {
+        "table": {"train": str(tmp_path / "data")},
+        "image": "image",
+        "texts": {"captions": "text"},
+        "image_suffix": "png",
+    }
+    if with_path:
+        assert set(listed(build("table", **settings))) == set("01234")
+    else:
+        assert reasons(build("table", **settings)) == {"no-key": 5}
+    source = build("table", **settings, key="id")
+    report = ingested(source, tmp_path)
+    assert (report.num_live, report.rejects) == (5, {})
+    split = Dataset.open(str(tmp_path / "dataset")).split("train")
+    for row, key in enumerate(split.keys):
+        assert split.image(row) == cells[int(key)]["bytes"]
+        assert split.texts([row])[0].captions == ("abcde"[int(key)],)
+    assert ingested(source, tmp_path).num_unchanged == 5
+
+
+def test_each_fault_has_its_reason(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png", tmp_path / "b.png", tmp_path / "silent.png")
+    (tmp_path / "c.xyz").touch()
+    table = write_jsonl(
+        tmp_path / "t.jsonl",
+        {"file": "a.png", "id": 1, "text": "one", "split": "train"},
+        {"file": "b.png", "id": 1, "text": "another image", "split": "train"},
+        {"file": "a.png", "id": 1, "text": "two", "split": "test"},
+        {"file": "a.png", "id": None, "text": "one", "split": "train"},
+        {"file": None, "id": 2, "text": "one", "split": "train"},
+        {"file": "lost.png", "id": 3, "text": "one", "split": "train"},
+        {"file": "c.xyz", "id": 4, "text": "one", "split": "train"},
+        {"file": "silent.png", "id": 5, "text": "", "split": "train"},
+        {"file": "b.png", "id": 6, "text": 6, "split": "train"},
+        {"file": "b.png", "id": 7, "text": "one", "split": "a/b"},
+        {"file": "https://example.org/b.png", "id": 8, "text": "one", "split": "train"},
+        {"file": "b.png", "id": 9.5, "text": "one", "split": "train"},
+        '{"file": ',
+    )
+    source = build(
+        "table", table=table, image="file", key="id", split="split", texts={"captions": "text"}
+    )
+    report = ingested(source, tmp_path)
+    assert report.num_live == 1
+    assert report.num_listed == 12
+    assert report.rejects == {
+        "malformed-row": 5,
+        "duplicate-id": 1,
+        "no-key": 1,
+        "no-image": 1,
+        "missing-image": 1,
+        "unknown-suffix": 1,
+        "no-texts": 1,
+    }
+    found = next(entry for entry in source.records() if reason(entry) == "live")
+    assert (found.key, found.split) == ("000000000001", "train")
+    assert found.detail == "also listed for test"
+    assert found.texts.captions == ("one", "two")  # type: ignore[union-attr]
+    details = {entry.key: entry.detail for entry in source.records()}
+    assert any("t.jsonl: row 13: not valid JSON" in detail for detail in details.values())
+
+
+@pytest.mark.parametrize(("value", "key"), [("42", f"{42:012d}"), ("007", "007"), ("x7", "x7")])
+def test_keys_of_digits_are_numbers_as_coco_writes_them(
+    tmp_path: Path, value: str, key: str
+) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text(f"id,file,text\n{value},a.png,words\n")
+    source = build(
+        "table",
+        table=str(tmp_path / "t.csv"),
+        image="file",
+        key="id",
+        texts={"captions": "text"},
+    )
+    assert list(listed(source)) == [key]
+
+
+def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
+    table = write_jsonl(tmp_path / "t.jsonl", {"file": "a.png", "text": "one"})
+    source = build("table", table=table, image="file", texts={"captions": ["text", "txet"]})
+    with pytest.raises(SourceError, match=r"no row has 'txet'; the last has 'file', 'text'"):
+        listed(source)
+
+
+def test_order_of_rows_does_not_change_keys_or_splits(tmp_path: Path) -> None:
+    names = [f"{number}.png" for number in range(40)]
+    draw(*(tmp_path / name for name in names))
+    rows = [{"file": name, "text": "x"} for name in names]
+    splits = []
+    for order in (rows, rows[::-1]):
+        table = write_jsonl(tmp_path / "t.jsonl", *order)
+        source = build("table", table=table, image="file", texts={"captions": "text"})
+        splits.append({entry.key: (entry.split, entry.fingerprint) for entry in source.records()})
+    assert splits[0] == splits[1]
+    assert {split for split, _ in splits[0].values()} == {"train", "validation"}
+
+
+def test_a_table_may_be_on_an_object_store(tmp_path: Path, object_store: str) -> None:
+    draw(tmp_path / "a.png")
+    cells = [{"bytes": (tmp_path / "a.png").read_bytes(), "path": "a.png"}]
+    pq.write_table(pa.table({"image": cells, "text": ["x"]}), tmp_path / "t.parquet")
+    storage.write_bytes(f"{object_store}/t.parquet", (tmp_path / "t.parquet").read_bytes())
+    storage.write_bytes(f"{object_store}/i/a.png", (tmp_path / "a.png").read_bytes())
+    storage.write_bytes(f"{object_store}/t.csv", b"file,text\ni/a.png,x\n")
+    for name, image in (("t.parquet", "image"), ("t.csv", "file")):
+        source = build(
+            "table", table=f"{object_store}/{name}", image=image, texts={"captions": "text"}
+        )
+        (found,) = source.records()
+        assert reason(found) == "live"
+        assert source.read(found) == cells[0]["bytes"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"texts": {}}, "name a column"),
+        ({"texts": {"captoins": "x"}}, "captoins"),
+        ({"table": {"train": "t"}, "split": "s"}, "split is a column of a single table"),
+        ({"split": "s", "validation_fraction": 0.1}, "both say what a split is"),
+        ({"image_suffix": "xyz"}, "image_suffix"),
+    ],
+)
+def test_settings_that_disagree_are_refused(settings: dict[str, Any], match: str) -> None:
+    given: dict[str, Any] = {"table": "t", "image": "file", "texts": {"captions": "text"}}
+    with pytest.raises(ConfigError, match=match):
+        build("table", **given | settings)

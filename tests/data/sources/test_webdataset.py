@@ -1,0 +1,160 @@
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset
+
+from pipeline import storage
+from pipeline.config import check
+from pipeline.data.dataset import Dataset
+from pipeline.errors import ConfigError, SourceError
+from tests.data.sources.built import (
+    DatasetPart,
+    build,
+    draw,
+    ingested,
+    listed,
+    reason,
+    reasons,
+    record,
+)
+
+
+def picture(folder: Path, name: str = "x.png") -> bytes:
+    draw(folder / name)
+    return (folder / name).read_bytes()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], mode: str = "w") -> None:
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for name, payload in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(payload)
+            tar.addfile(member, io.BytesIO(payload))
+
+
+def test_tars_that_webdataset_writes_are_read_where_they_lie(tmp_path: Path) -> None:
+    image = picture(tmp_path)
+    for shard in range(3):
+        with webdataset.TarWriter(str(tmp_path / f"s-{shard:03d}.tar")) as writer:
+            for number in range(4):
+                meta = {"alt": f"alt {number}", "width": 7}
+                key = f"{shard:03d}{number}"
+                writer.write({"__key__": key, "png": image, "txt": f"words {key}", "json": meta})
+    settings: dict[str, Any] = {"texts": {"captions": ["txt", "json.alt"]}}
+    source = build("webdataset", shards=str(tmp_path / "s-{000..002}.tar"), **settings)
+    entries = listed(source)
+    assert {reason(entry) for entry in entries.values()} == {"live"}
+    assert len(entries) == 12
+    found = record(source, "0013")
+    assert found.texts.captions == ("words 0013", "alt 3")
+    assert (found.suffix, source.read(found)) == ("png", image)
+    folder = build("webdataset", shards=str(tmp_path), **settings)
+    assert list(folder.records()) == list(source.records())
+
+
+def test_the_shards_of_this_project_read_back_as_they_were(tmp_path: Path) -> None:
+    shapes = build("shapes", scenes=5, validation_scenes=2, image_size=32)
+    ingested(shapes, tmp_path)
+    splits = {
+        split: str(tmp_path / "dataset" / "shards" / split) for split in ("train", "validation")
+    }
+    source = build("webdataset", shards=splits)
+    assert reasons(source) == {"live": 7}
+    ingested(source, tmp_path / "again")
+    for split in splits:
+        one = Dataset.open(str(tmp_path / "dataset")).split(split)
+        other = Dataset.open(str(tmp_path / "again" / "dataset")).split(split)
+        rows = range(one.num_samples)
+        assert list(one.keys) == list(other.keys)
+        assert one.texts(rows) == other.texts(rows)
+        assert [one.image(row) for row in rows] == [other.image(row) for row in rows]
+
+
+def test_each_fault_has_its_reason(tmp_path: Path) -> None:
+    image = picture(tmp_path)
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            ("./good.seg.png", b"a mask"),
+            ("./good.png", image),
+            ("./good.txt", b"words"),
+            ("silent.png", image),
+            ("blind.txt", b"words"),
+            ("bad.png", image),
+            ("bad.json", b"{"),
+            ("latin.png", image),
+            ("latin.txt", b"\xff\xfe\xfa"),
+            ("good.png", image),
+            ("good.txt", b"again"),
+        ],
+    )
+    source = build("webdataset", shards=str(tmp_path / "a.tar"))
+    assert reasons(source) == {
+        "live": 2,
+        "no-texts": 1,
+        "missing-image": 1,
+        "malformed-texts": 2,
+    }
+    report = ingested(source, tmp_path)
+    assert (report.num_live, report.rejects["duplicate-id"]) == (1, 1)
+    assert source.read(next(source.records())) == image  # type: ignore[arg-type]
+
+
+def test_names_in_folders_are_apart_and_dots_in_folders_do_not_end_them(tmp_path: Path) -> None:
+    image = picture(tmp_path)
+    members = [(f"{folder}/0{part}", payload) for folder in ("v1.0", "v1.1")
+               for part, payload in ((".png", image), (".txt", folder.encode()))]  # fmt: skip
+    write_tar(tmp_path / "a.tar", members)
+    entries = list(build("webdataset", shards=str(tmp_path / "a.tar")).records())
+    assert [entry.texts.captions for entry in entries] == [("v1.0",), ("v1.1",)]  # type: ignore[union-attr]
+    assert len({entry.key for entry in entries}) == 2
+
+
+def test_an_image_part_may_be_named(tmp_path: Path) -> None:
+    image = picture(tmp_path)
+    members = [("a.left.png", b"no"), ("a.right.png", image), ("a.cls", b"3"), ("a.json", b"{}")]
+    write_tar(tmp_path / "a.tar", members)
+    settings: dict[str, Any] = {"image": "right.png", "texts": {"captions": "cls"}}
+    source = build("webdataset", shards=[str(tmp_path / "a.tar")], **settings)
+    found = record(source, "a")
+    assert (source.read(found), found.suffix, found.texts.captions) == (image, "png", ("3",))
+
+
+def test_packed_and_cut_tars_are_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar.gz", [("a.png", b"x")], "w:gz")
+    with pytest.raises(SourceError, match=r"a\.tar\.gz: not a plain tar.*unpack it first"):
+        listed(build("webdataset", shards=str(tmp_path / "a.tar.gz")))
+    write_tar(tmp_path / "b.tar", [("a.png", b"x"), ("a.txt", b"y" * 5000), ("b.png", b"x")])
+    payload = (tmp_path / "b.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(payload[: 512 * 4 + 2000])
+    with pytest.raises(SourceError, match=r"b\.tar: not a plain tar, or cut short"):
+        listed(build("webdataset", shards=str(tmp_path / "b.tar")))
+    with pytest.raises(SourceError, match="found none"):
+        (tmp_path / "empty").mkdir()
+        listed(build("webdataset", shards=str(tmp_path / "empty")))
+
+
+def test_tars_may_be_on_an_object_store(tmp_path: Path, object_store: str) -> None:
+    image = picture(tmp_path)
+    write_tar(tmp_path / "a.tar", [("a.png", image), ("a.json", json.dumps({"captions": ["x"]}).encode())])  # fmt: skip  # noqa: E501
+    storage.write_bytes(f"{object_store}/a.tar", (tmp_path / "a.tar").read_bytes())
+    source = build("webdataset", shards=object_store)
+    assert source.read(record(source, "a")) == image
+
+
+def test_preflight_looks_for_the_ends_of_a_range() -> None:
+    settings = {"source": {"type": "webdataset", "shards": {"train": "s-{08..11}.tar"}}}
+    source = check(DatasetPart, settings, "recipe").source
+    assert source.locations() == {
+        "shards.train": "s-08.tar",
+        "shards.train.last": "s-11.tar",
+    }
+
+
+def test_an_image_part_that_is_no_image_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'txt': expected one of"):
+        build("webdataset", shards="s", image="txt")

@@ -136,6 +136,7 @@ class Recipe(Config):
             self.model.initial,
             self.model.tokenizer,
             *self.dataset.source.locations().values(),
+            *(self.objectives.locations().values() if self.objectives else ()),
         ]
         return [
             location

@@ -18,6 +18,9 @@ class AnswerConfig(Config):
 
     weight: float = Field(default=1.0, gt=0)
 
+    def build(self) -> "list[Answering]":
+        return [Answering(self)]
+
 
 class Answering(Objective):
     """Binary cross-entropy of every answer, summed over answers (arXiv:1708.02711, 3.4).
@@ -30,6 +33,8 @@ class Answering(Objective):
 
     name = "answer"
     stream = Stream("questions", "full")
+    metric_name = "accuracy"
+    matched_only = True
 
     def __init__(self, config: AnswerConfig) -> None:
         super().__init__(config.weight)
@@ -50,3 +55,9 @@ class Answering(Objective):
     ) -> Tensor:
         logits = model.answer_logits(encoded, inputs).float()
         return F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(1)
+
+    def metric(
+        self, model: VisionLanguageModel, encoded: Encoded, inputs: Inputs, target: Tensor
+    ) -> Tensor:
+        best = model.answer_logits(encoded, inputs).argmax(1, keepdim=True)
+        return target.gather(1, best).squeeze(1)

@@ -3,21 +3,24 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+from torch import Tensor, nn
 
-from pipeline.data.dataset import TextKind
+from pipeline.data.dataset import Dataset, TextKind
 from pipeline.data.loader import Batch
 from pipeline.models.base import MaskKind, VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs
+from pipeline.objectives.turns import Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 IGNORED = -100  # at positions of a target that no loss is taken of
+
+ShownKind = Literal["captions", "questions"]  # the texts that can be shown beside an image
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,11 @@ class Stream:
 
     kind: TextKind
     mask: MaskKind
+    is_intact: bool = False  # nothing is hidden or exchanged in it
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-{self.mask}"
+        return f"{self.kind}-{self.mask}{'-intact' if self.is_intact else ''}"
 
 
 @dataclass(frozen=True)
@@ -63,21 +67,51 @@ class Encodings:
     tokens: npt.NDArray[np.int64]  # (B, T), padded on the right
     padding: npt.NDArray[np.bool_]  # (B, T)
     is_word: npt.NDArray[np.bool_]  # (B, T): a piece of the text, neither special nor padding
+    # (B, T): the number of the word that a piece is of, ascending; None for a text begun only
+    words: npt.NDArray[np.int64] | None = None
 
 
 class Objective(ABC):
-    """One loss, with its corruption of the text and its targets.
+    """One loss, with its corruption of text and image, its targets and its metric.
 
     Randomness comes from `batch.rng` only, and a sample's target and loss do not depend on the
-    samples beside it, so that neither ranks nor micro-batches change what is learned.
+    samples beside it, so that neither ranks nor micro-batches change what is learned. A target is
+    a Tensor, or a dataclass of some with their `to(device)`.
+
+    Its life: `check` and `open` before anything starts and `attach` when the module is built; then
+    for each micro-batch `choose_texts`, `prepare` and `hide` while it is collated, and `loss`.
     """
 
-    name: ClassVar[str]
-    stream: ClassVar[Stream]
+    name: str
+    stream: Stream
+    metric_name: ClassVar[str]
     needs_distractors: ClassVar[bool] = False
+    needs_regions: ClassVar[bool] = False
+    needs_attention: bool = False  # the model's attention maps
+    matched_only: bool = False  # a sample shown with another image's text costs nothing
+    turns: Turns | None = None  # the steps that train it; None: all
 
     def __init__(self, weight: float) -> None:
         self.weight = weight  # of this loss in the sum of all
+
+    def is_due(self, seed: int, step: int) -> bool:
+        """Whether a step trains it: the same on every rank."""
+        return self.turns is None or self.turns.has(seed, step)
+
+    def check(  # noqa: B027  most go with any
+        self, tokenizer: "PreTrainedTokenizerFast", answers: Sequence[str]
+    ) -> None:
+        """Raises ConfigError if it cannot go with this tokenizer and these answers."""
+
+    def open(self, dataset: Dataset, split: str) -> None:  # noqa: B027  most read nothing
+        """Opens what it reads of a split beside the batches."""
+
+    def attach(self, model: VisionLanguageModel) -> nn.Module | None:  # noqa: ARG002
+        """Returns what is learned beside this model, if anything.
+
+        Raises ModelError if such a model cannot be trained on it.
+        """
+        return None
 
     def choose_texts(self, batch: Batch, texts: list[str]) -> list[str]:  # noqa: ARG002
         """Returns the text shown with each image (B,), before tokens are made of it."""
@@ -86,11 +120,29 @@ class Objective(ABC):
     @abstractmethod
     def prepare(
         self, batch: Batch, encodings: Encodings, vocabulary: Vocabulary
-    ) -> tuple[Encodings, Tensor]:
-        """Returns the sequences as the model shall see them, and the target (B, ...)."""
+    ) -> tuple[Encodings, Any]:
+        """Returns the sequences as the model shall see them, and the target, for B samples."""
+
+    def hide(self, batch: Batch, inputs: Inputs) -> Inputs:  # noqa: ARG002
+        """Returns the inputs with the regions hidden that the model shall not see."""
+        return inputs
 
     @abstractmethod
     def loss(
-        self, model: VisionLanguageModel, encoded: Encoded, inputs: Inputs, target: Tensor
+        self, model: VisionLanguageModel, encoded: Encoded, inputs: Inputs, target: Any
     ) -> Tensor:
         """Returns each sample's loss, float32 (B,); the mean over a batch is the caller's."""
+
+    @abstractmethod
+    def metric(
+        self, model: VisionLanguageModel, encoded: Encoded, inputs: Inputs, target: Any
+    ) -> Tensor:
+        """Returns how good each sample's prediction is, `metric_name`, at best 1: float32 (B,).
+
+        NaN where a sample has nothing to predict.
+        """
+
+
+def named(name: str, kind: TextKind) -> str:
+    """Returns what an objective is called where it reads this kind of text."""
+    return name if kind == "captions" else f"{name}-{kind}"

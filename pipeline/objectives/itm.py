@@ -1,4 +1,4 @@
-"""Image-text matching: whether a caption was written for the picture."""
+"""Image-text matching: whether a text was written for the picture."""
 
 import zlib
 
@@ -9,38 +9,45 @@ from torch.nn import functional as F  # noqa: N812
 
 from pipeline.config import Config
 from pipeline.data.loader import Batch
+from pipeline.data.sample import Texts
 from pipeline.models.base import VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs
-from pipeline.objectives.base import Encodings, Objective, Stream, Vocabulary
+from pipeline.objectives.base import Encodings, Objective, ShownKind, Stream, Vocabulary, named
 
 _SALT = zlib.crc32(b"itm")
 
 
 class ItmConfig(Config):
-    """How often the caption is another image's."""
+    """How often the text is another image's."""
 
     weight: float = Field(default=1.0, gt=0)
+    texts: tuple[ShownKind, ...] = Field(default=("captions",), min_length=1)
     mismatch_probability: float = Field(default=0.5, gt=0, lt=1)
+
+    def build(self) -> "list[ImageTextMatching]":
+        return [ImageTextMatching(self, kind) for kind in dict.fromkeys(self.texts)]
 
 
 class ImageTextMatching(Objective):
     """Tells matched pairs from mismatched ones (LXMERT, arXiv:1908.07490, 3.1.2).
 
-    A wrong caption is one of another image that this image does not have as well; if there is
-    none the pair stays matched. Other objectives of the stream read the caption that is shown.
-    VisualBERT instead judges the second of two captions, the first being always right.
+    A wrong text is one of another image that this image does not have as well; if there is none
+    the pair stays matched. Other objectives of the stream read the text that is shown. UNITER
+    exchanges the image rather than the text, which gives the same pairs. VisualBERT judges the
+    second of two captions, the first being always right; ours has one.
     """
 
-    name = "itm"
-    stream = Stream("captions", "full")
+    metric_name = "accuracy"
     needs_distractors = True
 
-    def __init__(self, config: ItmConfig) -> None:
+    def __init__(self, config: ItmConfig, kind: ShownKind = "captions") -> None:
         super().__init__(config.weight)
+        self.name = named("itm", kind)
+        self.stream = Stream(kind, "full")
         self.mismatch_probability = config.mismatch_probability
 
     def choose_texts(self, batch: Batch, texts: list[str]) -> list[str]:
-        wrong = [self._wrong_caption(batch, i) for i in range(len(texts))]
+        wrong = [self._wrong_text(batch, i) for i in range(len(texts))]
         return [text if other is None else other for text, other in zip(texts, wrong, strict=True)]
 
     def prepare(
@@ -49,8 +56,8 @@ class ImageTextMatching(Objective):
         encodings: Encodings,
         vocabulary: Vocabulary,  # noqa: ARG002
     ) -> tuple[Encodings, Tensor]:
-        """The target (B,) is True where the caption shown is the image's own."""
-        matched = [self._wrong_caption(batch, i) is None for i in range(len(batch.keys))]
+        """The target (B,) is True where the text shown is the image's own."""
+        matched = [self._wrong_text(batch, i) is None for i in range(len(batch.keys))]
         return encodings, torch.tensor(matched)
 
     def loss(
@@ -63,11 +70,26 @@ class ImageTextMatching(Objective):
         label = torch.where(target, model.match_index, 1 - model.match_index)
         return F.cross_entropy(model.match_logits(encoded).float(), label, reduction="none")
 
-    def _wrong_caption(self, batch: Batch, i: int) -> str | None:
-        """Returns what is shown instead of example i's own caption; None if that is shown."""
+    def metric(
+        self,
+        model: VisionLanguageModel,
+        encoded: Encoded,
+        inputs: Inputs,  # noqa: ARG002
+        target: Tensor,
+    ) -> Tensor:
+        judged_matched = model.match_logits(encoded).argmax(1) == model.match_index
+        return (judged_matched == target).float()
+
+    def _wrong_text(self, batch: Batch, i: int) -> str | None:
+        """Returns what is shown instead of example i's own text; None if that is shown."""
         rng = batch.rng(i, _SALT)
         if rng.random() >= self.mismatch_probability:
             return None
-        own = set(batch.texts[i].captions)
-        others = [caption for caption in batch.distractors[i].captions if caption not in own]
+        own = set(self._texts(batch.texts[i]))
+        others = [text for text in self._texts(batch.distractors[i]) if text not in own]
         return others[rng.integers(len(others))] if others else None
+
+    def _texts(self, texts: Texts) -> list[str]:
+        if self.stream.kind == "captions":
+            return list(texts.captions)
+        return [question.question for question in texts.questions]

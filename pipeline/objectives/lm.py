@@ -10,13 +10,16 @@ from pipeline.data.loader import Batch
 from pipeline.models.base import VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs
 from pipeline.objectives.base import IGNORED, Encodings, Objective, Stream, Vocabulary
-from pipeline.objectives.token_loss import mean_token_loss
+from pipeline.objectives.token_loss import mean_token_loss, token_accuracy
 
 
 class LmConfig(Config):
     """Cross-entropy without label smoothing."""
 
     weight: float = Field(default=1.0, gt=0)
+
+    def build(self) -> "list[LanguageModelling]":
+        return [LanguageModelling(self)]
 
 
 class LanguageModelling(Objective):
@@ -27,6 +30,7 @@ class LanguageModelling(Objective):
     """
 
     name = "lm"
+    metric_name = "accuracy"
     stream = Stream("captions", "prefix")
 
     def __init__(self, config: LmConfig) -> None:
@@ -51,3 +55,12 @@ class LanguageModelling(Objective):
         target: Tensor,
     ) -> Tensor:
         return mean_token_loss(model, encoded.text, target)
+
+    def metric(
+        self,
+        model: VisionLanguageModel,
+        encoded: Encoded,
+        inputs: Inputs,  # noqa: ARG002
+        target: Tensor,
+    ) -> Tensor:
+        return token_accuracy(model, encoded.text, target)

@@ -3,6 +3,7 @@
 import zlib
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -11,8 +12,16 @@ from pipeline.config import Config
 from pipeline.data.loader import Batch
 from pipeline.models.base import VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs
-from pipeline.objectives.base import IGNORED, Encodings, Objective, Stream, Vocabulary
-from pipeline.objectives.token_loss import mean_token_loss
+from pipeline.objectives.base import (
+    IGNORED,
+    Encodings,
+    Objective,
+    ShownKind,
+    Stream,
+    Vocabulary,
+    named,
+)
+from pipeline.objectives.token_loss import mean_token_loss, token_accuracy
 
 _SALT = zlib.crc32(b"mlm")
 
@@ -21,24 +30,34 @@ class MlmConfig(Config):
     """BERT's corruption; the defaults are those of VisualBERT, LXMERT, ViLBERT and UNITER."""
 
     weight: float = Field(default=1.0, gt=0)
+    texts: tuple[ShownKind, ...] = Field(default=("captions",), min_length=1)
     mask_fraction: float = Field(default=0.15, gt=0, lt=1)
+    whole_words: bool = False  # choose words, and hide all pieces of each
+    # Mismatched pairs cost nothing, as in ViLBERT and VOLTA; the mean is still over all pairs, so
+    # a weight of 1 / (1 - itm.mismatch_probability) equals their mean over matched ones.
+    matched_only: bool = False
+
+    def build(self) -> "list[MaskedLanguageModelling]":
+        return [MaskedLanguageModelling(self, kind) for kind in dict.fromkeys(self.texts)]
 
 
 class MaskedLanguageModelling(Objective):
     """BERT's objective (arXiv:1810.04805, 3.1) with the picture beside the text.
 
     Of the chosen pieces 80 % read [MASK], 10 % a random piece, 10 % themselves. As in UNITER at
-    least one piece of a text is chosen. Special tokens are neither chosen nor put in. Beside
-    image-text matching, mismatched pairs count as well, as in VisualBERT and LXMERT (ViLBERT
-    leaves them out).
+    least one piece of a text is chosen. Special tokens are neither chosen nor put in. With whole
+    words, a word's pieces are chosen together, and each then has its own luck, as in BERT's code.
     """
 
-    name = "mlm"
-    stream = Stream("captions", "full")
+    metric_name = "accuracy"
 
-    def __init__(self, config: MlmConfig) -> None:
+    def __init__(self, config: MlmConfig, kind: ShownKind = "captions") -> None:
         super().__init__(config.weight)
+        self.name = named("mlm", kind)
+        self.stream = Stream(kind, "full")
+        self.matched_only = config.matched_only
         self.mask_fraction = config.mask_fraction
+        self.whole_words = config.whole_words
 
     def prepare(
         self, batch: Batch, encodings: Encodings, vocabulary: Vocabulary
@@ -51,17 +70,14 @@ class MaskedLanguageModelling(Objective):
             if not len(places):
                 continue
             rng = batch.rng(i, _SALT)
-            is_chosen = rng.random(len(places)) < self.mask_fraction
-            if not is_chosen.any():
-                is_chosen[rng.integers(len(places))] = True
-            chosen = places[is_chosen]
+            chosen = places[self._choose(rng, self._units(encodings, i, places))]
             target[i, chosen] = tokens[i, chosen]
             luck = rng.random(len(chosen))
             random_pieces = rng.choice(vocabulary.pieces, len(chosen))
             tokens[i, chosen[luck < 0.8]] = vocabulary.mask
             is_random = (luck >= 0.8) & (luck < 0.9)
             tokens[i, chosen[is_random]] = random_pieces[is_random]
-        corrupted = Encodings(tokens, encodings.padding, encodings.is_word)
+        corrupted = Encodings(tokens, encodings.padding, encodings.is_word, encodings.words)
         return corrupted, torch.from_numpy(target)
 
     def loss(
@@ -72,3 +88,30 @@ class MaskedLanguageModelling(Objective):
         target: Tensor,
     ) -> Tensor:
         return mean_token_loss(model, encoded.text, target)
+
+    def metric(
+        self,
+        model: VisionLanguageModel,
+        encoded: Encoded,
+        inputs: Inputs,  # noqa: ARG002
+        target: Tensor,
+    ) -> Tensor:
+        return token_accuracy(model, encoded.text, target)
+
+    def _units(
+        self, encodings: Encodings, i: int, places: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Returns the number, from 0, of the unit that each piece of a text is chosen with."""
+        if not self.whole_words:
+            return np.arange(len(places))
+        assert encodings.words is not None, "texts must be encoded whole"
+        return np.unique(encodings.words[i, places], return_inverse=True)[1]
+
+    def _choose(
+        self, rng: np.random.Generator, units: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.bool_]:
+        num_units = int(units.max()) + 1
+        is_chosen = rng.random(num_units) < self.mask_fraction
+        if not is_chosen.any():
+            is_chosen[rng.integers(num_units)] = True
+        return is_chosen[units]

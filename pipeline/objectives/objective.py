@@ -1,52 +1,106 @@
 """The objectives by name, and how a recipe chooses among them."""
 
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
+from pipeline import storage
 from pipeline.config import Config
-from pipeline.objectives.answer import AnswerConfig, Answering
+from pipeline.objectives.answer import AnswerConfig
 from pipeline.objectives.base import Objective
-from pipeline.objectives.itm import ImageTextMatching, ItmConfig
-from pipeline.objectives.lm import LanguageModelling, LmConfig
-from pipeline.objectives.mlm import MaskedLanguageModelling, MlmConfig
+from pipeline.objectives.distill import DistillConfig
+from pipeline.objectives.itc import ItcConfig
+from pipeline.objectives.itm import ItmConfig
+from pipeline.objectives.lm import LmConfig
+from pipeline.objectives.mlm import MlmConfig
+from pipeline.objectives.mrm import MrmConfig
+from pipeline.objectives.qa import QaConfig
+from pipeline.objectives.turns import Turns
+
+Share = Annotated[float, Field(gt=0)]
 
 
 class ObjectivesConfig(Config):
-    """What a phase is trained on: the weighted sum of those that are given, `mlm: {}` being one."""
+    """What a phase is trained on: those that are given, `mlm: {}` being one.
+
+    A step trains the weighted sum of all; or, with `one_per_step: {mlm: 2, itm: 1}`, one of them,
+    drawn with these shares.
+    """
 
     mlm: MlmConfig | None = None
     itm: ItmConfig | None = None
+    mrm: MrmConfig | None = None
+    itc: ItcConfig | None = None
     lm: LmConfig | None = None
     answer: AnswerConfig | None = None
+    qa: QaConfig | None = None
+    distill: DistillConfig | None = None
+    one_per_step: dict[str, Share] | None = None
 
     @model_validator(mode="after")
-    def _not_empty(self) -> Self:
-        if not self.settings():
+    def _check(self) -> Self:
+        chosen = self._chosen()
+        if not chosen:
             raise ValueError(f"no objective is given; choose from {', '.join(type(self).names())}")
+        if self.one_per_step is not None and set(self.one_per_step) != set(chosen):
+            raise ValueError(
+                f"one_per_step gives shares to {', '.join(sorted(self.one_per_step))}, but the "
+                f"objectives are {', '.join(sorted(chosen))}; give each of them a share"
+            )
+        if self.distill is not None and self.distill.words is not None:
+            hidden_in = self.mlm.texts if self.mlm is not None else ()
+            if self.distill.texts not in hidden_in or self.one_per_step is not None:
+                raise ValueError(
+                    "distill.words compares the words that mlm hides in the same step; give mlm "
+                    f"with texts: [{self.distill.texts}], and no one_per_step"
+                )
         return self
 
     @classmethod
     def names(cls) -> list[str]:
         """Returns the names of all objectives there are."""
-        return list(cls.model_fields)
+        return [name for name in cls.model_fields if name != "one_per_step"]
 
-    def settings(self) -> dict[str, dict[str, object]]:
-        """Returns the chosen objectives' settings by name, as plain data."""
-        return self.model_dump(mode="json", exclude_none=True)
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Returns the choice as plain data that any process can build from."""
+        settings = self.model_dump(mode="json", exclude_none=True)
+        if self.distill is not None:
+            settings["distill"]["teacher"] = storage.absolute(self.distill.teacher)
+        return settings
+
+    def locations(self) -> dict[str, str]:
+        """Returns the files and folders that are read, by the key that names each."""
+        return {} if self.distill is None else {"distill.teacher": self.distill.teacher}
 
     def build(self) -> list[Objective]:
         """Returns the chosen objectives, in an order that does not depend on the recipe's."""
-        chosen: list[Objective] = []
-        if self.itm:  # first: it chooses the caption that the others read
-            chosen.append(ImageTextMatching(self.itm))
-        if self.mlm:
-            chosen.append(MaskedLanguageModelling(self.mlm))
-        if self.lm:
-            chosen.append(LanguageModelling(self.lm))
-        if self.answer:
-            chosen.append(Answering(self.answer))
-        return chosen
+        built: list[Objective] = []
+        for name, config in self._chosen().items():
+            objectives: Sequence[Objective] = config.build()
+            for objective in objectives:
+                if self.one_per_step is not None:
+                    objective.turns = Turns(name, self.one_per_step)
+            built += objectives
+        return built
+
+    def _chosen(self) -> dict[str, Any]:
+        """Returns the chosen configs in the order in which they prepare a batch.
+
+        Matching is first, as it chooses the text that the others read; the teacher is last, as it
+        sees what they have hidden.
+        """
+        ordered: Mapping[str, Config | None] = {
+            "itm": self.itm,
+            "mlm": self.mlm,
+            "mrm": self.mrm,
+            "itc": self.itc,
+            "lm": self.lm,
+            "answer": self.answer,
+            "qa": self.qa,
+            "distill": self.distill,
+        }
+        return {name: config for name, config in ordered.items() if config is not None}
 
 
 def by_stream(objectives: list[Objective]) -> dict[str, list[Objective]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from pipeline.data.dataset import TextKind
 from pipeline.data.features import FeatureBatch
 from pipeline.data.loader import Batch
-from pipeline.errors import FeatureError
+from pipeline.errors import ConfigError, FeatureError
 from pipeline.models.base import VisionLanguageModel
-from pipeline.models.inputs import Inputs
+from pipeline.models.inputs import Encoded, Inputs
 from pipeline.objectives.base import Encodings, Objective, Vocabulary
 from pipeline.objectives.objective import by_stream
 
@@ -23,10 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StreamBatch:
-    """One stream's share of a micro-batch: B samples, and what each objective wants of them."""
+    """One stream's share of a micro-batch: B samples, and what each objective wants of them.
+
+    A step that trains none of a stream's objectives has no samples in it and no targets.
+    """
 
     inputs: Inputs
-    targets: Mapping[str, Tensor]  # objective -> (B, ...)
+    targets: Mapping[str, Any]  # objective -> its target
+    is_matched: Tensor  # (B,) bool: the text is the image's own
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,8 @@ class MicroBatch:
             {
                 name: StreamBatch(
                     moved(stream.inputs, device, dtype),
-                    {
-                        objective: target.to(device, non_blocking=True)
-                        for objective, target in stream.targets.items()
-                    },
+                    {name: target.to(device) for name, target in stream.targets.items()},
+                    stream.is_matched.to(device, non_blocking=True),
                 )
                 for name, stream in self.streams.items()
             }
@@ -81,6 +83,10 @@ class StreamCollator:
         blind: bool = False,
     ) -> None:
         (self.stream,) = {objective.stream for objective in objectives}
+        for objective in objectives:
+            if blind and objective.needs_regions:
+                raise ConfigError(f"objectives.{objective.name}: a blind model has no regions")
+            objective.check(tokenizer, answers)
         self._objectives = objectives
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
@@ -88,42 +94,91 @@ class StreamCollator:
         self._blind = blind
 
     def __call__(self, batch: Batch) -> StreamBatch:
-        texts = own_texts(batch, self.stream.kind)
-        for objective in self._objectives:
+        due = [one for one in self._objectives if one.is_due(batch.seed, batch.step)]
+        if not due:
+            return _nothing()
+        own = texts = own_texts(batch, self.stream.kind)
+        for objective in due:
             texts = objective.choose_texts(batch, texts)
         encodings = encode_texts(
             texts, self.stream.kind, self._tokenizer, self._vocabulary, self._max_tokens
         )
         targets = {}
-        for objective in self._objectives:
+        for objective in due:
             encodings, targets[objective.name] = objective.prepare(
                 batch, encodings, self._vocabulary
             )
-        return StreamBatch(make_inputs(encodings, batch.features, self._blind), targets)
+        inputs = make_inputs(encodings, batch.features, self._blind)
+        for objective in due:
+            inputs = objective.hide(batch, inputs)
+        matched = [text == shown for text, shown in zip(own, texts, strict=True)]
+        return StreamBatch(inputs, targets, torch.tensor(matched))
 
 
 class ObjectiveModel(nn.Module):
-    """A model with its losses: what is trained. Every parameter is used inside its forward."""
+    """A model with its losses: what is trained. Every parameter is used inside its forward.
+
+    `learned` is what objectives train beside the model; it is not part of the model folder.
+    """
 
     def __init__(self, model: VisionLanguageModel, objectives: Sequence[Objective]) -> None:
         super().__init__()
         self.model = model
+        attached = {objective.name: objective.attach(model) for objective in objectives}
+        self.learned = nn.ModuleDict(
+            {name: module for name, module in attached.items() if module is not None}
+        )
         self._streams = by_stream(list(objectives))
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the weighted sum of the objectives' mean losses, and each mean, detached."""
         losses: dict[str, Tensor] = {}
         total = torch.zeros((), device=next(self.model.parameters()).device)
-        for name, objectives in self._streams.items():
-            stream = batch.streams[name]
-            encoded = self.model.encode(stream.inputs, mask=objectives[0].stream.mask)
-            for objective in objectives:
-                loss = objective.loss(
+        for stream, due in self._due(batch):
+            encoded = self._encode(stream, due)
+            for objective in due:
+                per_sample = objective.loss(
                     self.model, encoded, stream.inputs, stream.targets[objective.name]
-                ).mean()
+                )
+                if objective.matched_only:
+                    per_sample = per_sample * stream.is_matched
+                loss = per_sample.mean()
                 losses[objective.name] = loss.detach()
                 total = total + objective.weight * loss
         return total, losses
+
+    @torch.no_grad()
+    def measure(self, batch: MicroBatch) -> dict[str, float]:
+        """Returns each objective's metric, as `itm/accuracy`, over the samples that have one.
+
+        NaN if none has. The caller has called `eval()`.
+        """
+        metrics = {}
+        for stream, due in self._due(batch):
+            encoded = self._encode(stream, due)
+            for objective in due:
+                values = objective.metric(
+                    self.model, encoded, stream.inputs, stream.targets[objective.name]
+                )
+                if objective.matched_only:
+                    values = values[stream.is_matched]
+                metrics[f"{objective.name}/{objective.metric_name}"] = float(values.nanmean())
+        return metrics
+
+    def _due(self, batch: MicroBatch) -> list[tuple[StreamBatch, list[Objective]]]:
+        """Returns the streams of this step, each with the objectives that have a target in it."""
+        return [
+            (stream, [one for one in objectives if one.name in stream.targets])
+            for name, objectives in self._streams.items()
+            if (stream := batch.streams[name]).targets
+        ]
+
+    def _encode(self, stream: StreamBatch, objectives: Sequence[Objective]) -> Encoded:
+        return self.model.encode(
+            stream.inputs,
+            mask=objectives[0].stream.mask,
+            attention=any(objective.needs_attention for objective in objectives),
+        )
 
 
 def own_texts(batch: Batch, kind: TextKind) -> list[str]:
@@ -150,24 +205,28 @@ def encode_texts(
     closing = [vocabulary.mask, vocabulary.sep] if kind == "questions" else [vocabulary.sep]
     room = max_tokens - 1 - len(closing)
     assert room > 0, f"max_tokens={max_tokens} leaves no room for a word"
-    rows: list[list[int]] = tokenizer(
+    encoded = tokenizer(
         list(texts),
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
         split_special_tokens=True,
         verbose=False,
-    )["input_ids"]
+    )
+    rows: list[list[int]] = encoded["input_ids"]
     lengths = np.array([min(len(row), room) for row in rows])
     width = int(lengths.max()) + 1 + len(closing)
     tokens = np.full((len(rows), width), vocabulary.pad, dtype=np.int64)
+    words = np.zeros_like(tokens)
     for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         tokens[i, : 1 + length + len(closing)] = [vocabulary.cls, *row[:length], *closing]
+        words[i, 1 : 1 + length] = encoded.word_ids(i)[:length]
     place, ends = np.arange(width), lengths[:, None]
     return Encodings(
         tokens=tokens,
         padding=place >= ends + 1 + len(closing),
         is_word=(place >= 1) & (place < ends + 1),
+        words=words,
     )
 
 
@@ -187,6 +246,19 @@ def make_inputs(encodings: Encodings, features: FeatureBatch | None, blind: bool
         region_padding=torch.from_numpy(places >= features.num_regions[:, None]),
     )
     return inputs.without_image() if blind else inputs
+
+
+def _nothing() -> StreamBatch:
+    """A stream without a sample."""
+    empty = torch.zeros(0, 0, dtype=torch.bool)
+    inputs = Inputs(
+        tokens=torch.zeros(0, 0, dtype=torch.long),
+        token_padding=empty,
+        features=torch.zeros(0, 0, 0),
+        boxes=torch.zeros(0, 0, 4),
+        region_padding=empty,
+    )
+    return StreamBatch(inputs, {}, is_matched=empty.flatten())
 
 
 def moved(inputs: Inputs, device: torch.device, dtype: torch.dtype) -> Inputs:

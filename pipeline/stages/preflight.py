@@ -12,6 +12,12 @@ def preflight(recipe: Recipe) -> None:
         "model.initial": recipe.model.initial,
         "model.tokenizer": recipe.model.tokenizer,
         **{
+            f"objectives.{key}": location
+            for key, location in (
+                recipe.objectives.locations() if recipe.objectives else {}
+            ).items()
+        },
+        **{
             f"dataset.source.{key}": location
             for key, location in recipe.dataset.source.locations().items()
         },

@@ -65,9 +65,12 @@ def pretrain(recipe: Recipe, progress: StageProgress) -> Outcome:
     if training is None or objectives is None:
         return Outcome("not in the recipe", 0.0, {})
     inputs = DataInputs.open(recipe)
+    answers = _answers(recipe, inputs) if "qa" in objectives.settings() else ()
     parts = {
         "code": PRETRAIN_VERSION,
         "inputs": inputs.identity(),
+        "answers": list(answers),
+        "teachers": {key: _content(place) for key, place in objectives.locations().items()},
         "model": recipe.model.model_dump(mode="json"),
         "objectives": objectives.model_dump(mode="json"),
         "training": training.model_dump(mode="json"),
@@ -76,7 +79,9 @@ def pretrain(recipe: Recipe, progress: StageProgress) -> Outcome:
 
     def work() -> dict[str, Any]:
         _prepare_tokenizer(recipe, inputs)
-        spec = _spec(recipe, inputs, "pretrain", training, objectives, recipe.model.initial, ())
+        spec = _spec(
+            recipe, inputs, "pretrain", training, objectives, recipe.model.initial, answers
+        )
         return _train(recipe, inputs, [spec], progress)
 
     return once(
@@ -107,10 +112,7 @@ def finetune(recipe: Recipe, progress: StageProgress) -> Outcome:
 
     def work() -> dict[str, Any]:
         _prepare_tokenizer(recipe, inputs)
-        answers: Sequence[str] = ()
-        if recipe.benchmarks.vqa is not None:
-            train_split = inputs.split(recipe.dataset.train_split)
-            answers = recipe.benchmarks.vqa.build().answers(train_split)
+        answers = _answers(recipe, inputs)
         objectives = recipe.benchmarks.objectives()
         specs = [
             _spec(recipe, inputs, phase, recipe.training.finetune, objectives, initial, answers)
@@ -220,6 +222,13 @@ def _check_fits(spec: TrainingSpec, split: Split, workers: int) -> None:
                 f"{kind} for objective {objective.name!r} and each rank needs one; use fewer "
                 "workers, or a dataset that has them"
             )
+
+
+def _answers(recipe: Recipe, inputs: DataInputs) -> Sequence[str]:
+    """Returns the answers that the recipe's VQA benchmark lets a model give."""
+    if recipe.benchmarks.vqa is None:
+        return ()
+    return recipe.benchmarks.vqa.build().answers(inputs.split(recipe.dataset.train_split))
 
 
 def _prepare_tokenizer(recipe: Recipe, inputs: DataInputs) -> None:

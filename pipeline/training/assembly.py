@@ -90,7 +90,10 @@ def assemble(spec: TrainingSpec) -> Assembly:
 
 def _batches(spec: TrainingSpec, objectives: list[Objective]) -> Batches:
     tokenizer = load_tokenizer(spec.tokenizer)
-    split = Dataset.open(spec.dataset, spec.dataset_version).split(spec.split, spec.features)
+    dataset = Dataset.open(spec.dataset, spec.dataset_version)
+    split = dataset.split(spec.split, spec.features)
+    for objective in objectives:
+        objective.open(dataset, spec.split)
     collators = [
         StreamCollator(sharing, tokenizer, spec.max_tokens, spec.answers, spec.blind)
         for sharing in by_stream(objectives).values()

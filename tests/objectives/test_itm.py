@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 from pipeline.objectives.base import Encodings
 from pipeline.objectives.itm import ImageTextMatching, ItmConfig
 from pipeline.objectives.stream import own_texts
-from tests.objectives.tiny import make_batch, make_texts
+from tests.objectives.tiny import make_batch, make_family, make_texts
 
 NOTHING: Any = None
 
@@ -58,3 +58,23 @@ def test_the_label_follows_the_familys_polarity(match_index: int) -> None:
     losses = ImageTextMatching(ItmConfig()).loss(model, NOTHING, NOTHING, target)
     labels = torch.tensor([match_index, 1 - match_index, match_index])
     assert torch.equal(losses, F.cross_entropy(logits, labels, reduction="none"))
+
+
+def test_a_wrong_question_is_another_images() -> None:
+    (objective,) = ItmConfig(texts=("questions",)).build()
+    wrong = 0
+    for step in range(20):
+        batch = make_batch(step=step)
+        texts = objective.choose_texts(batch, own_texts(batch, "questions"))
+        _, target = objective.prepare(batch, NOTHING, NOTHING)
+        for i, (text, matched) in enumerate(zip(texts, target.tolist(), strict=True)):
+            source = batch.texts[i] if matched else batch.distractors[i]
+            assert text == source.questions[0].question
+            wrong += not matched
+    assert wrong > 20
+
+
+def test_the_polarity_of_each_family_is_the_published_one() -> None:
+    polarity = {"visualbert": 1, "lxmert": 1, "vilbert": 0, "uniter": 1}
+    for family, match_index in polarity.items():
+        assert make_family(family, 30).match_index == match_index

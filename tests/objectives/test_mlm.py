@@ -79,3 +79,29 @@ def test_an_empty_text_costs_nothing() -> None:
     assert losses.shape == (2,)
     assert losses[0] == 0
     assert losses[1] > 0
+
+
+def test_whole_words_are_hidden_together_and_the_share_of_words_is_the_same() -> None:
+    objective = MaskedLanguageModelling(MlmConfig(whole_words=True))
+    num_words = num_chosen = 0
+    for step in range(60):
+        before = make_encodings([300, 299], 302)
+        words = np.where(before.is_word, np.arange(302) // 3, 0)  # words of three pieces
+        batch = replace(make_batch(2, step=step), seed=3)
+        after, target = objective.prepare(batch, replace(before, words=words), VOCABULARY)
+        for i in range(2):
+            chosen, of_text = (target[i] != IGNORED).numpy(), before.is_word[i]
+            hidden = set(words[i, chosen].tolist())
+            assert hidden.isdisjoint(words[i, of_text & ~chosen].tolist())
+            num_words += len(set(words[i, of_text].tolist()))
+            num_chosen += len(hidden)
+        assert after.words is words
+    assert num_chosen / num_words == pytest.approx(0.15, abs=0.01)
+
+
+def test_questions_are_a_stream_of_their_own() -> None:
+    both = MlmConfig(texts=("captions", "questions", "captions")).build()
+    assert [(one.name, one.stream.name) for one in both] == [
+        ("mlm", "captions-full"),
+        ("mlm-questions", "questions-full"),
+    ]

@@ -7,19 +7,25 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import FeatureError
+from pipeline.errors import ConfigError, FeatureError
 from pipeline.objectives.base import Objective, Vocabulary
-from pipeline.objectives.objective import ObjectivesConfig, by_stream
+from pipeline.objectives.objective import ObjectivesConfig
 from pipeline.objectives.stream import (
-    MicroBatch,
     ObjectiveModel,
-    StreamCollator,
     encode_texts,
     make_inputs,
 )
-from tests.objectives.tiny import ANSWERS, make_batch, make_model, make_texts, make_tokenizer
+from tests.objectives.tiny import (
+    collated,
+    make_batch,
+    make_family,
+    make_model,
+    make_objectives,
+    make_texts,
+    make_tokenizer,
+)
 
-ALL = {"mlm": {}, "itm": {"weight": 0.5}, "lm": {"weight": 2.0}, "answer": {}}
+ALL: dict[str, Any] = {"mlm": {}, "itm": {"weight": 0.5}, "lm": {"weight": 2.0}, "answer": {}}
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +38,11 @@ def objectives() -> list[Objective]:
     return ObjectivesConfig.model_validate(ALL).build()
 
 
-def collate(
-    objectives: list[Objective], tokenizer: Any, batch: Any, blind: bool = False
-) -> MicroBatch:
-    return MicroBatch(
-        {
-            name: StreamCollator(group, tokenizer, 24, ANSWERS, blind)(batch)
-            for name, group in by_stream(objectives).items()
-        }
-    )
-
-
 def losses_of(
     objectives: list[Objective], tokenizer: Any, batch: Any, blind: bool = False
 ) -> tuple[float, dict[str, float]]:
     module = ObjectiveModel(make_model(len(tokenizer)), objectives)
-    total, losses = module(collate(objectives, tokenizer, batch, blind))
+    total, losses = module(collated(objectives, tokenizer, batch, blind))
     return float(total.detach()), {name: float(loss) for name, loss in losses.items()}
 
 
@@ -74,7 +69,7 @@ def test_every_loss_reaches_the_weights_and_what_is_reported_is_detached(
     objectives: list[Objective], tokenizer: Any
 ) -> None:
     model = make_model(len(tokenizer))
-    total, losses = ObjectiveModel(model, objectives)(collate(objectives, tokenizer, make_batch()))
+    total, losses = ObjectiveModel(model, objectives)(collated(objectives, tokenizer, make_batch()))
     total.backward()
     assert not any(loss.requires_grad for loss in losses.values())
     without = {name for name, weight in model.named_parameters() if weight.grad is None}
@@ -88,12 +83,12 @@ def test_one_forward_pass_serves_the_objectives_of_a_stream(
     masks = []
     encode = model.encode
 
-    def counted(inputs: Any, *, mask: Any) -> Any:
+    def counted(inputs: Any, *, mask: Any, attention: bool) -> Any:
         masks.append(mask)
-        return encode(inputs, mask=mask)
+        return encode(inputs, mask=mask, attention=attention)
 
     monkeypatch.setattr(model, "encode", counted)
-    ObjectiveModel(model, objectives)(collate(objectives, tokenizer, make_batch()))
+    ObjectiveModel(model, objectives)(collated(objectives, tokenizer, make_batch()))
     assert sorted(masks) == ["full", "full", "prefix"]  # itm and mlm, answer, lm
 
 
@@ -101,7 +96,7 @@ def test_corruption_is_a_function_of_seed_step_and_position(
     objectives: list[Objective], tokenizer: Any
 ) -> None:
     def tokens(batch: Any) -> torch.Tensor:
-        return collate(objectives, tokenizer, batch).streams["captions-full"].inputs.tokens
+        return collated(objectives, tokenizer, batch).streams["captions-full"].inputs.tokens
 
     assert torch.equal(tokens(make_batch()), tokens(make_batch()))
     others = [tokens(make_batch(step=step)) for step in (4, 5, 6)]
@@ -147,13 +142,13 @@ def test_padding_goes_only_to_the_longest_of_the_batch(
     objectives: list[Objective], tokenizer: Any
 ) -> None:
     for size in (1, 4):
-        for stream in collate(objectives, tokenizer, make_batch(size)).streams.values():
+        for stream in collated(objectives, tokenizer, make_batch(size)).streams.values():
             assert not stream.inputs.token_padding.all(0).any()
             assert not stream.inputs.region_padding.all(0).any()
 
 
 def test_counts_tell_real_places_from_padding(objectives: list[Objective], tokenizer: Any) -> None:
-    batch = collate(objectives[:1], tokenizer, make_batch(3))
+    batch = collated(objectives[:1], tokenizer, make_batch(3))
     inputs = batch.streams["captions-full"].inputs
     assert batch.num_samples == 3
     assert batch.num_places == inputs.tokens.numel() + 3 * 3
@@ -165,19 +160,19 @@ def test_moving_casts_features_and_boxes_but_not_pixels(
 ) -> None:
     batch = make_batch(3)
     assert batch.features
-    moved = collate(objectives, tokenizer, batch).to(torch.device("cpu"), torch.bfloat16)
+    moved = collated(objectives, tokenizer, batch).to(torch.device("cpu"), torch.bfloat16)
     for stream in moved.streams.values():
         assert stream.inputs.features.dtype == stream.inputs.boxes.dtype == torch.bfloat16
     assert moved.streams["questions-full"].targets["answer"].dtype == torch.float32
     pixels = replace(batch.features, values=np.zeros((3, 3, 7), np.uint8))
-    moved = collate(objectives, tokenizer, replace(batch, features=pixels)).to(
+    moved = collated(objectives, tokenizer, replace(batch, features=pixels)).to(
         torch.device("cpu"), torch.bfloat16
     )
     assert moved.streams["captions-full"].inputs.features.dtype == torch.uint8
 
 
 def test_a_blind_model_is_shown_no_region(objectives: list[Objective], tokenizer: Any) -> None:
-    batch = collate(objectives, tokenizer, make_batch(3), blind=True)
+    batch = collated(objectives, tokenizer, make_batch(3), blind=True)
     assert all(stream.inputs.features.shape == (3, 0, 7) for stream in batch.streams.values())
 
 
@@ -192,6 +187,93 @@ def test_the_text_that_an_example_is_about_is_read(
 ) -> None:
     batch = replace(make_batch(2), text_index=np.array([0, 1]))
     lm = [objective for objective in objectives if objective.name == "lm"]
-    tokens = collate(lm, tokenizer, batch).streams["captions-prefix"].inputs.tokens
+    tokens = collated(lm, tokenizer, batch).streams["captions-prefix"].inputs.tokens
     read = [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
     assert read == [make_texts(0).captions[0], make_texts(1).captions[1]]
+
+
+EVERYTHING: dict[str, Any] = {
+    "mlm": {"texts": ["captions", "questions"], "whole_words": True, "matched_only": True},
+    "itm": {"texts": ["captions", "questions"]},
+    "mrm": {
+        "texts": ["captions", "questions"],
+        "zeroed": 0.8,
+        "exchanged": 0.1,
+        "features": {"distance": "smooth-l1"},
+        "classes": {"distance": "label"},
+        "attributes": {"distance": "label"},
+    },
+    "qa": {},
+}
+
+
+def test_every_pretraining_loss_of_lxmert_is_the_same_alone_and_in_any_batch(
+    tokenizer: Any,
+) -> None:
+    objectives = make_objectives(**EVERYTHING)
+    module = ObjectiveModel(make_family("lxmert", len(tokenizer)), objectives)
+
+    def losses(size: int, first: int) -> dict[str, float]:
+        batch = collated(objectives, tokenizer, make_batch(size, first=first))
+        return {name: float(loss) for name, loss in module(batch)[1].items()}
+
+    whole = losses(6, 0)
+    assert set(whole) == {
+        *("mlm", "mlm-questions", "itm", "itm-questions", "mrm", "mrm-questions", "qa")
+    }
+    alone = [losses(1, i) for i in range(6)]
+    pairs = [losses(2, i) for i in (0, 2, 4)]
+    for name, mean in whole.items():
+        assert np.mean([one[name] for one in alone]) == pytest.approx(mean, abs=2e-6), name
+        assert np.mean([one[name] for one in pairs]) == pytest.approx(mean, abs=2e-6), name
+
+
+def test_a_mismatched_pair_costs_a_matched_only_objective_nothing(tokenizer: Any) -> None:
+    objectives = make_objectives(mlm={"matched_only": True}, itm={"mismatch_probability": 0.999})
+    module = ObjectiveModel(make_family("vilbert", len(tokenizer)), objectives)
+    batch = collated(objectives, tokenizer, make_batch())
+    assert not batch.streams["captions-full"].is_matched.any()
+    assert module(batch)[1]["mlm"] == 0
+    assert module(batch)[1]["itm"] > 0
+
+
+def test_where_a_step_trains_one_objective_all_else_is_left_out(tokenizer: Any) -> None:
+    objectives = make_objectives(
+        mlm={},
+        itm={},
+        mrm={"features": {}},
+        lm={},
+        one_per_step={"mlm": 2, "itm": 2, "mrm": 1, "lm": 1},
+    )
+    module = ObjectiveModel(make_family("uniter", len(tokenizer)), objectives)
+    seen = set()
+    for step in range(20):
+        batch = collated(objectives, tokenizer, make_batch(2, step=step))
+        total, losses = module(batch)
+        ((name, loss),) = losses.items()
+        assert total == loss
+        assert batch.num_samples == 2
+        captions = batch.streams["captions-full"]
+        if name == "mrm":  # UNITER hides regions or words, never both
+            assert not (captions.inputs.tokens == tokenizer.mask_token_id).any()
+            assert captions.inputs.masked_regions is not None
+        if name != "itm" and captions.targets:
+            assert captions.is_matched.all()
+        seen.add(name)
+    assert seen == {"mlm", "itm", "mrm", "lm"}
+
+
+def test_a_blind_model_cannot_be_trained_on_regions(tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match=r"objectives\.mrm: a blind model has no regions"):
+        collated(make_objectives(mrm={"features": {}}), tokenizer, make_batch(), blind=True)
+
+
+def test_pieces_know_the_word_that_they_are_of(tokenizer: Any) -> None:
+    encodings = encode_texts(
+        ["a dogdog red", "cat"], "captions", tokenizer, Vocabulary.of(tokenizer), 24
+    )
+    assert encodings.words is not None
+    pieces = tokenizer.convert_ids_to_tokens(encodings.tokens[0])
+    starts = [not piece.startswith("##") for piece in pieces[1:-1]]
+    assert encodings.words[0, 1:-1].tolist() == (np.cumsum(starts) - 1).tolist()
+    assert not all(starts)

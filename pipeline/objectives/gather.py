@@ -1,0 +1,47 @@
+"""Each rank's vectors to those of all ranks, with the gradient back to where each came from."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """Returns this process's rank; 0 outside a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gathered(local: Tensor) -> Tensor:
+    """Maps (B, ...) of each of W ranks to (W * B, ...) in rank order, the same on every rank.
+
+    Collective, forward and backward. A vector's gradient is the sum of what all ranks ask of it:
+    with each rank's loss a mean over its own samples, and gradients averaged over ranks as every
+    data-parallel engine does, the update is that of the mean loss over the global batch.
+    """
+    if not dist.is_initialized():
+        return local
+    if not local.is_floating_point():
+        return _of_all(local)
+    result: Tensor = _Gather.apply(local)
+    return result
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        ctx.size = len(local)
+        return _of_all(local)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        whole = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(whole)
+        return whole[rank() * ctx.size :][: ctx.size]
+
+
+def _of_all(local: Tensor) -> Tensor:
+    local = local.contiguous()
+    parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, local)
+    return torch.cat(parts)

@@ -1,0 +1,281 @@
+"""Masked region modelling: hidden regions told from the others and the text."""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from pipeline.config import Config
+from pipeline.data.features import FeatureBatch
+from pipeline.data.loader import Batch
+from pipeline.errors import FeatureError, ModelError
+from pipeline.models.base import VisionLanguageModel
+from pipeline.models.blocks import to_float
+from pipeline.models.inputs import Encoded, Inputs
+from pipeline.objectives.base import Encodings, Objective, ShownKind, Stream, Vocabulary, named
+from pipeline.objectives.per_sample import mean_of_places, nan_where_none
+
+_SALT = zlib.crc32(b"mrm")
+_GREY = 128  # the uint8 pixel that a model sees as (nearly) zero
+
+
+class FeatureTermConfig(Config):
+    """How far a predicted feature is from the true one, averaged over its values."""
+
+    weight: float = Field(default=1.0, gt=0)
+    distance: Literal["mse", "smooth-l1"] = "mse"  # UNITER's, LXMERT's
+
+
+class ClassTermConfig(Config):
+    """How far predicted classes are from a detector's.
+
+    kl: the divergence from its probabilities, summed over classes (ViLBERT; UNITER averages, which
+    is a weight of 1 / classes). label: cross-entropy with its likeliest class, times that class's
+    probability (LXMERT).
+    """
+
+    weight: float = Field(default=1.0, gt=0)
+    distance: Literal["kl", "label"] = "kl"
+
+
+class MrmConfig(Config):
+    """What is hidden, and what is predicted of it; at least one of the last three.
+
+    Of the chosen regions the share `zeroed` is set to zero, `exchanged` becomes another region of
+    the image, and the rest stays. ViLBERT zeroes 0.9; LXMERT zeroes 0.8 and exchanges 0.1; UNITER
+    zeroes all.
+    """
+
+    weight: float = Field(default=1.0, gt=0)
+    texts: tuple[ShownKind, ...] = Field(default=("captions",), min_length=1)
+    mask_fraction: float = Field(default=0.15, gt=0, lt=1)
+    zeroed: float = Field(default=1.0, ge=0, le=1)
+    exchanged: float = Field(default=0.0, ge=0, le=1)
+    features: FeatureTermConfig | None = None
+    classes: ClassTermConfig | None = None
+    attributes: ClassTermConfig | None = None
+    matched_only: bool = False  # as mlm.matched_only
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.features is None and self.classes is None and self.attributes is None:
+            raise ValueError("nothing is predicted; give features, classes or attributes")
+        if self.zeroed + self.exchanged > 1:
+            raise ValueError(f"zeroed={self.zeroed} and exchanged={self.exchanged} exceed 1")
+        return self
+
+    def build(self) -> "list[MaskedRegionModelling]":
+        return [MaskedRegionModelling(self, kind) for kind in dict.fromkeys(self.texts)]
+
+
+@dataclass(frozen=True)
+class RegionTarget:
+    """What N chosen regions of B samples were: F feature values, C classes, A attributes."""
+
+    chosen: Tensor  # (B, R) bool; the rows of the others follow its True places
+    features: Tensor | None  # (N, F) as stored
+    classes: Tensor | None  # (N, C) probabilities
+    attributes: Tensor | None  # (N, A) probabilities
+
+    def to(self, device: torch.device | str) -> "RegionTarget":
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        chosen = self.chosen.to(device, non_blocking=True)
+        return RegionTarget(
+            chosen, moved(self.features), moved(self.classes), moved(self.attributes)
+        )
+
+
+class MaskedRegionModelling(Objective):
+    """ViLBERT (arXiv:1908.02265, 3.1), LXMERT (1908.07490, 3.1.2), UNITER (1909.11740, 3.2).
+
+    At least one region of an image is chosen, as in UNITER. Only chosen regions are predicted, as
+    in VOLTA (arXiv:2011.15124), while LXMERT's code predicts the classes of all. A region is
+    exchanged for another of its own image, not of any image, so that a sample does not depend on
+    others. Neighbours that overlap a hidden region stay, as in ViLBERT's code.
+    """
+
+    metric_name = "similarity"
+    needs_regions = True
+
+    def __init__(self, config: MrmConfig, kind: ShownKind = "captions") -> None:
+        super().__init__(config.weight)
+        self.config = config
+        self.name = named("mrm", kind)
+        self.stream = Stream(kind, "full")
+        self.matched_only = config.matched_only
+
+    def prepare(
+        self,
+        batch: Batch,
+        encodings: Encodings,
+        vocabulary: Vocabulary,  # noqa: ARG002
+    ) -> tuple[Encodings, RegionTarget]:
+        """Raises FeatureError if the features do not tell what is to be predicted."""
+        features = _features(batch)
+        chosen = self._fates(batch).chosen
+
+        def wanted(
+            term: Config | None, values: npt.NDArray[np.generic] | None, name: str
+        ) -> Tensor | None:
+            if term is None:
+                return None
+            if values is None:
+                raise FeatureError(
+                    f"objectives.mrm.{name}: these features have no {name}; leave it out, or use "
+                    "an extractor that is a detector"
+                )
+            return torch.from_numpy(values[chosen])
+
+        target = RegionTarget(
+            torch.from_numpy(chosen),
+            wanted(self.config.features, features.values, "features"),
+            wanted(self.config.classes, features.classes, "classes"),
+            wanted(self.config.attributes, features.attributes, "attributes"),
+        )
+        return encodings, target
+
+    def hide(self, batch: Batch, inputs: Inputs) -> Inputs:
+        fates = self._fates(batch)
+        values = _features(batch).values
+        rows = np.arange(len(values))[:, None]
+        values = values[rows, fates.source]  # a copy
+        values[fates.zeroed] = _GREY if values.dtype == np.uint8 else 0
+        return Inputs(
+            tokens=inputs.tokens,
+            token_padding=inputs.token_padding,
+            features=torch.from_numpy(values),
+            boxes=inputs.boxes,
+            region_padding=inputs.region_padding,
+            masked_regions=torch.from_numpy(fates.zeroed),
+        )
+
+    def loss(
+        self,
+        model: VisionLanguageModel,
+        encoded: Encoded,
+        inputs: Inputs,  # noqa: ARG002
+        target: RegionTarget,
+    ) -> Tensor:
+        predictions = model.region_predictions(encoded.regions[target.chosen])
+        total = torch.zeros(len(target.chosen), device=target.chosen.device)
+        for weight, distance, predicted, true in self._terms(predictions, target):
+            total = total + weight * mean_of_places(distance(predicted, true), target.chosen)
+        return total
+
+    def metric(
+        self,
+        model: VisionLanguageModel,
+        encoded: Encoded,
+        inputs: Inputs,  # noqa: ARG002
+        target: RegionTarget,
+    ) -> Tensor:
+        """Cosine between what was predicted and what was there, features or probabilities."""
+        predictions = model.region_predictions(encoded.regions[target.chosen])
+        _, distance, predicted, true = self._terms(predictions, target)[0]
+        if distance not in (_mse, _smooth_l1):
+            predicted = predicted.softmax(-1)
+        cosine = F.cosine_similarity(predicted, true, dim=-1)
+        return nan_where_none(mean_of_places(cosine, target.chosen), target.chosen)
+
+    def _terms(
+        self, predictions: dict[str, Tensor], target: RegionTarget
+    ) -> list[tuple[float, "Distance", Tensor, Tensor]]:
+        """Returns weight, distance, prediction and truth (N, ...), float32, of what is asked for.
+
+        Raises ModelError if the family does not predict it, or not of this size.
+        """
+        config = self.config
+        terms: list[tuple[float, Distance, Tensor, Tensor]] = []
+        for name, head, term, true in (
+            ("features", "features", config.features, target.features),
+            ("classes", "objects", config.classes, target.classes),
+            ("attributes", "attributes", config.attributes, target.attributes),
+        ):
+            if term is None or true is None:
+                continue
+            if head not in predictions:
+                raise ModelError(
+                    f"objectives.mrm.{name}: this family does not predict it; it predicts "
+                    f"{', '.join(predictions)}"
+                )
+            predicted, true = predictions[head].float(), to_float(true).float()
+            if predicted.shape != true.shape:
+                raise ModelError(
+                    f"objectives.mrm.{name}: the model predicts {predicted.shape[-1]}, the "
+                    f"features have {true.shape[-1]}; set model.sizes accordingly"
+                )
+            terms.append((term.weight, _DISTANCES[term.distance], predicted, true))
+        return terms
+
+    def _fates(self, batch: Batch) -> "_Fates":
+        """Returns what becomes of each region: a function of seed, step and position."""
+        features = _features(batch)
+        shape = features.values.shape[:2]
+        chosen, zeroed = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
+        source = np.tile(np.arange(shape[1]), (shape[0], 1))
+        for i, count in enumerate(features.num_regions.tolist()):
+            if not count:
+                continue
+            rng = batch.rng(i, _SALT)
+            is_chosen = rng.random(count) < self.config.mask_fraction
+            if not is_chosen.any():
+                is_chosen[rng.integers(count)] = True
+            luck, others = rng.random(count), rng.integers(count, size=count)
+            is_zeroed = luck < self.config.zeroed
+            is_exchanged = ~is_zeroed & (luck < self.config.zeroed + self.config.exchanged)
+            chosen[i, :count] = is_chosen
+            zeroed[i, :count] = is_chosen & is_zeroed
+            source[i, :count] = np.where(is_chosen & is_exchanged, others, source[i, :count])
+        return _Fates(chosen, zeroed, source)
+
+
+@dataclass(frozen=True)
+class _Fates:
+    """What becomes of B samples' regions."""
+
+    chosen: npt.NDArray[np.bool_]  # (B, R): predicted
+    zeroed: npt.NDArray[np.bool_]  # (B, R)
+    source: npt.NDArray[np.int64]  # (B, R): which region of the image is shown in its place
+
+
+Distance = Callable[[Tensor, Tensor], Tensor]  # prediction and truth (N, ...) to (N,)
+
+
+def _mse(predicted: Tensor, true: Tensor) -> Tensor:
+    return F.mse_loss(predicted, true, reduction="none").mean(-1)
+
+
+def _smooth_l1(predicted: Tensor, true: Tensor) -> Tensor:
+    return F.smooth_l1_loss(predicted, true, reduction="none").mean(-1)
+
+
+def _kl(logits: Tensor, probabilities: Tensor) -> Tensor:
+    return F.kl_div(logits.log_softmax(-1), probabilities, reduction="none").sum(-1)
+
+
+def _label(logits: Tensor, probabilities: Tensor) -> Tensor:
+    confidence, label = probabilities.max(-1)
+    return confidence * F.cross_entropy(logits, label, reduction="none")
+
+
+_DISTANCES: dict[str, Distance] = {
+    "mse": _mse,
+    "smooth-l1": _smooth_l1,
+    "kl": _kl,
+    "label": _label,
+}
+
+
+def _features(batch: Batch) -> FeatureBatch:
+    if batch.features is None:
+        raise FeatureError("objectives.mrm: this batch has no features")
+    return batch.features

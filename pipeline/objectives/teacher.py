@@ -1,0 +1,62 @@
+"""A model folder to a teacher: a frozen model that no optimizer or checkpoint knows of."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from pipeline import storage
+from pipeline.data.vocabulary import load_tokenizer
+from pipeline.errors import ConfigError, ModelError, StorageError
+from pipeline.models import families
+from pipeline.models.base import VisionLanguageModel
+from pipeline.models.inputs import Encoded, Inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class Teacher:
+    """A trained model of ours, in eval mode, on the device and in the precision of its student.
+
+    Not a Module, and kept outside of every Module: neither an optimizer nor ZeRO, which would cut
+    it into parts, finds its weights.
+    """
+
+    def __init__(self, folder: str) -> None:
+        """Raises ModelError if the folder holds no whole model."""
+        self.folder = folder
+        document, tensors, own = _read(folder)
+        self.model: VisionLanguageModel = families.from_saved(document, tensors)[0].eval()
+        self.model.requires_grad_(False)
+        self.answers = tuple(own["answers"])
+
+    def require_same_words(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+        """Raises ConfigError if the teacher's token ids mean other words."""
+        if load_tokenizer(self.folder).get_vocab() != tokenizer.get_vocab():
+            raise ConfigError(
+                f"objectives.distill: teacher {self.folder} has another tokenizer; set "
+                "model.tokenizer to the teacher's folder"
+            )
+
+    @torch.no_grad()
+    def encode(self, inputs: Inputs, like: Tensor, attention: bool) -> Encoded:
+        """Encodes what the student sees, where and in the precision that `like` is."""
+        self.model.to(like.device, like.dtype)
+        return self.model.encode(inputs, attention=attention)
+
+
+def _read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """Returns `config.json`, the weights and `sightline.json` of a model folder."""
+    try:
+        document = json.loads(storage.read_bytes(storage.join(folder, "config.json")))
+        weights = storage.read_bytes(storage.join(folder, "model.safetensors"))
+        own = json.loads(storage.read_bytes(storage.join(folder, "sightline.json")))
+        return document, safetensors.torch.load(weights), own
+    except StorageError as error:
+        raise ModelError(f"objectives.distill: teacher {folder}: {error}") from error
+    except (ValueError, SafetensorError) as error:
+        raise ModelError(f"objectives.distill: teacher {folder}: damaged: {error}") from error

@@ -11,8 +11,9 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 
@@ -80,6 +81,24 @@ def read_range(location: str, offset: int, size_bytes: int) -> bytes:
     return payload
 
 
+@contextlib.contextmanager
+def reader(location: str) -> Iterator[BinaryIO]:
+    """Yields an object as a seekable file of bytes, fetched as it is read."""
+    try:
+        if is_local(location):
+            with local_path(location).open("rb") as file:
+                yield file
+        else:
+            filesystem, path = _object_store(location)
+            filesystem.invalidate_cache()
+            with filesystem.open(path, "rb") as file:
+                yield file
+    except FileNotFoundError as error:
+        raise StorageError(f"{location}: no such file") from error
+    except OSError as error:
+        raise StorageError(f"{location}: cannot be read ({error})") from error
+
+
 def write_bytes(location: str, payload: bytes) -> None:
     """Replaces an object; a reader sees the old bytes or the new, never a part."""
     with publish(location) as partial:
@@ -143,6 +162,59 @@ def list_stamps(folder: str) -> dict[str, str]:
         raise StorageError(f"{folder}: no such folder") from error
     except OSError as error:
         raise StorageError(f"{folder}: cannot be listed ({error})") from error
+
+
+@dataclass(frozen=True)
+class FileStatus:
+    """How large a file is, and when its last byte was written: seconds since 1970."""
+
+    size_bytes: int
+    modified: float
+
+
+def list_files(folder: str) -> dict[str, FileStatus]:
+    """Returns the files directly in a folder, hidden ones included; an absent folder is empty."""
+    try:
+        if is_local(folder):
+            with os.scandir(local_path(folder)) as entries:
+                stats = {entry.name: entry.stat() for entry in entries if entry.is_file()}
+            return {name: FileStatus(stat.st_size, stat.st_mtime) for name, stat in stats.items()}
+        filesystem, path = _object_store(folder)
+        filesystem.invalidate_cache()
+        return {
+            entry["name"].rsplit("/", 1)[-1]: FileStatus(int(entry["size"]), _modified(entry))
+            for entry in filesystem.ls(path, detail=True)
+            if entry["type"] == "file"
+        }
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be listed ({error})") from error
+
+
+def stamp(location: str) -> str:
+    """Returns one file's stamp, as `list_stamps` does, or raises StorageError if it is absent."""
+    folder, _, name = location.rpartition("/")
+    stamps = list_stamps(folder or ".")
+    if name not in stamps:
+        raise StorageError(f"{location}: no such file")
+    return stamps[name]
+
+
+def file_status(location: str) -> FileStatus | None:
+    """Returns a file's status now, or None if it is absent."""
+    try:
+        if is_local(location):
+            stat = local_path(location).stat()
+            return FileStatus(stat.st_size, stat.st_mtime)
+        filesystem, path = _object_store(location)
+        filesystem.invalidate_cache()
+        entry = filesystem.info(path)
+        return FileStatus(int(entry["size"]), _modified(entry))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError(f"{location}: cannot be looked up ({error})") from error
 
 
 def remove(location: str) -> None:
@@ -251,6 +323,18 @@ def _object_store(location: str) -> tuple[Any, str]:
 def _object_version(entry: dict[str, Any]) -> str:
     known = ("VersionId", "ETag", "etag", "generation", "LastModified", "mtime")
     return next((str(entry[name]) for name in known if entry.get(name)), "")
+
+
+def _modified(entry: dict[str, Any]) -> float:
+    known = ("LastModified", "last_modified", "updated", "mtime", "created")
+    time = next((entry[name] for name in known if entry.get(name)), None)
+    if isinstance(time, str):
+        time = datetime.fromisoformat(time)
+    if isinstance(time, datetime):
+        return time.timestamp()
+    if isinstance(time, int | float):
+        return float(time)
+    raise StorageError(f"{entry['name']}: its object store does not say when it was written")
 
 
 def _flush(path: Path) -> None:

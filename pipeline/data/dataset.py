@@ -155,6 +155,17 @@ class Split:
                 ) from error
         return texts
 
+    def fetch(self, shards: Int64Array) -> None:
+        """Brings what a loader reads of these shards into the cache, if they are far away.
+
+        `shards` are numbered as in `shard_starts`. Raises ShardError if a file is not there.
+        """
+        for shard in shards.tolist():
+            rows = np.arange(self.shard_starts[shard], self.shard_starts[shard + 1])
+            self._texts.fetch(rows)
+            if self._features is not None:
+                self._features.fetch(rows)
+
     def image(self, row: int) -> bytes:
         """Reads the image file of a row, as it is stored."""
         return self._images.read(_array([row]))[0]
@@ -171,6 +182,10 @@ class Split:
                 "name an extractor's folder when opening it"
             )
         return self._features.read(_array(rows))
+
+    def masks(self, row: int) -> list[dict[str, Any]] | None:
+        """Reads the outlines of a row's regions: COCO's run-length codes, or None without any."""
+        return None if self._features is None else self._features.masks(row)
 
 
 def _array(rows: Rows) -> Int64Array:

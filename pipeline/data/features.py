@@ -1,6 +1,7 @@
 """Row numbers to padded feature batches, read by position from an extractor's sidecars."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -17,9 +18,17 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.members import Int64Array, Members, sorted_codes
 from pipeline.data.shard import sidecar_location
 from pipeline.data.shard_files import ShardFiles
+from pipeline.data.sidecar_layout import BLOCK_BYTES, card_layout
 from pipeline.errors import FeatureError, StorageError
 
 MAX_HEADER_BYTES = 4096  # ours have 128
+
+_DETECTED = (
+    "classes",
+    "attributes",
+    "labels",
+    "scores",
+)  # fields of FeatureBatch that only detectors fill
 
 _COLUMNS = (
     "key",
@@ -36,12 +45,17 @@ _COLUMNS = (
 class FeatureBatch:
     """Features of B samples with at most R regions of D values.
 
-    What lies beyond a sample's `num_regions` is padding, and zero.
+    What lies beyond a sample's `num_regions` is padding, and zero. Classes and attributes are what
+    a detector took a region for: a probability for each of its C classes and A attributes.
     """
 
-    values: npt.NDArray[Any]  # (B, R, D) as stored: uint8, float16 or float32
+    values: npt.NDArray[Any]  # (B, R, D) uint8, float16 or float32; stored int8 comes as float32
     boxes: npt.NDArray[np.float32]  # (B, R, 4) x1, y1, x2, y2, fractions of width and height
     num_regions: npt.NDArray[np.int32]  # (B,)
+    classes: npt.NDArray[Any] | None = None  # (B, R, C), if the extractor gives them
+    attributes: npt.NDArray[Any] | None = None  # (B, R, A), if the extractor gives them
+    labels: npt.NDArray[np.int32] | None = None  # (B, R) a class each, if the extractor gives them
+    scores: npt.NDArray[np.float32] | None = None  # (B, R) the labels', from 0 to 1
 
 
 class FeatureReader:
@@ -52,56 +66,84 @@ class FeatureReader:
         values: "ArrayReader",
         boxes: "ArrayReader | npt.NDArray[np.float32]",
         num_regions: npt.NDArray[np.int32],
+        parts: "Mapping[str, ArrayReader]",
+        masks: "MaskReader | None",
     ) -> None:
         self._values = values
         self._boxes = boxes  # (R, 4) where all images have the same
         self._num_regions = num_regions
+        self._scales = parts.get("scales")  # of int8 values: (B, R, 1) or (B, 1, D)
+        self._detected = {name: parts[name] for name in _DETECTED if name in parts}
+        self._masks = masks
+        self._pool = BufferPool()
 
     def read(self, rows: Int64Array) -> FeatureBatch:
         """Raises ShardError or FeatureError, naming file and sample, if they cannot be read."""
         values = self._values.read(rows)
+        if self._scales is not None:
+            # float32: numpy multiplies into it in 40 µs a sample of 36 x 2048, into float16 in
+            # 600, and on a CPU the model would turn float16 into float32 again
+            restored = self._pool.empty(values.shape, np.float32)
+            values = np.multiply(values, self._scales.read(rows), out=restored)
         if isinstance(self._boxes, ArrayReader):
             boxes = self._boxes.read(rows)
         else:
             boxes = np.tile(self._boxes, (len(rows), 1, 1))
-        return FeatureBatch(values, boxes, self._num_regions[rows])
+        detected = {name: reader.read(rows) for name, reader in self._detected.items()}
+        return FeatureBatch(values, boxes, self._num_regions[rows], **detected)
+
+    def fetch(self, rows: Int64Array) -> None:
+        """Brings the sidecars of these rows, where they are far away, into the cache."""
+        self._values.fetch(rows)
+
+    def masks(self, row: int) -> list[dict[str, Any]] | None:
+        """Returns the outlines of a row's regions, if it has some: COCO's run-length code."""
+        return None if self._masks is None else self._masks.read(row)
 
 
 class ArrayReader:
-    """Reads `.npy` payloads of shape (num_regions, D) into one zero-padded array.
+    """Reads `.npy` payloads, whose first axis is regions, into one zero-padded array.
 
     The headers of one extractor differ only in the number of regions, so that each is parsed
-    when it is first met and compared with the parsed one from then on.
+    when it is first met and compared with the parsed one from then on. `axes` names what every
+    array has, (R, D) for example.
     """
 
-    def __init__(self, members: Members, num_regions: npt.NDArray[np.int32]) -> None:
+    def __init__(
+        self, members: Members, num_regions: npt.NDArray[np.int32], axes: str = "(R, D)"
+    ) -> None:
         self._members = members
         self._num_regions = num_regions
         self._pool = BufferPool()
-        self._headers: dict[int, bytes] = {}  # by number of regions
+        self._headers: dict[int, npt.NDArray[np.uint8]] = {}  # by number of regions
         first = storage.read_range(
             members.location(0), members.offset(0), min(int(members.sizes[0]), MAX_HEADER_BYTES)
         )
-        shape, self._dtype, _ = self._parse(0, first)
-        if len(shape) != 2:
-            raise FeatureError(f"{self._where(0)}: expected an array (R, D), found shape {shape}")
-        self._dim = shape[1]
-        self._data_sizes = num_regions.astype(np.int64) * self._dim * self._dtype.itemsize
+        shape, self.dtype, _ = self._parse(0, first)
+        if len(shape) != len(axes.strip("()").rstrip(",").split(",")):
+            raise FeatureError(f"{self._where(0)}: expected an array {axes}, found shape {shape}")
+        self._region = shape[1:]  # of what is kept of one region
+        region_size_bytes = int(np.prod(self._region)) * self.dtype.itemsize
+        self._data_sizes = num_regions.astype(np.int64) * region_size_bytes
         self._header_sizes = members.sizes - self._data_sizes
         odd = (self._header_sizes < npy.MAGIC_LEN) | (self._header_sizes > MAX_HEADER_BYTES)
         if odd.any():
             row = int(np.argmax(odd))
             raise FeatureError(
                 f"{self._where(row)}: the manifest gives {members.sizes[row]} bytes to "
-                f"{num_regions[row]} regions of {self._dim} {self._dtype} values, which need "
+                f"{num_regions[row]} regions of {self._region} {self.dtype} values, which need "
                 f"{self._data_sizes[row]} and a header; were extractors mixed in one folder?"
             )
 
+    def fetch(self, rows: Int64Array) -> None:
+        """Brings the sidecars of these rows, where they are far away, into the cache."""
+        self._members.fetch(rows)
+
     def read(self, rows: Int64Array) -> npt.NDArray[Any]:
-        """Returns (B, R, D), R being the most regions among the rows."""
+        """Returns (B, R, D), or whatever else follows R, the most regions among the rows."""
         num_regions = self._num_regions[rows]
-        shape = (len(rows), int(num_regions.max(initial=0)), self._dim)
-        array = self._pool.empty(shape, self._dtype)
+        shape = (len(rows), int(num_regions.max(initial=0)), *self._region)
+        array = self._pool.empty(shape, self.dtype)
         header_sizes = self._header_sizes[rows]
         headers = np.zeros((len(rows), int(header_sizes.max(initial=0))), np.uint8)
 
@@ -119,22 +161,36 @@ class ArrayReader:
                 )
             ],
         )
-        for i, count in enumerate(num_regions.tolist()):
-            if headers[i, : header_sizes[i]].tobytes() != self._headers.get(count):
-                self._check_header(int(rows[i]), headers[i, : header_sizes[i]].tobytes())
-            if count < shape[1]:
-                array[i, count:] = 0
+        self._check_headers(rows, headers, header_sizes)
+        for i in np.flatnonzero(num_regions < shape[1]).tolist():
+            array[i, num_regions[i] :] = 0
         return array
 
+    def _check_headers(
+        self, rows: Int64Array, headers: npt.NDArray[np.uint8], header_sizes: Int64Array
+    ) -> None:
+        """Compares all at once those that should be equal; parses those that are not known."""
+        num_regions = self._num_regions[rows]
+        for count in np.unique(num_regions).tolist():
+            places = np.flatnonzero(num_regions == count)
+            known = self._headers.get(count)
+            if known is None or not (header_sizes[places] == len(known)).all():
+                unknown = places
+            else:
+                same = (headers[places, : len(known)] == known).all(axis=1)
+                unknown = places[~same]
+            for i in unknown.tolist():
+                self._check_header(int(rows[i]), headers[i, : header_sizes[i]].tobytes())
+
     def _check_header(self, row: int, header: bytes) -> None:
-        expected = (int(self._num_regions[row]), self._dim)
+        expected = (int(self._num_regions[row]), *self._region)
         shape, dtype, size = self._parse(row, header)
-        if (shape, dtype, size) != (expected, self._dtype, len(header)):
+        if (shape, dtype, size) != (expected, self.dtype, len(header)):
             raise FeatureError(
-                f"{self._where(row)}: expected an array {expected} of {self._dtype}, found "
+                f"{self._where(row)}: expected an array {expected} of {self.dtype}, found "
                 f"{shape} of {dtype}; the sidecar is not the one that the manifest lists"
             )
-        self._headers[expected[0]] = header
+        self._headers[expected[0]] = np.frombuffer(header, np.uint8)
 
     def _parse(self, row: int, header: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
         stream = BytesIO(header)
@@ -153,6 +209,27 @@ class ArrayReader:
 
     def _where(self, row: int) -> str:
         return f"{self._members.location(row)}: sample {self._members.keys[row]!r}"
+
+
+class MaskReader:
+    """Reads the outlines of one sample's regions."""
+
+    def __init__(self, members: Members) -> None:
+        self._members = members  # as if each had no bytes: the size of one stands in its tar
+
+    def read(self, row: int) -> list[dict[str, Any]]:
+        """Returns a COCO run-length code, `size` and `counts`, for each region of the row."""
+        location, offset = self._members.location(row), self._members.offset(row)
+        header = storage.read_range(location, offset - BLOCK_BYTES, BLOCK_BYTES)
+        name = f"{self._members.keys[row]}.segments.json".encode()
+        if header[: len(name)] != name:
+            raise FeatureError(
+                f"{location}: sample {self._members.keys[row]!r}: no masks at byte {offset}, where "
+                "the card has them; the sidecar is not the one that the manifest lists"
+            )
+        size_bytes = int(header[124:135], 8)
+        masks: list[dict[str, Any]] = json.loads(storage.read_range(location, offset, size_bytes))
+        return masks
 
 
 def open_features(
@@ -186,25 +263,51 @@ def open_features(
     locations = [sidecar_location(manifest.url, extractor, name) for name in names]
     num_regions = listed["num_regions"].to_numpy()
 
-    def arrays(part: str) -> ArrayReader:
-        offsets, sizes = (listed[f"{part}_{name}"].to_numpy() for name in ("offset", "size"))
-        members = Members(files, locations, location_of_row, offsets, sizes, keys)
-        return ArrayReader(members, num_regions)
+    def members(offsets: Int64Array, sizes: Int64Array) -> Members:
+        return Members(files, locations, location_of_row, offsets, sizes, keys)
 
-    values = arrays("values")
+    def listed_members(part: str) -> Members:
+        return members(*(listed[f"{part}_{name}"].to_numpy() for name in ("offset", "size")))
+
+    values = ArrayReader(listed_members("values"), num_regions)
     implied = listed["boxes_offset"].to_numpy() < 0
+    layout = card_layout(manifest.url, extractor)
+    if values.dtype == np.int8 and "scales" not in layout.arrays:
+        raise FeatureError(
+            f"{manifest.url}: features of {extractor!r} are int8 without scales on their card; "
+            "run `sightline extract RECIPE`"
+        )
+    places = layout.places(
+        listed["values_offset"].to_numpy(),
+        listed["values_size"].to_numpy(),
+        num_regions,
+        with_boxes=not implied.any(),
+    )
+    parts = {
+        name: ArrayReader(
+            members(*places[name]),
+            layout.arrays[name].counts(num_regions),
+            layout.arrays[name].axes,
+        )
+        for name in (*_DETECTED, "scales")
+        if name in layout.arrays
+    }
+    masks = None
+    if layout.segments:
+        masks = MaskReader(members(*places["segments"]))
     if not implied.any():
-        return FeatureReader(values, arrays("boxes"), num_regions)
-    boxes = _boxes_of_card(manifest.url, extractor)
-    odd = ~implied | (num_regions != len(boxes))
+        boxes = ArrayReader(listed_members("boxes"), num_regions)
+        return FeatureReader(values, boxes, num_regions, parts, masks)
+    cells = card_boxes(manifest.url, extractor)
+    odd = ~implied | (num_regions != len(cells))
     if odd.any():
         first = int(np.argmax(odd))
         raise FeatureError(
-            f"{manifest.url}: features of {extractor!r}: the card's grid has {len(boxes)} cells "
+            f"{manifest.url}: features of {extractor!r}: the card's grid has {len(cells)} cells "
             f"and implies the boxes; sample {keys[first]!r} has {num_regions[first]} regions"
             + ("" if implied[first] else " with boxes of its own")
         )
-    return FeatureReader(values, boxes, num_regions)
+    return FeatureReader(values, cells, num_regions, parts, masks)
 
 
 def grid_boxes(height: int, width: int) -> npt.NDArray[np.float32]:
@@ -214,7 +317,8 @@ def grid_boxes(height: int, width: int) -> npt.NDArray[np.float32]:
     return np.stack(edges, axis=1).astype(np.float32)
 
 
-def _boxes_of_card(url: str, extractor: str) -> npt.NDArray[np.float32]:
+def card_boxes(url: str, extractor: str) -> npt.NDArray[np.float32]:
+    """Returns the boxes (R, 4) that a grid extractor's card implies, or raises FeatureError."""
     location = storage.join(url, "features", extractor, "card.json")
     try:
         grid = json.loads(storage.read_bytes(location))["grid"]

@@ -1,12 +1,14 @@
-"""Manifest to a summary of what a dataset holds, for `sightline data info`."""
+"""Manifest to what a person asks of it: what the dataset holds, what was rejected and why."""
 
 from collections import Counter
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.manifest import Manifest
 
+REJECT_COLUMNS = ("key", "split", "reason", "detail")
 _COUNTS = ("num_captions", "num_questions", "num_rounds")
 
 
@@ -37,3 +39,14 @@ def describe(url: str, version: int | None = None) -> dict[str, Any]:
             name: manifest.features(name).rows(["key"]).num_rows for name in manifest.extractors()
         },
     }
+
+
+def rejects(url: str, version: int | None = None, reason: str | None = None) -> pa.Table:
+    """Returns key, split, reason and detail of the rejects, or of those with a reason.
+
+    Sorted by reason and key. Raises ManifestError if there is no dataset.
+    """
+    found = Manifest.open(url, version).rejects(REJECT_COLUMNS)
+    if reason is not None:
+        found = found.filter(pc.equal(found["reason"], reason))
+    return found.sort_by([("reason", "ascending"), ("key", "ascending")])

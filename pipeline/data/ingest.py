@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 from pydantic import Field
 
@@ -117,6 +118,8 @@ def ingest(
             unlisted.clear()
             listed_at = time.monotonic()
         on_progress(num_done, num_to_do)
+    held = manifest.rows(["state", "reason"])
+    reasons = held.filter(pc.equal(held["state"], REJECT))["reason"]
     return IngestReport(
         version=manifest.version,
         num_listed=plan.num_listed,
@@ -125,8 +128,8 @@ def ingest(
         num_removed=plan.num_removed,
         num_unchanged=plan.num_unchanged,
         num_shards=num_shards,
-        num_live=manifest.samples(["key"]).num_rows,
-        rejects=dict(Counter(manifest.rejects(["reason"])["reason"].to_pylist()).most_common()),
+        num_live=held.filter(pc.equal(held["state"], LIVE)).num_rows,
+        rejects=dict(Counter(reasons.to_pylist()).most_common()),
     )
 
 

@@ -37,6 +37,11 @@ CHANGED = pa.schema(
 )
 
 
+Hashes = npt.NDArray[np.uint64]
+Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+
 @dataclass(frozen=True)
 class ShardPlan:
     """The records that go into one shard: a plain message to whoever writes it."""
@@ -101,14 +106,18 @@ def plan_ingest(source: Source, manifest: Manifest) -> IngestPlan:
     Raises SourceError if nothing is listed: an empty listing would remove every sample.
     """
     rows = manifest.rows(["key", "split", "state", "reason", "detail", "fingerprint"])
-    rows = rows.filter(pc.not_equal(rows["state"], REMOVED))
-    index = _Index(rows)
+    rows = rows.filter(pc.not_equal(rows["state"], REMOVED)).combine_chunks()
+    known, seen = _Known(rows), _Seen()
     changed, settled = [CHANGED.empty_table()], [SAMPLES.empty_table()]
     listed, unchanged = np.zeros((2, rows.num_rows), bool)
     num_listed = num_changed = 0
-    entries = _unique(source.records())
+    entries = iter(source.records())
     while chunk := list(islice(entries, _LISTING_CHUNK)):
-        row, same = index.find(chunk)
+        hashes = seen.rename_copies(chunk)
+        row = known.find(hashes)
+        for i in np.flatnonzero(row < 0):
+            check_key(chunk[i].key)
+        same = known.says(row, chunk)
         listed[row[row >= 0]] = True
         unchanged[row[same]] = True
         fresh = [chunk[i] for i in np.flatnonzero(~same)]
@@ -124,7 +133,7 @@ def plan_ingest(source: Source, manifest: Manifest) -> IngestPlan:
     removed = rows.filter(pa.array(~listed))
     old_rejects = rows.filter(pc.and_(pa.array(unchanged), pc.equal(rows["state"], REJECT)))
     to_write = pa.concat_tables(changed)
-    to_write = to_write.take(np.argsort(_hashes(to_write["key"].to_pylist()), kind="stable"))
+    to_write = to_write.take(np.argsort(_column_hashes(to_write["key"]), kind="stable"))
     num_edited = int(np.count_nonzero(listed & ~unchanged))
     why = ["reason", "detail"]
     return IngestPlan(
@@ -140,46 +149,83 @@ def plan_ingest(source: Source, manifest: Manifest) -> IngestPlan:
     )
 
 
-class _Index:
-    """Finds a record's row by hashes of 64 bits, which a hundred million keys may share safely."""
+class _Known:
+    """The rows of a manifest, found by hashes of 64 bits.
+
+    A hundred million keys may share these safely.
+    """
 
     def __init__(self, rows: pa.Table) -> None:
-        keys = _hashes(rows["key"].to_pylist())
-        self._row = np.argsort(keys)
-        self._keys = keys[self._row]
-        identity = rows.select(["split", "fingerprint"]).to_pydict()
-        self._stamps = _hashes(map(_stamp, identity["split"], identity["fingerprint"]))
+        hashes = _column_hashes(rows["key"])
+        self._row = np.argsort(hashes)
+        self._hashes = hashes[self._row]
+        self._identity = rows.select(["split", "fingerprint"])
 
-    def find(
-        self, entries: Sequence[Record | Reject]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """Returns each entry's row, -1 if it has none, and whether that row is what it says."""
-        if not len(self._keys):
-            return np.full(len(entries), -1), np.zeros(len(entries), bool)
-        keys = _hashes(entry.key for entry in entries)
-        place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        row = np.where(self._keys[place] == keys, self._row[place], -1)
-        stamps = _hashes(_stamp(entry.split, _fingerprint(entry)) for entry in entries)
-        return row, (row >= 0) & (self._stamps[row] == stamps)
+    def find(self, hashes: Hashes) -> Int64Array:
+        """Returns each key's row, or -1 if it has none."""
+        if not len(self._hashes):
+            return np.full(len(hashes), -1)
+        place = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
+        return np.where(self._hashes[place] == hashes, self._row[place], -1)
+
+    def says(self, row: Int64Array, entries: Sequence[Record | Reject]) -> BoolArray:
+        """Returns whether the row of each entry, if it has one, says the same as the entry."""
+        here = pa.array(row, mask=row < 0)
+        there = self._identity.take(here)
+        split = pa.array([entry.split for entry in entries], pa.string())
+        fingerprint = pa.array([_fingerprint(entry) for entry in entries], pa.string())
+        same = pc.and_(pc.equal(there["split"], split), pc.equal(there["fingerprint"], fingerprint))
+        found: BoolArray = pc.fill_null(same, False).to_numpy()
+        return found
 
 
-def _unique(entries: Iterable[Record | Reject]) -> Iterator[Record | Reject]:
-    """Gives the second and later entries of a key a key of their own, as rejects."""
-    seen: set[int] = set()
-    copies: Counter[str] = Counter()
-    for entry in entries:
-        check_key(entry.key)
-        hashed = xxhash.xxh3_64_intdigest(entry.key.encode())
-        if hashed in seen:
-            key = entry.key
-            while hashed in seen:
-                copies[entry.key] += 1
-                key = safe_key(f"{entry.key}-duplicate-{copies[entry.key] + 1}")
-                hashed = xxhash.xxh3_64_intdigest(key.encode())
-            detail = f"key {entry.key} is listed more than once; its first record holds"
-            entry = Reject(key, entry.split, "duplicate-id", detail, entry.fingerprint)
-        seen.add(hashed)
-        yield entry
+class _Seen:
+    """The hashes of the keys listed so far, in a few sorted arrays: 8 bytes a key."""
+
+    def __init__(self) -> None:
+        self._sorted: list[Hashes] = []  # each is at least twice as long as the next
+        self._num_copies: Counter[str] = Counter()
+
+    def rename_copies(self, entries: list[Record | Reject]) -> Hashes:
+        """Makes the second and later entries of a key rejects, in place, with keys of their own.
+
+        Returns the hash of each entry's key.
+        """
+        hashes = _hashes(entry.key for entry in entries)
+        distinct, first = np.unique(hashes, return_index=True)
+        copies = np.ones(len(entries), bool)
+        copies[first] = self._has(distinct)
+        taken = {int(value) for value in hashes[~copies]} if copies.any() else set()
+        for i in np.flatnonzero(copies):
+            entries[i] = self._rename(entries[i], taken)
+            hashes[i] = xxhash.xxh3_64_intdigest(entries[i].key.encode())
+            taken.add(int(hashes[i]))
+        self._add(np.sort(hashes))
+        return hashes
+
+    def _rename(self, entry: Record | Reject, taken: set[int]) -> Reject:
+        key = entry.key
+        while (hashed := xxhash.xxh3_64_intdigest(key.encode())) in taken or self._has_one(hashed):
+            self._num_copies[entry.key] += 1
+            key = safe_key(f"{entry.key}-duplicate-{self._num_copies[entry.key] + 1}")
+        detail = f"key {entry.key} is listed more than once; its first record holds"
+        return Reject(key, entry.split, "duplicate-id", detail, entry.fingerprint)
+
+    def _has_one(self, hashed: int) -> bool:
+        return bool(self._has(np.array([hashed], np.uint64))[0])
+
+    def _has(self, hashes: Hashes) -> BoolArray:
+        found = np.zeros(len(hashes), bool)
+        for known in self._sorted:
+            place = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+            found |= known[place] == hashes
+        return found
+
+    def _add(self, hashes: Hashes) -> None:
+        while self._sorted and len(self._sorted[-1]) < 2 * len(hashes):
+            hashes = np.concatenate([self._sorted.pop(), hashes])
+            hashes.sort(kind="stable")  # which merges what is sorted already
+        self._sorted.append(hashes)
 
 
 def _fingerprint(entry: Record | Reject) -> str:
@@ -189,12 +235,15 @@ def _fingerprint(entry: Record | Reject) -> str:
     return entry.fingerprint
 
 
-def _stamp(split: str, fingerprint: str) -> str:
-    return f"{split}\0{fingerprint}"
+def _hashes(texts: Iterable[str]) -> Hashes:
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, map(str.encode, texts)), np.uint64)
 
 
-def _hashes(texts: Iterable[str]) -> npt.NDArray[np.uint64]:
-    return np.fromiter((xxhash.xxh3_64_intdigest(text.encode()) for text in texts), np.uint64)
+def _column_hashes(column: pa.ChunkedArray) -> Hashes:
+    """As `_hashes`, with few of a column's strings in Python at a time."""
+    parts = range(0, len(column), _LISTING_CHUNK)
+    hashes = [_hashes(column.slice(start, _LISTING_CHUNK).to_pylist()) for start in parts]
+    return np.concatenate([np.empty(0, np.uint64), *hashes])
 
 
 def _same_images(changed: pa.Table, known: pa.Table) -> list[bool]:

@@ -1,5 +1,7 @@
 """Order to batches: reads a rank's share of each step ahead of its consumer."""
 
+import contextlib
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,14 +15,17 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from pipeline import storage
 from pipeline.config import Config
 from pipeline.data.dataset import FeatureBatch, Split, TextKind
 from pipeline.data.order import Order
 from pipeline.data.sample import Texts
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ShardError
 
 Int64Array = npt.NDArray[np.int64]
 Place = TypeVar("Place")
+
+_FETCH_THREADS = 4  # shards copied at a time
 
 
 class BatchConfig(Config):
@@ -121,12 +126,15 @@ class Loader:
             for step in range(start_step, stop_step)
             for i in range(accumulation_steps)
         )
-        read = partial(self._read, micro_batch_size)
-        return _steps(_read_ahead(read, places, self._threads, self._prefetch), accumulation_steps)
+        fetcher = _Fetcher(self._split, self._order)
+        read = partial(self._read, micro_batch_size, fetcher)
+        batches = _read_ahead(read, places, self._threads, self._prefetch, fetcher.close)
+        return _steps(batches, accumulation_steps)
 
-    def _read(self, micro_batch_size: int, place: tuple[int, int]) -> Batch:
+    def _read(self, micro_batch_size: int, fetcher: "_Fetcher", place: tuple[int, int]) -> Batch:
         step, first = place
         start = step * self._global_batch_size + first
+        fetcher.reach(start)
         examples = self._order.between(start, start + micro_batch_size)
         return _batch(
             self._split,
@@ -137,6 +145,43 @@ class Loader:
             step=step,
             seed=self._seed,
         )
+
+
+class _Fetcher:
+    """Copies shards of an object store to this machine before they are read.
+
+    The window of shards that is being read and the next one: while the one is read, the other
+    comes. All ranks of a machine read the same windows and share the copies.
+    """
+
+    def __init__(self, split: Split, order: Order) -> None:
+        self._split = split
+        self._order = order
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="sightline-fetch")
+        self._last = -1  # where the last window starts that was asked for
+        self._next: int | None = None
+
+    def reach(self, position: int) -> None:
+        """Says that this position of the stream is about to be read."""
+        if storage.is_local(self._split.url):
+            return
+        with self._lock:
+            if self._next is None:
+                self._next = position
+            while self._last <= position:
+                shards, end = self._order.window(self._next)
+                for shard in shards:
+                    self._pool.submit(self._fetch, shard)
+                self._last, self._next = self._next, end
+
+    def close(self) -> None:
+        """Ends the threads; a copy in the making is finished."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _fetch(self, shard: np.int64) -> None:
+        with contextlib.suppress(ShardError):  # raised again, for a sample, where it is read
+            self._split.fetch(np.array([shard]))
 
 
 def eval_batches(
@@ -200,9 +245,16 @@ def _steps(
 
 
 def _read_ahead(
-    read: Callable[[Place], Batch], places: Iterator[Place], threads: int, prefetch: int
+    read: Callable[[Place], Batch],
+    places: Iterator[Place],
+    threads: int,
+    prefetch: int,
+    close: Callable[[], None] = lambda: None,
 ) -> Generator[Batch, None, None]:
-    """Yields `read(place)` of each place in turn, `prefetch` of them being read meanwhile."""
+    """Yields `read(place)` of each place in turn, `prefetch` of them being read meanwhile.
+
+    `close` is called when no thread reads any more.
+    """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="sightline-loader")
     try:
         reads = deque(pool.submit(read, place) for place in islice(places, prefetch))
@@ -212,3 +264,4 @@ def _read_ahead(
             yield batch
     finally:
         pool.shutdown(cancel_futures=True)
+        close()

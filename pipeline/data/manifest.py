@@ -4,10 +4,11 @@ It is two kinds of Delta table under `DATASET/manifest`: `samples`, and one for 
 under `features/<extractor>`. Rows are only ever appended; the newest row of a key is what holds.
 A commit is an exact compare-and-set: it makes the version after the one it was prepared for, or
 it is prepared again on top of what others committed meanwhile. Readers see the table before or
-after, never between, and every old version stays readable.
+after, never between, and an old version stays readable until `compact` drops it.
 """
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -18,7 +19,7 @@ from deltalake import CommitProperties, DeltaTable, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from pipeline import storage
-from pipeline.errors import ManifestError
+from pipeline.errors import ManifestError, StorageError
 
 LIVE, REJECT, REMOVED = "live", "reject", "removed"
 
@@ -63,6 +64,9 @@ FEATURES = pa.schema(
 # Delta's own retries would put our commit after any other that does not conflict in its eyes: an
 # append after every append, a second creation after the first.
 _NO_RETRIES = CommitProperties(max_commit_retries=0)
+# A table is written anew when it is in more files than this, or more of its rows are superseded.
+_MAX_FILES = 16
+_MAX_SUPERSEDED = 0.1
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,21 @@ class Version:
     version: int
     time: datetime
     operation: str
+    replaced: bool = False  # whether it replaced the rows before it rather than add some
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The versions that `compact` has promised to keep; the others may be gone."""
+
+    first: int  # this one and all after it
+    named: frozenset[int] = frozenset()  # older ones
+
+    def __contains__(self, version: object) -> bool:
+        return version in self.named or (isinstance(version, int) and version >= self.first)
+
+    def __str__(self) -> str:
+        return ", ".join([*map(str, sorted(self.named)), f"all from {self.first} on"])
 
 
 class Manifest:
@@ -84,7 +103,15 @@ class Manifest:
 
     @classmethod
     def open(cls, url: str, version: int | None = None) -> "Manifest":
-        """Opens a version, or the newest; raises ManifestError if the dataset has none."""
+        """Opens a version, or the newest.
+
+        Raises ManifestError if the dataset has none, or this version was dropped.
+        """
+        if version is not None and version not in (kept := _read_kept(url)):
+            raise ManifestError(
+                f"{url}: version {version} was dropped by `sightline data compact`; "
+                f"kept: {kept}. Open one of these, or ingest and train again"
+            )
         return cls(url, _Table.open(_samples_location(url), SAMPLES, version))
 
     @classmethod
@@ -112,9 +139,44 @@ class Manifest:
         """Returns the records that did not become samples, with reason and detail."""
         return self._in_state(REJECT, columns)
 
+    def rows_after(self, version: int, columns: Sequence[str]) -> pa.Table:
+        """Returns all rows that were committed after a version, superseded ones included."""
+        return self._table.raw(columns, version)
+
     def versions(self) -> list[Version]:
         """Returns the commits up to this version, newest first."""
         return self._table.versions()
+
+    def kept(self) -> Kept:
+        """Returns the versions that can be opened."""
+        return _read_kept(self.url)
+
+    def relocate(self, rows: pa.Table) -> "Manifest":
+        """Appends rows that differ from the present ones in where the samples lie.
+
+        A row is dropped if others have committed one of its key since this manifest was opened.
+        Otherwise as `commit`.
+        """
+        return Manifest(self.url, self._table.append(rows, ("key",), _untouched))
+
+    def shrink(self) -> "Manifest":
+        """Makes a version without superseded rows and removals, if it would be much smaller."""
+        return Manifest(self.url, self._table.shrink(("key",), _not_removed))
+
+    def drop_versions(self, kept: Kept, unused: Collection[str]) -> None:
+        """Forgets all versions but `kept`, and removes `unused` files of the table.
+
+        From now on opening a dropped version raises ManifestError.
+        """
+        known = _read_kept(self.url)
+        kept = Kept(max(kept.first, known.first), frozenset(v for v in kept.named if v in known))
+        document = {"first": kept.first, "named": sorted(kept.named)}
+        storage.write_bytes(_kept_location(self.url), json.dumps(document).encode())
+        self._table.remove_files(unused)
+
+    def unused_files(self, kept: Collection[int], min_age_hours: int) -> list[str]:
+        """Returns the table's files that no kept version and no recent reader or writer needs."""
+        return self._table.unused_files(kept, min_age_hours)
 
     def commit(self, rows: pa.Table) -> "Manifest":
         """Appends rows (schema `SAMPLES`, `sequence` optional) and returns the new version.
@@ -173,6 +235,33 @@ class FeatureManifest:
         """
         table = _Table.create(self._location(), FEATURES)
         return table.append(rows, ("key", "shard"), _not_listed).version
+
+    def shrink(self, needed_shards: Collection[str], since: datetime) -> None:
+        """Drops superseded rows and those of other shards, but for rows committed `since` a time.
+
+        Does nothing if the list would hardly be smaller.
+        """
+        location = self._location()
+        if not _Table.exists(location):
+            return
+        table = _Table.open(location, FEATURES)
+        before = max((v.version for v in table.versions() if v.time < since), default=-1)
+        shards = pa.array(sorted(needed_shards), pa.string())
+
+        def needed(rows: pa.Table) -> pa.Table:
+            recent = pc.greater(rows["sequence"], before)
+            return rows.filter(pc.or_(pc.is_in(rows["shard"], value_set=shards), recent))
+
+        table.shrink(("key", "shard"), needed)
+
+    def remove_unused_files(self, min_age_hours: int) -> int:
+        """Removes the table's files that no recent reader or writer needs; returns how many."""
+        if not _Table.exists(self._location()):
+            return 0
+        table = _Table.open(self._location(), FEATURES)
+        unused = table.unused_files((), min_age_hours)
+        table.remove_files(unused)
+        return len(unused)
 
     def _location(self) -> str:
         return storage.join(self.url, "manifest", "features", self.extractor)
@@ -244,12 +333,56 @@ class _Table:
         rows = self._read(sorted({*names, *identity, "sequence"}))
         return _newest(rows, identity).select(names)
 
+    def raw(self, columns: Sequence[str], after: int) -> pa.Table:
+        return self._read(sorted({*columns, "sequence"}), after).select(list(columns))
+
+    def shrink(self, identity: Sequence[str], needed: Callable[[pa.Table], pa.Table]) -> "_Table":
+        """Replaces all rows by the newest ones that are `needed`, unless that saves little."""
+        table = self
+        while True:
+            rows = table._read(self.schema.names)
+            smaller = needed(_newest(rows, identity))
+            few_files = len(table._delta.file_uris()) <= _MAX_FILES
+            if few_files and smaller.num_rows >= (1 - _MAX_SUPERSEDED) * rows.num_rows:
+                return table
+            try:
+                write_deltalake(
+                    table._delta, smaller, mode="overwrite", commit_properties=_NO_RETRIES
+                )
+            except CommitFailedError:
+                table = _Table.open(self.location, self.schema)
+                continue
+            except (DeltaError, OSError) as error:
+                raise ManifestError(f"{self.location}: cannot commit ({error})") from error
+            table = _Table.open(self.location, self.schema, table.version + 1)
+            table._delta.create_checkpoint()  # opens in one read instead of one a commit
+            return table
+
+    def unused_files(self, kept: Collection[int], min_age_hours: int) -> list[str]:
+        # Listed by Delta, removed by us: its own removal commits two versions that change nothing.
+        try:
+            unused = self._delta.vacuum(
+                min_age_hours,
+                dry_run=True,
+                enforce_retention_duration=False,
+                full=True,
+                keep_versions=sorted(kept) or None,
+            )
+        except (DeltaError, OSError) as error:
+            raise ManifestError(f"{self.location}: cannot be listed ({error})") from error
+        return sorted(storage.list_files(self.location).keys() & unused)  # some are gone already
+
+    def remove_files(self, names: Collection[str]) -> None:
+        for name in names:
+            storage.remove(storage.join(self.location, name))
+
     def versions(self) -> list[Version]:
         return [
             Version(
                 version=commit["version"],
                 time=datetime.fromtimestamp(commit["timestamp"] / 1000, UTC),
                 operation=commit["operation"],
+                replaced=commit.get("operationParameters", {}).get("mode") == "Overwrite",
             )
             for commit in self._delta.history()
             if commit["version"] <= self.version
@@ -351,11 +484,38 @@ def _still_needed(rows: pa.Table, newer: pa.Table) -> pa.Table:
     return rows.filter(pc.invert(pc.fill_null(pointless, False)))
 
 
+def _untouched(rows: pa.Table, newer: pa.Table) -> pa.Table:
+    """Returns the rows whose key nobody has touched meanwhile."""
+    touched = pc.is_in(rows["key"], value_set=newer["key"].combine_chunks())
+    return rows.filter(pc.invert(touched))
+
+
+def _not_removed(rows: pa.Table) -> pa.Table:
+    return rows.filter(pc.not_equal(rows["state"], REMOVED))
+
+
 def _not_listed(rows: pa.Table, newer: pa.Table) -> pa.Table:
     """Returns the rows whose key and shard nobody has listed meanwhile."""
     names = ["key", "shard"]
     fresh = rows.select(names).join(newer.select(names), names, join_type="left anti")
     return rows.join(fresh, names, join_type="inner").select(rows.column_names)
+
+
+def _kept_location(url: str) -> str:
+    return storage.join(url, "manifest", "kept.json")
+
+
+def _read_kept(url: str) -> Kept:
+    location = _kept_location(url)
+    if not storage.exists(location):
+        return Kept(0)
+    try:
+        document = json.loads(storage.read_bytes(location))
+        return Kept(int(document["first"]), frozenset(map(int, document["named"])))
+    except (ValueError, KeyError, TypeError, StorageError) as error:
+        raise ManifestError(
+            f"{location}: does not say which versions are kept ({error})"
+        ) from error
 
 
 def _samples_location(url: str) -> str:

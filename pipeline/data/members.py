@@ -1,7 +1,7 @@
 """Row numbers to bytes: reads one part of any sample from its place in a shard."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,46 +37,66 @@ class Members:
         """Returns the file that holds the part of this row."""
         return self._locations[int(self._location_of_row[row])]
 
+    def fetch(self, rows: Int64Array) -> None:
+        """Brings the files of these rows, where they are far away, into the cache."""
+        for place in np.unique(self._location_of_row[rows]).tolist():
+            self._files.fetch(self._locations[place])
+
     def offset(self, row: int) -> int:
         """Returns the first byte of the part of this row in its file."""
         return int(self._offsets[row])
 
     def read(self, rows: Int64Array) -> list[bytes]:
         """Returns the payloads, or raises ShardError naming the file and the sample."""
-        payloads = [bytearray(size) for size in self.sizes[rows].tolist()]
-        self.read_into(rows, [[memoryview(payload)] for payload in payloads])
-        return [bytes(payload) for payload in payloads]
+        payloads = []
+        for row, file, offset, size in self._requests(rows):
+            try:
+                payload = os.pread(file.descriptor, size, offset)
+            except OSError as error:
+                raise self._unreadable(row, error) from error
+            if len(payload) != size:
+                raise self._cut_short(row, len(payload))
+            payloads.append(payload)
+        return payloads
 
     def read_into(self, rows: Int64Array, buffers: Sequence[list[memoryview]]) -> None:
         """Fills for each row its buffers, one after the other; they have the payload's size.
 
         Raises ShardError naming the file and the sample if it is not all there.
         """
+        requests = zip(self._requests(rows), buffers, strict=True)
+        for (row, file, offset, size), destination in requests:
+            try:
+                found = os.preadv(file.descriptor, destination, offset)
+            except OSError as error:
+                raise self._unreadable(row, error) from error
+            if found != size:
+                raise self._cut_short(row, found)
+
+    def _requests(self, rows: Int64Array) -> Iterator[tuple[int, OpenFile, int, int]]:
+        """Returns row, file, offset and size for each row. Held, its files stay open."""
         places = self._location_of_row[rows]
-        # Held until the last read: a file that nobody holds may be closed.
-        files: dict[int, OpenFile] = {
+        files = {
             place: self._files.open(self._locations[place]) for place in np.unique(places).tolist()
         }
-        requests = zip(
+        return zip(
             rows.tolist(),
-            places.tolist(),
+            [files[place] for place in places.tolist()],
             self._offsets[rows].tolist(),
             self.sizes[rows].tolist(),
-            buffers,
             strict=True,
         )
-        for row, place, offset, size, destination in requests:
-            try:
-                found = os.preadv(files[place].descriptor, destination, offset)
-            except OSError as error:
-                raise ShardError(
-                    f"{self.location(row)}: sample {self.keys[row]!r}: cannot be read ({error})"
-                ) from error
-            if found != size:
-                raise ShardError(
-                    f"{self.location(row)}: sample {self.keys[row]!r}: expected {size} bytes at "
-                    f"offset {offset}, found {found}; the file was cut short"
-                )
+
+    def _unreadable(self, row: int, error: OSError) -> ShardError:
+        return ShardError(
+            f"{self.location(row)}: sample {self.keys[row]!r}: cannot be read ({error})"
+        )
+
+    def _cut_short(self, row: int, found: int) -> ShardError:
+        return ShardError(
+            f"{self.location(row)}: sample {self.keys[row]!r}: expected {self.sizes[row]} bytes "
+            f"at offset {self.offset(row)}, found {found}; the file was cut short"
+        )
 
 
 def sorted_codes(names: pa.ChunkedArray) -> tuple[list[str], Int64Array]:

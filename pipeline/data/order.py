@@ -105,6 +105,15 @@ class Order:
             np.concatenate([part.distractors for part in parts]),
         )
 
+    def window(self, position: int) -> tuple[Int64Array, int]:
+        """Returns the shards of the window that holds a position, and where the next one starts."""
+        epoch, place = divmod(position, self.num_examples)
+        shards, window_starts = self._epoch(epoch)
+        window = int(np.searchsorted(window_starts, place, side="right")) - 1
+        first = window * self._window_shards
+        next_start = epoch * self.num_examples + int(window_starts[window + 1])
+        return shards[first : first + self._window_shards], next_start
+
     def _shuffle_shards(self, epoch: int) -> tuple[Int64Array, Int64Array]:
         """Returns the epoch's shards in order, and where in it each window starts (and it ends)."""
         shards = _permutation(_random_bits(len(self._shard_sizes), self.seed, epoch))

@@ -7,10 +7,13 @@ and its name is the digest of those bytes, so that writing it again changes noth
 import contextlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Self
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from pipeline import storage
@@ -19,6 +22,7 @@ from pipeline.errors import ShardError
 
 _BLOCK = 512
 _NAME_LENGTH = 100
+_SIZE = slice(124, 135)
 _MAX_SIZE_BYTES = 8 * 1024**3 - 1  # eleven octal digits
 _SUFFIX = re.compile(r"[a-z0-9]+(\.[a-z0-9]+)*")  # readers turn suffixes to lower case
 _END = bytes(2 * _BLOCK)
@@ -136,6 +140,57 @@ class ShardWriter:
             while rest:
                 rest = rest[self._file.write(rest) :]
         self._offset += size_bytes
+
+
+def stored_bytes(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Returns the bytes that payloads of these sizes take in a shard, with header and padding."""
+    return _BLOCK + (sizes + _BLOCK - 1) // _BLOCK * _BLOCK
+
+
+def read_member(descriptor: int, name: str, offset: int, size_bytes: int) -> bytes:
+    """Returns the payload at `offset` of an open shard, after a look at the header before it.
+
+    Raises ShardError if the header is not that of a member of this name and size, or the
+    payload is cut short.
+    """
+    try:
+        found = os.pread(descriptor, _BLOCK + size_bytes, max(offset - _BLOCK, 0))
+    except OSError as error:
+        raise ShardError(f"{name} cannot be read ({error})") from error
+    header, payload = found[:_BLOCK], found[_BLOCK:]
+    key, _, suffix = name.partition(".")
+    if header != _header(key, suffix, size_bytes):
+        there = header[:_NAME_LENGTH].rstrip(b"\0")
+        raise ShardError(
+            f"expected the header of {name} with {size_bytes} bytes before offset {offset}, "
+            f"found one of {there!r}"
+        )
+    if len(payload) != size_bytes:
+        raise ShardError(
+            f"{name}: expected {size_bytes} bytes at offset {offset}, found {len(payload)}; "
+            "the file was cut short"
+        )
+    return payload
+
+
+def list_members(descriptor: int) -> Iterator[tuple[str, Member]]:
+    """Yields name and place of every member of an open shard that we wrote.
+
+    Raises ShardError if something else stands where a header should.
+    """
+    offset = 0
+    while (header := os.pread(descriptor, _BLOCK, offset)) != bytes(_BLOCK):
+        try:
+            name = header[:_NAME_LENGTH].rstrip(b"\0").decode()
+            size_bytes = int(header[_SIZE], 8)
+            key, _, suffix = name.partition(".")
+            whole = header == _header(key, suffix, size_bytes)
+        except (ValueError, ShardError):
+            whole = False
+        if not whole:
+            raise ShardError(f"found no header of a member at offset {offset}")
+        yield name, Member(offset + _BLOCK, size_bytes)
+        offset += _BLOCK + size_bytes + -size_bytes % _BLOCK
 
 
 def shard_location(url: str, split: str, name: str) -> str:

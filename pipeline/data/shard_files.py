@@ -1,16 +1,23 @@
 """Shard locations to open files: local ones in place, others through a bounded local cache."""
 
 import contextlib
+import fcntl
 import os
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
+
+import xxhash
 
 from pipeline import storage
 from pipeline.errors import ShardError, StorageError
 
 MAX_OPEN_FILES = 256  # well under the usual limit of 1024 descriptors a process
 CACHE_SIZE_BYTES = 64 * 1024**3
+_LOCKS = ".locks"  # folder in the cache
+_ABANDONED_SECONDS = 3600.0  # without a byte added, a copy in the making is a killed process's
 
 
 def default_cache() -> Path:
@@ -28,13 +35,25 @@ class OpenFile:
     def __del__(self) -> None:
         os.close(self.descriptor)
 
+    def digest(self, chunk_bytes: int) -> tuple[str, int]:
+        """Returns the xxh3_128 of the whole file in hex, and its size in bytes."""
+        digest, size_bytes = xxhash.xxh3_128(), 0
+        try:
+            while chunk := os.pread(self.descriptor, chunk_bytes, size_bytes):
+                digest.update(chunk)
+                size_bytes += len(chunk)
+        except OSError as error:
+            raise ShardError(f"cannot be read from byte {size_bytes} on ({error})") from error
+        return digest.hexdigest(), size_bytes
+
 
 class ShardFiles:
     """Opens shards for reading by many threads, and keeps the last `max_open` of them open.
 
-    A shard in an object store is copied whole into `cache` when it is first opened. Beyond
-    `cache_size_bytes` the copies opened longest ago go; the one in use always stays, and a file
-    still open here stays readable. Processes of one machine may share the folder.
+    A shard in an object store is copied whole into `cache` when it is first opened, or fetched
+    before. Beyond `cache_size_bytes` the copies used longest ago go; the newest always stays, and
+    a file still open here stays readable. Processes of one machine may share the folder: each
+    shard is copied by one of them, while the others wait for it.
     """
 
     def __init__(
@@ -49,6 +68,29 @@ class ShardFiles:
         self._lock = threading.Lock()
         self._files: OrderedDict[str, OpenFile] = OrderedDict()
         self._opening: dict[str, threading.Lock] = {}
+        self._fetched: dict[str, int] = {}  # bytes of what was fetched and not opened yet
+
+    def fetch(self, location: str) -> None:
+        """Copies a shard of an object store into the cache, where `open` will find it soon.
+
+        Does nothing for a local shard, or while half of the cache waits to be opened: more would
+        push out what is in use. Raises ShardError if the shard is not there.
+        """
+        if storage.is_local(location):
+            return
+        with self._lock:
+            waiting_bytes = sum(self._fetched.values())
+            if location in self._files or location in self._fetched:
+                return
+            if waiting_bytes >= self._cache_size_bytes // 2:
+                return
+            self._fetched[location] = 0
+        descriptor = self._open(location)
+        size_bytes = os.fstat(descriptor).st_size
+        os.close(descriptor)
+        with self._lock:
+            if location in self._fetched:
+                self._fetched[location] = size_bytes
 
     def open(self, location: str) -> OpenFile:
         """Returns the open shard; hold it while reading. Raises ShardError if it is not there."""
@@ -64,6 +106,7 @@ class ShardFiles:
             file = OpenFile(self._open(location))
             with self._lock:
                 self._files[location] = file
+                self._fetched.pop(location, None)
                 self._opening.pop(location, None)
                 while len(self._files) > self._max_open:
                     self._files.popitem(last=False)
@@ -83,23 +126,41 @@ class ShardFiles:
             raise ShardError(f"{location}: cannot be opened ({error})") from error
 
     def _open_copy(self, location: str) -> int:
-        while True:
+        with self._locked(location):
             path = storage.local_copy(location, self._cache)
-            try:
-                os.utime(path)  # the time of last use
-                descriptor = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:
-                continue  # another process evicted it in between
-            self._evict(keep=path)
-            return descriptor
+            while True:
+                try:
+                    os.utime(path)  # the time of last use
+                    descriptor = os.open(path, os.O_RDONLY)
+                    break
+                except FileNotFoundError:  # another process evicted it in between
+                    path = storage.local_copy(location, self._cache)
+        self._evict(keep=path)
+        return descriptor
+
+    @contextlib.contextmanager
+    def _locked(self, location: str) -> Iterator[None]:
+        """Holds the lock of a shard against all threads and processes that share the cache.
+
+        The system frees it when its holder dies.
+        """
+        folder = self._cache / _LOCKS
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / xxhash.xxh3_64_hexdigest(location.encode())).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def _evict(self, keep: Path) -> None:
         copies = []
+        abandoned = time.time() - _ABANDONED_SECONDS
         for path in self._cache.rglob("*"):
             with contextlib.suppress(FileNotFoundError):
-                if path.is_file():
-                    status = path.stat()
-                    copies.append((status.st_mtime, status.st_size, path))
+                status = path.stat()
+                if not path.is_file() or path.parent.name == _LOCKS:
+                    continue
+                if path.suffix == ".partial" and status.st_mtime > abandoned:
+                    continue  # another process's copy in the making
+                copies.append((status.st_mtime, status.st_size, path))
         excess = sum(size for _, size, _ in copies) - self._cache_size_bytes
         for _, size, path in sorted(copies):
             if excess > 0 and path != keep:

@@ -65,6 +65,8 @@ def build_tokenizer(captions: Iterable[str], vocab_size: int) -> "BertTokenizerF
 def load_tokenizer(location: str | Path) -> "PreTrainedTokenizerFast":
     """Reads a tokenizer from a `vocab.txt` (lower-cased BERT) or a folder in the HF layout.
 
+    One without BERT's special tokens, as GPT-2's and Llama's, begins a text with its `bos` for
+    [CLS] and ends it with its `eos` for [SEP]; `eos` stands for [PAD] and [MASK] too.
     Raises ConfigError if there is no such file or folder, or it holds no tokenizer.
     """
     from transformers import AutoTokenizer, BertTokenizerFast
@@ -72,6 +74,7 @@ def load_tokenizer(location: str | Path) -> "PreTrainedTokenizerFast":
     path = storage.local_path(str(location)).expanduser()
     if path.is_dir() and (path / "tokenizer_config.json").exists():
         tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(path)
+        _name_special_tokens(tokenizer)
         return tokenizer
     vocabulary = path / "vocab.txt" if path.is_dir() else path
     if not vocabulary.is_file():
@@ -88,6 +91,14 @@ def load_tokenizer(location: str | Path) -> "PreTrainedTokenizerFast":
             f"found {len(lines)} lines without"
         )
     return BertTokenizerFast(vocab=pieces, do_lower_case=True)
+
+
+def _name_special_tokens(tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Lets a tokenizer's own special tokens answer to the names of BERT's that it lacks."""
+    begin, end = tokenizer.bos_token or tokenizer.eos_token, tokenizer.eos_token
+    for name, stand_in in {"cls": begin, "sep": end, "pad": end, "mask": end}.items():
+        if getattr(tokenizer, f"{name}_token") is None:
+            setattr(tokenizer, f"{name}_token", stand_in)
 
 
 def answer_vocabulary(

@@ -15,6 +15,7 @@ import webdataset
 
 from pipeline import storage
 from pipeline.data import ingest as ingest_module
+from pipeline.data import ingest_plan as ingest_plan_module
 from pipeline.data.ingest import IngestConfig, IngestReport, ingest, write_shard
 from pipeline.data.ingest_plan import plan_ingest
 from pipeline.data.manifest import Manifest
@@ -172,6 +173,29 @@ def test_the_second_record_of_a_key_is_a_reject_and_stays_one(tmp_path: Path) ->
     rejects = Manifest.open(str(tmp_path)).rejects(["key"])["key"].to_pylist()
     assert sorted(rejects) == [f"key-{n}-duplicate-2" for n in range(3)]
     assert ingest(world, str(tmp_path), config()).num_unchanged == 6
+
+
+def test_copies_are_told_apart_however_the_listing_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = Random(4)
+    names = ["a", "a-duplicate-2", "b", "c", "d", "e-duplicate-2", "e"]
+    listing = [random.choice(names) for _ in range(40)]
+
+    class Listing(World):
+        def records(self) -> Iterator[Record | Reject]:
+            records = {entry.key: entry for entry in super().records()}
+            yield from (records[name] for name in listing)
+
+    world = Listing({name: Item(n, name) for n, name in enumerate(names)})
+    for chunk in (1, 3, 7, 100):
+        url = str(tmp_path / str(chunk))
+        monkeypatch.setattr(ingest_plan_module, "_LISTING_CHUNK", chunk)
+        report = ingest(world, url, config())
+        keys = Manifest.open(url).rows(["key"])["key"].to_pylist()
+        assert len(keys) == len(set(keys)) == report.num_listed == len(listing)
+        assert report.num_live >= len(set(listing)) - 2  # a copy may have taken a name first
+        assert ingest(world, url, config()).num_unchanged == len(listing)
 
 
 def test_too_many_rejects_stop_the_run_before_the_manifest_changes(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline import storage
 from pipeline.data.dataset import Dataset, FeatureBatch, Rows, Split
 from pipeline.data.loader import Batch, BatchConfig, Loader, eval_batches
 from pipeline.data.order import Order
@@ -259,3 +260,33 @@ def test_an_evaluation_meets_every_example_once_in_row_order(
     assert [example[1] for example in examples] == list(range(sum(counts)))
     whole = eval_batches(split, "questions", 1000)
     assert examples == [example for batch in whole for example in fingerprints(batch)]
+
+
+def test_the_next_window_of_shards_is_fetched_while_one_is_read(
+    object_store: str, tmp_path: Path
+) -> None:
+    make_dataset(object_store, num_samples=23, samples_per_shard=2)
+    split = Dataset.open(object_store, cache=tmp_path).split("train", EXTRACTOR)
+    batches = make_loader(split, 2).batches(0, 100, 0, 1, 2)
+    next(batches)
+    deadline = time.monotonic() + 20
+    while len(cached(tmp_path)) < 2 * 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    batches.close()
+    # Two windows of two shards, each with its sidecar; a third if the readers were quick.
+    assert 2 * 4 <= len(cached(tmp_path)) <= 3 * 4
+
+
+def cached(folder: Path) -> list[Path]:
+    return list(folder.rglob("*.tar"))
+
+
+def test_a_lost_shard_of_an_object_store_is_raised_at_its_step(
+    object_store: str, tmp_path: Path
+) -> None:
+    dataset = make_dataset(object_store, num_samples=12, samples_per_shard=2)
+    split = Dataset.open(object_store, cache=tmp_path).split("train", EXTRACTOR)
+    storage.remove(f"{object_store}/features/{EXTRACTOR}/{list(dataset.shards)[2]}.tar")
+    batches = make_loader(split, 2, distractors=False).batches(0, 100, 0, 1, 2)
+    with pytest.raises(ShardError, match=list(dataset.shards)[2]):
+        list(batches)

@@ -137,3 +137,20 @@ def test_a_negative_seed_or_an_empty_window_is_refused() -> None:
         Order(Table(), "captions", -1)
     with pytest.raises(ConfigError, match="window_shards=0"):
         Order(Table(), "captions", 0, window_shards=0)
+
+
+@settings(deadline=None)
+@given(tables.filter(lambda table: sum(table.row_counts) > 0), st.integers(1, 4))
+def test_the_windows_follow_the_stream(table: Table, window_shards: int) -> None:
+    order = Order(table, "captions", 3, window_shards)
+    position = 0
+    while position < 3 * order.num_examples:
+        shards, end = order.window(position)
+        assert end > position
+        assert len(shards) <= window_shards
+        rows = order.between(position, end).rows
+        read = np.searchsorted(table.shard_starts, rows, side="right") - 1
+        assert set(read.tolist()) <= set(shards.tolist())
+        again, same_end = order.window(end - 1)
+        assert (again.tolist(), same_end) == (shards.tolist(), end)
+        position = end

@@ -1,6 +1,9 @@
+import dataclasses
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.data.sample import (
     MAX_KEY_LENGTH,
@@ -18,14 +21,17 @@ TEXTS = Texts(
     captions=("a cat", "eine Katze – 猫"),
     questions=(Question(7, "what?", ("cat", "cat", "dog"), "what", "other"),),
     dialogs=(
-        Dialog("a cat", (Round("is it?", "yes", ("no", "yes"), 1), Round("why?", "because"))),
+        Dialog(
+            "a cat",
+            (Round("is it?", "yes", ("no", "yes"), 1, (0.25, 1.0)), Round("why?", "because")),
+        ),
     ),
 )
 
 
 def test_texts_survive_json() -> None:
     assert Texts.from_json(TEXTS.to_json()) == TEXTS
-    assert TEXTS.num_rounds == 2
+    assert (TEXTS.num_rounds, TEXTS.num_texts) == (2, 5)
 
 
 def test_texts_have_one_canonical_form() -> None:
@@ -33,6 +39,16 @@ def test_texts_have_one_canonical_form() -> None:
     assert payload == Texts.from_json(payload).to_json()
     assert list(json.loads(payload)) == sorted(json.loads(payload))
     assert "猫".encode() in payload
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.integers() | st.text("aé/\\"))
+def test_the_canonical_form_is_that_of_the_standard_library(text: str, image_id: int | str) -> None:
+    texts = Texts(image_id, (text,), (Question(image_id, text, (text,)),))
+    expected = json.dumps(
+        dataclasses.asdict(texts), sort_keys=True, ensure_ascii=False, separators=(",", ":")
+    )
+    assert texts.to_json() == expected.encode()
+    assert Texts.from_json(texts.to_json()) == texts
 
 
 def test_absent_lists_are_empty_and_unknown_keys_ignored() -> None:
@@ -51,6 +67,9 @@ def test_absent_lists_are_empty_and_unknown_keys_ignored() -> None:
         b'{"image_id": 1, "captions": [1]}',
         b'{"image_id": 1, "questions": [{"question": "q"}]}',
         b'{"image_id": 1, "dialogs": [3]}',
+        b'{"image_id": 1, "captions": ["\xff"]}',
+        b'{"image_id": 1.5}',
+        b'{"image_id": 1} x',
     ],
 )
 def test_malformed_texts_are_refused(payload: bytes) -> None:

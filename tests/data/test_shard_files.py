@@ -1,4 +1,7 @@
 import os
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -85,6 +88,85 @@ def test_an_evicted_file_stays_readable_while_it_is_open(tmp_path: Path) -> None
     files.open(make_remote("second", b"2" * 100))
     assert {path.stem for path in tmp_path.rglob("*.tar")} == {"second"}
     assert os.pread(first.descriptor, 3, 0) == b"111"
+
+
+def test_what_was_fetched_is_opened_without_another_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    location = make_remote("fetched", b"remote")
+    files = ShardFiles(tmp_path)
+    files.fetch(location)
+    fsspec.filesystem("memory").rm("/bucket/fetched.tar")
+    monkeypatch.setattr(storage, "publish", None)
+    assert os.pread(files.open(location).descriptor, 6, 0) == b"remote"
+
+
+def test_no_more_is_fetched_ahead_than_half_of_the_cache(tmp_path: Path) -> None:
+    files = ShardFiles(tmp_path, cache_size_bytes=400)
+    locations = [make_remote(f"ahead-{n}", bytes(100)) for n in range(4)]
+    for location in locations:
+        files.fetch(location)
+    assert {path.stem for path in tmp_path.rglob("*.tar")} == {"ahead-0", "ahead-1"}
+    files.open(locations[0])
+    for location in locations:
+        files.fetch(location)
+    assert {path.stem for path in tmp_path.rglob("*.tar")} == {"ahead-0", "ahead-1", "ahead-2"}
+
+
+def test_a_local_shard_is_not_fetched(tmp_path: Path) -> None:
+    ShardFiles(tmp_path / "cache").fetch(str(tmp_path / "absent.tar"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fetching_an_absent_shard_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match=r"gone\.tar"):
+        ShardFiles(tmp_path).fetch("memory://bucket/gone.tar")
+
+
+def test_a_copy_that_a_killed_process_left_half_made_goes_in_the_end(tmp_path: Path) -> None:
+    abandoned, growing = tmp_path / ".a.tar.01.partial", tmp_path / ".b.tar.02.partial"
+    for path in (abandoned, growing):
+        path.write_bytes(bytes(100))
+    two_hours_ago = time.time() - 7200
+    os.utime(abandoned, (two_hours_ago, two_hours_ago))
+    ShardFiles(tmp_path, cache_size_bytes=150).open(make_remote("one", bytes(100)))
+    assert {path.name for path in tmp_path.rglob("*") if path.suffix} == {"one.tar", growing.name}
+
+
+RANK = """
+import sys
+from pathlib import Path
+from pipeline import storage
+from pipeline.data.shard_files import ShardFiles
+copies, publish = [], storage.publish
+storage.publish = lambda location, durable=False: copies.append(1) or publish(location, durable)
+files = ShardFiles(Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+for location in sys.argv[2:]:
+    files.open(location)
+print(len(copies), flush=True)
+"""
+
+
+def test_ranks_of_a_machine_share_one_copy_of_each_shard(object_store: str, tmp_path: Path) -> None:
+    locations = [f"{object_store}/{n}.tar" for n in range(5)]
+    for location in locations:
+        storage.write_bytes(location, bytes(300_000))
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", RANK, str(tmp_path), *locations]
+    ranks = [
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
+        )
+        for _ in range(3)
+    ]
+    for rank in ranks:
+        assert rank.stdout is not None
+        assert rank.stdout.readline() == "ready\n"
+    copies = [int(rank.communicate("go\n")[0]) for rank in ranks]
+    assert sum(copies) == len(locations)
+    assert len(list(tmp_path.rglob("*.tar"))) == len(locations)
 
 
 def test_an_absent_shard_is_an_error_that_names_it(tmp_path: Path) -> None:

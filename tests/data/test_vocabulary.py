@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -140,3 +141,22 @@ def test_answers_are_ordered_by_count_then_text_whatever_the_order_of_questions(
     assert answer_vocabulary(reversed(questions), 10, 1) == expected
     assert answer_vocabulary(questions, 3, 1) == expected[:3]
     assert answer_vocabulary(questions, 10, 2) == ["blue", "red"]
+
+
+def test_a_tokenizer_of_a_language_model_answers_to_the_names_of_berts_tokens(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    from transformers import GPT2TokenizerFast
+
+    folder = shared_data / "tokenizers" / "gpt2"
+    theirs: Any = GPT2TokenizerFast(
+        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt")
+    )
+    theirs.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    end = tokenizer.eos_token_id
+    assert tokenizer("hello world").input_ids == [31373, 995]
+    names = ("cls", "sep", "pad", "mask")
+    assert [getattr(tokenizer, f"{name}_token_id") for name in names] == [end] * 4
+    assert tokenizer.decode([end, 31373, 995, end], skip_special_tokens=True) == "hello world"
+    assert len(tokenizer) == 50257

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from pipeline import storage
 from pipeline.data.manifest import FEATURES, LIVE, SAMPLES, Manifest
@@ -59,7 +60,7 @@ class TinyDataset:
                         "reason": "",
                         "detail": "",
                         "fingerprint": f"{number}-{len(self.shards)}",
-                        "digest": "",
+                        "digest": xxhash.xxh3_128_hexdigest(parts["jpg"]),
                         "suffix": "jpg",
                         "image_offset": members["jpg"].offset,
                         "image_size": members["jpg"].size,

@@ -14,7 +14,9 @@ from pipeline.data.dataset import Dataset, FeatureBatch, Split
 from pipeline.data.manifest import Manifest
 from pipeline.data.sample import Texts
 from pipeline.errors import FeatureError
+from pipeline.inspect.colours import colour_layer, principal_colours
 from pipeline.inspect.curves import spread
+from pipeline.inspect.detections import Found, found
 from pipeline.inspect.heat import Heat, heat
 from pipeline.inspect.page import render
 from pipeline.inspect.picture import Picture, picture, shared_ratio, thumbnail
@@ -39,6 +41,17 @@ class RejectReason:
 
 
 @dataclass(frozen=True)
+class Colours:
+    """A layer of coloured cells, and the part of the picture it covers, in percent."""
+
+    url: str
+    left: float
+    top: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True)
 class Shown:
     """A sample ready to be drawn."""
 
@@ -50,22 +63,26 @@ class Shown:
     questions: tuple[tuple[str, str], ...]  # question, and its answers with their counts
     heat: Heat | None
     outlined: int  # boxes to outline: all of a detector's, none of a grid's
+    found: Found | None  # labels and masks, of a detector that gives some
+    colours: Colours | None  # of a grid
 
 
 def write_preview(dataset: str, location: str, limit: int, features: str | None = None) -> str:
     """Writes a page of about `limit` samples, spread evenly over each split; returns where.
 
     `features` is an extractor's name: its grid is drawn as the norm of each cell, its regions as
-    boxes. Raises ManifestError if there is no dataset, FeatureError if there are no features.
+    boxes with labels, scores and masks if it gives them. Raises ManifestError if there is no
+    dataset, FeatureError if there are no features.
     """
     opened = Dataset.open(dataset)
-    grid = _card_grid(dataset, features) if features else None
+    card = _card(dataset, features) if features else {"grid": None}
+    grid = (int(card["grid"][0]), int(card["grid"][1])) if card["grid"] else None
     splits = [opened.split(name, features) for name in opened.splits()]
     counts = [_counts(split) for split in splits]
     samples = [
         sample
         for split in splits
-        for sample in _shown(split, max(1, limit // len(splits)), features is not None, grid)
+        for sample in _shown(split, max(1, limit // len(splits)), card if features else None, grid)
     ]
     page = render(
         "preview.html",
@@ -73,6 +90,7 @@ def write_preview(dataset: str, location: str, limit: int, features: str | None 
         url=dataset,
         version=opened.version,
         features=features or "",
+        detected=any(sample.found for sample in samples),
         grid=grid,
         splits=counts,
         totals={
@@ -96,15 +114,20 @@ def norms(batch: FeatureBatch, index: int) -> NDArray[np.float32]:
 
 
 def _shown(
-    split: Split, limit: int, with_features: bool, grid: tuple[int, int] | None
+    split: Split, limit: int, card: Mapping[str, Any] | None, grid: tuple[int, int] | None
 ) -> Iterator[Shown]:
-    for row in spread(split.num_samples, limit).tolist():
+    rows = spread(split.num_samples, limit)
+    colours = _colours(split.features(rows), grid) if grid else [None] * len(rows)
+    for row, coloured in zip(rows.tolist(), colours, strict=True):
         (texts,) = split.texts([row])
-        drawn = None
-        if with_features:
+        drawn, layers = None, None
+        if card is not None:
             batch = split.features([row])
-            boxes = batch.boxes[0, : int(batch.num_regions[0])]
-            drawn = heat(norms(batch, 0)[None], boxes, grid) if len(boxes) else None
+            count = int(batch.num_regions[0])
+            boxes = batch.boxes[0, :count]
+            bright = norms(batch, 0) if batch.scores is None else batch.scores[0, :count]
+            drawn = heat(bright[None], boxes, grid) if count else None
+            layers = found(batch, 0, card.get("class_names"), split.masks(row))
         yield Shown(
             key=str(split.keys[row]),
             split=split.name,
@@ -114,7 +137,22 @@ def _shown(
             questions=tuple((asked.question, _answers(asked.answers)) for asked in texts.questions),
             heat=drawn,
             outlined=0 if grid or drawn is None else len(boxes),
+            found=layers,
+            colours=coloured,
         )
+
+
+def _colours(batch: FeatureBatch, grid: tuple[int, int]) -> list[Colours | None]:
+    """Returns a layer for each sample; a colour means the same in all of them."""
+    count, cells, dim = batch.values.shape
+    colours = principal_colours(batch.values.reshape(count * cells, dim).astype(np.float32))
+    layers: list[Colours | None] = []
+    for index, sample in enumerate(colours.reshape(count, cells, 3)):
+        boxes = 100 * batch.boxes[index]
+        (left, top), (right, bottom) = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
+        place = (float(left), float(top), float(right - left), float(bottom - top))
+        layers.append(Colours(colour_layer(sample, grid), *place))
+    return layers
 
 
 def _answers(answers: tuple[str, ...]) -> str:
@@ -150,12 +188,12 @@ def _rejects(manifest: Manifest) -> list[RejectReason]:
     ]
 
 
-def _card_grid(dataset: str, features: str) -> tuple[int, int] | None:
+def _card(dataset: str, features: str) -> dict[str, Any]:
     location = storage.join(dataset, "features", features, "card.json")
     if not storage.exists(location):
         known = storage.list_names(storage.join(dataset, "features"))
         raise FeatureError(
             f"{location}: no such features; this dataset has {', '.join(known) or 'none'}"
         )
-    grid = json.loads(storage.read_bytes(location))["grid"]
-    return (int(grid[0]), int(grid[1])) if grid else None
+    card: dict[str, Any] = json.loads(storage.read_bytes(location))
+    return card

@@ -27,10 +27,11 @@ from pipeline.data.shard_files import ShardFiles, default_cache
 from pipeline.errors import ConfigError, FeatureError, PipelineError
 from pipeline.vision.extractor import AnyExtractor, from_card
 from pipeline.vision.feature import Extractor, measure_invariance
+from pipeline.vision.packing import measure_packing
 from pipeline.vision.sidecar import Sidecar, SidecarPlan, first_images, write_sidecar
 
 COMMIT_SECONDS = 1.0  # the most work a kill can cost beyond the shards in flight
-INVARIANCE_IMAGES = 5
+MEASURED_IMAGES = 5
 SHARD_RETRIES = 3  # for a lost actor or node; an error is not retried
 START_TIMEOUT_SECONDS = 300.0  # for the first actor, which may wait for a node to be started
 
@@ -171,7 +172,7 @@ class _Card:
     """`card.json`, written before any feature is listed.
 
     A run with other library versions, or on another device, adds its environment with the batch
-    invariance that it measured there.
+    invariance and the error of storage that it measured there.
     """
 
     def __init__(self, url: str, extractor: Extractor) -> None:
@@ -202,8 +203,13 @@ def _environment(
     for known in card["environments"]:
         if entry.items() <= known.items():
             return Environment(known)
-    prepared = [extractor.prepare(image) for image in first_images(plan, files, INVARIANCE_IMAGES)]
-    return Environment(entry | {"batch_invariance": measure_invariance(extractor, prepared)})
+    prepared = [extractor.prepare(image) for image in first_images(plan, files, MEASURED_IMAGES)]
+    exact = extractor.exact()
+    measured = {
+        "batch_invariance": measure_invariance(exact, prepared),
+        "storage_error": measure_packing(exact.extract(prepared), extractor.extract(prepared)),
+    }
+    return Environment(entry | measured)
 
 
 def _in_process(

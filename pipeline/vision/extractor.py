@@ -9,12 +9,19 @@ from pipeline.errors import FeatureError
 from pipeline.vision.feature import Extractor, Feature
 from pipeline.vision.grid import GridConfig
 from pipeline.vision.image import Prepared
+from pipeline.vision.imported import ImportedConfig
+from pipeline.vision.patches import PatchesConfig
 from pipeline.vision.pixels import PixelsConfig
+from pipeline.vision.regions import RegionsConfig
+from pipeline.vision.segments import SegmentsConfig
 
 __all__ = ["AnyExtractor", "Extractor", "Feature", "Prepared", "from_card"]
 
-AnyExtractor = Annotated[PixelsConfig | GridConfig, Field(discriminator="type")]
-_EXTRACTOR: TypeAdapter[PixelsConfig | GridConfig] = TypeAdapter(AnyExtractor)
+AnyExtractor = Annotated[
+    PixelsConfig | GridConfig | RegionsConfig | SegmentsConfig | PatchesConfig | ImportedConfig,
+    Field(discriminator="type"),
+]
+_EXTRACTOR: TypeAdapter[Any] = TypeAdapter(AnyExtractor)
 
 
 def from_card(card: Mapping[str, Any], device: str = "cpu") -> Extractor:
@@ -22,7 +29,7 @@ def from_card(card: Mapping[str, Any], device: str = "cpu") -> Extractor:
 
     Its identity must come out as on the card: a weights file that was replaced since is refused.
     """
-    extractor = _EXTRACTOR.validate_python(card["config"]).build(device)
+    extractor: Extractor = _EXTRACTOR.validate_python(card["config"]).build(device)
     found = extractor.card()["identity"]
     if found != card["identity"]:
         raise FeatureError(

@@ -3,8 +3,8 @@
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,50 @@ INVARIANCE_TOLERANCE = 2e-3
 
 
 @dataclass(frozen=True)
-class Feature:
-    """What an extractor makes of one image: R regions or cells of D values."""
+class Quantized:
+    """Values as eight-bit levels: value = level * scale."""
 
-    values: npt.NDArray[Any]  # (R, D) in the dtype it is stored in
+    levels: npt.NDArray[np.int8]  # (R, D)
+    scales: npt.NDArray[np.float32]  # (R, 1) or (1, D)
+
+    def restore(self) -> npt.NDArray[np.float32]:
+        """Returns the values (R, D), as a reader of the sidecar has them."""
+        values: npt.NDArray[np.float32] = self.levels * self.scales
+        return values
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What an extractor makes of one image: R regions or cells of D values.
+
+    `parts` are further arrays whose first axis is R; a sidecar keeps each under its name:
+    `labels` (R,) int32, `scores` (R,) float32, `classes` (R, C) distributions over C classes,
+    `attribute.labels` and `attribute.scores` (R,) of published features.
+    """
+
+    values: npt.NDArray[Any]  # (R, D) as the model sees them
     boxes: npt.NDArray[np.float32] | None  # (R, 4) x1, y1, x2, y2 as fractions; None: the grid's
+    parts: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    masks: "tuple[Mask, ...] | None" = None  # R of them
+    quantized: Quantized | None = None  # what is stored instead of `values`
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes of the stored arrays, without headers and padding."""
+        arrays = [self.values] if self.quantized is None else [*vars(self.quantized).values()]
+        arrays += [*self.parts.values(), *([] if self.boxes is None else [self.boxes])]
+        return sum(array.nbytes for array in arrays) + sum(
+            len(mask.counts) for mask in self.masks or ()
+        )
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A region's outline in COCO's compressed run-length code, which pycocotools reads."""
+
+    height: int  # of the raster, which covers the whole picture
+    width: int
+    counts: str
 
 
 class Extractor(Protocol):
@@ -46,6 +85,10 @@ class Extractor(Protocol):
 
     def extract(self, prepared: Sequence[Prepared]) -> list[Feature]:
         """Returns one feature per image, each of which depends on its own image only."""
+        ...
+
+    def exact(self) -> Self:
+        """Returns the extractor with values as computed, to which stored ones are compared."""
         ...
 
 
@@ -71,16 +114,22 @@ def identity(
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 
+def part_layout(dtype: str, *shape: int | str) -> dict[str, Any]:
+    """Returns how the card describes an array beside the values; "R" is the number of regions."""
+    return {"dtype": dtype, "shape": list(shape)}
+
+
 def extractor_name(kind: str, identity: str) -> str:
     """Returns the folder name of an extractor."""
     return f"{kind}-{identity[:8]}"
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: str, *more_libraries: str) -> dict[str, Any]:
     """Returns what may move the last digit of a feature: the device and the libraries."""
+    names = (*LIBRARIES, *more_libraries)
     return {
         "device": device,
-        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "libraries": {name: importlib.metadata.version(name) for name in names},
     }
 
 
@@ -115,5 +164,8 @@ def _difference(reference: Feature, other: Feature) -> float:
     if reference.values.shape != other.values.shape:
         return float("inf")  # another selection of regions
     a, b = reference.values.astype(np.float64), other.values.astype(np.float64)
-    size = np.abs(a) + np.sqrt(np.mean(a**2))
-    return float(np.max(np.abs(a - b) / np.maximum(size, np.finfo(np.float32).tiny), initial=0.0))
+    size = np.abs(a) + np.sqrt(np.mean(a**2)) if a.size else np.ones_like(a)
+    moved = float(np.max(np.abs(a - b) / np.maximum(size, np.finfo(np.float32).tiny), initial=0.0))
+    if reference.boxes is None or other.boxes is None:
+        return moved
+    return max(moved, float(np.abs(reference.boxes - other.boxes).max(initial=0.0)))

@@ -1,16 +1,18 @@
 """Images to grid features: the map that a frozen torchvision network has at one of its nodes."""
 
+import copy
 import difflib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field
 
-from pipeline import storage
 from pipeline.config import Config
 from pipeline.errors import ConfigError, FeatureError
 from pipeline.vision import weights
+from pipeline.vision.arithmetic import exact_arithmetic
 from pipeline.vision.feature import Feature, environment, extractor_name, identity
 from pipeline.vision.image import (
     CentreCrop,
@@ -22,6 +24,7 @@ from pipeline.vision.image import (
     describe,
     prepare,
 )
+from pipeline.vision.packing import Storage, describe_storage, pack, packing_parts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,8 +32,6 @@ if TYPE_CHECKING:
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green, blue in [0, 1], as all torchvision weights
 IMAGENET_STD = (0.229, 0.224, 0.225)
 NORMALIZE = {"step": "normalize", "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
-RANDOM_SEED = 0
-CALIBRATION_IMAGES = 4
 
 
 class GridConfig(Config):
@@ -48,6 +49,7 @@ class GridConfig(Config):
     # stretch: the whole picture; crop: short side to 8/7 of image_size, then its middle, as the
     # networks were evaluated on ImageNet
     fit: Literal["stretch", "crop"] = "stretch"
+    storage: Storage = "float16"
 
     def steps(self) -> tuple[Step, ...]:
         """What happens to the pixels before they are normalized."""
@@ -62,10 +64,7 @@ class GridConfig(Config):
         with torch.device("meta"):
             network = _cut(self.network, self.node)
             _grid_shape(network, self)
-        if self.weights == "default":
-            weights.check_download(_default_url(self.network))
-        elif self.weights != "random":
-            weights.check_file(self.weights)
+        weights.check(self.weights, self.network)
 
     def build(self, device: str = "cpu") -> "GridExtractor":
         """Loads the network, downloading `default` weights that are not in torch's cache."""
@@ -73,7 +72,7 @@ class GridConfig(Config):
 
 
 class GridExtractor:
-    """Computes (H * W, C) float16 features, cells row by row, C channels each.
+    """Computes (H * W, C) features, cells row by row, C channels each.
 
     Boxes of the cells follow from the grid if the whole picture is seen, and are given if only
     its middle is.
@@ -86,19 +85,13 @@ class GridExtractor:
         self._device = device
         self._steps = config.steps()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(RANDOM_SEED)
+            torch.manual_seed(weights.RANDOM_SEED)
             network = _cut(config.network, config.node)
         if config.weights == "random":
-            self._digest = weights.digest(network)
-            _calibrate(network, config.image_size)
-            self._weights = config.weights
+            self._weights, self._digest = config.weights, weights.digest(network)
+            weights.calibrate(network, network, config.image_size)
         else:
-            if config.weights == "default":
-                self._weights = "default"
-                location = str(weights.download(_default_url(config.network)))
-            else:
-                self._weights = location = storage.absolute(config.weights)
-            weights.assign(network, weights.load(location), location)
+            self._weights = weights.fill(network, config.network, config.weights)
             self._digest = weights.digest(network)
         self._dim, self._grid = _grid_shape(network, config)
         self._network = network.to(memory_format=torch.channels_last).to(device)
@@ -114,7 +107,7 @@ class GridExtractor:
     def card(self) -> dict[str, Any]:
         preprocessing = [*describe(self._steps), NORMALIZE]
         selection = {"network": self._config.network, "node": self._config.node}
-        stored = {"dtype": "float16"}
+        stored = describe_storage(self._config.storage)
         height, width = self._grid
         return {
             "type": "grid",
@@ -124,11 +117,12 @@ class GridExtractor:
             "preprocessing": preprocessing,
             "selection": selection,
             "storage": stored,
-            "dtype": "float16",
+            "dtype": stored["dtype"],
             "dim": self._dim,
             "num_regions": height * width,
             "grid": [height, width],
             "boxes": "grid" if self._config.fit == "stretch" else "stored",
+            "parts": packing_parts(self._config.storage, self._dim),
             "environments": [environment(self._device)],
         }
 
@@ -141,29 +135,28 @@ class GridExtractor:
         pixels = torch.from_numpy(np.stack([image.pixels for image in prepared]))
         # (B, S, S, 3) seen as (B, 3, S, S) is already in channels-last order
         images = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
-        with (
-            torch.inference_mode(),
-            torch.backends.cudnn.flags(
-                enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-            ),
-        ):
+        with exact_arithmetic():
             maps = self._network(images.sub_(self._mean).div_(self._std))["map"]
             values = maps.flatten(2) if maps.ndim == 4 else maps.unsqueeze(2)
-            halves = values.transpose(1, 2).contiguous().half()  # (B, H * W, C)
-            if not bool(torch.isfinite(halves).all()):
-                raise FeatureError(
-                    f"{self.name}: values up to {float(values.abs().max()):.3g} do not fit "
-                    "float16; choose another node, or weights that belong to this network"
-                )
+            cells = values.transpose(1, 2).contiguous()  # (B, H * W, C)
+            try:
+                features = pack(cells, self._config.storage)
+            except FeatureError as error:
+                raise FeatureError(f"{self.name}: {error}") from error
+        if self._config.fit == "stretch":
+            return features
         return [
-            Feature(feature, None if self._config.fit == "stretch" else _boxes(self._grid, view))
-            for feature, view in zip(
-                halves.cpu().numpy(), (image.view for image in prepared), strict=True
-            )
+            replace(feature, boxes=cell_boxes(self._grid, image.view))
+            for feature, image in zip(features, prepared, strict=True)
         ]
 
+    def exact(self) -> Self:
+        twin = copy.copy(self)
+        twin._config = self._config.model_copy(update={"storage": "float32"})
+        return twin
 
-def _boxes(grid: tuple[int, int], view: View) -> np.ndarray:
+
+def cell_boxes(grid: tuple[int, int], view: View) -> np.ndarray:
     """Returns the boxes of the cells (H * W, 4) as fractions of the whole picture, row by row."""
     height, width = grid
     x1, y1, x2, y2 = view
@@ -184,7 +177,7 @@ def _cut(name: str, node: str) -> "nn.Module":
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         raise ConfigError(
-            f"extractor.network: found {name!r}; {_suggest(name, known)}expected one of "
+            f"extractor.network: found {name!r}; {suggest(name, known)}expected one of "
             f"{', '.join(known)}"
         )
     # These two were trained on another normalization, which they undo themselves if told to.
@@ -198,7 +191,7 @@ def _cut(name: str, node: str) -> "nn.Module":
     if node not in prefixes:
         top = sorted({n.split(".")[0] for n in nodes}, key=[n.split(".")[0] for n in nodes].index)
         raise ConfigError(
-            f"extractor.node: {name} has no {node!r}; {_suggest(node, sorted(prefixes))}"
+            f"extractor.node: {name} has no {node!r}; {suggest(node, sorted(prefixes))}"
             f"its top-level nodes are {', '.join(top)}"
         )
     network: nn.Module = create_feature_extractor(
@@ -226,33 +219,7 @@ def _grid_shape(network: "nn.Module", config: GridConfig) -> tuple[int, tuple[in
     return shape[1], (shape[2], shape[3])
 
 
-def _calibrate(network: "nn.Module", image_size: int) -> None:
-    """Sets batch-norm statistics from seeded noise pictures.
-
-    Without this, random weights make each layer larger or smaller than the one before it, and a
-    deep network ends at values that float16 cannot hold (MobileNetV2: 1e-9).
-    """
-    import torch
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-    layers = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-    for layer in layers:
-        layer.momentum = None  # a plain mean of what was seen
-        layer.reset_running_stats()
-        layer.train()
-    noise = torch.Generator().manual_seed(RANDOM_SEED)
-    with torch.inference_mode():
-        network(torch.randn(CALIBRATION_IMAGES, 3, image_size, image_size, generator=noise))
-    network.eval()
-
-
-def _default_url(network: str) -> str:
-    import torchvision
-
-    url: str = torchvision.models.get_model_weights(network).DEFAULT.url
-    return url
-
-
-def _suggest(name: str, known: Sequence[str]) -> str:
+def suggest(name: str, known: Sequence[str]) -> str:
+    """Returns the beginning of a sentence that offers the known name nearest to an unknown one."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}? " if close else ""

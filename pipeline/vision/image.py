@@ -71,10 +71,45 @@ class ResizeShortSide:
     size: int
 
     def __call__(self, pixels: Pixels, view: View) -> tuple[Pixels, View]:
+        return _resize(pixels, *_short_side(pixels, self.size)), view
+
+
+@dataclass(frozen=True)
+class ResizeWithin:
+    """Scales the shorter side to `short_side`, or less if the longer would pass `long_side`."""
+
+    name: ClassVar[str] = "resize to a short and at most a long side, antialiased bilinear"
+    short_side: int
+    long_side: int
+
+    def __call__(self, pixels: Pixels, view: View) -> tuple[Pixels, View]:
         height, width = pixels.shape[:2]
-        if height < width:
-            return _resize(pixels, int(self.size * width / height), self.size), view
-        return _resize(pixels, self.size, int(self.size * height / width)), view
+        scale = min(self.short_side / min(height, width), self.long_side / max(height, width))
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        return _resize(pixels, *size), view
+
+
+@dataclass(frozen=True)
+class ResizeBicubic:
+    """Scales to exactly size × size, as `Resize`, by the cubic filter."""
+
+    name: ClassVar[str] = "resize, antialiased bicubic"
+    size: int
+
+    def __call__(self, pixels: Pixels, view: View) -> tuple[Pixels, View]:
+        return _resize(pixels, self.size, self.size, Image.Resampling.BICUBIC), view
+
+
+@dataclass(frozen=True)
+class ResizeShortSideBicubic:
+    """Scales the shorter side to `size`, as `ResizeShortSide`, by the cubic filter."""
+
+    name: ClassVar[str] = "resize the short side, antialiased bicubic"
+    size: int
+
+    def __call__(self, pixels: Pixels, view: View) -> tuple[Pixels, View]:
+        width, height = _short_side(pixels, self.size)
+        return _resize(pixels, width, height, Image.Resampling.BICUBIC), view
 
 
 @dataclass(frozen=True)
@@ -100,7 +135,7 @@ class CentreCrop:
         return pixels[top : top + self.size, left : left + self.size], kept
 
 
-Step = Resize | ResizeShortSide | CentreCrop
+Step = Resize | ResizeShortSide | ResizeWithin | ResizeBicubic | ResizeShortSideBicubic | CentreCrop
 
 
 @dataclass(frozen=True)
@@ -178,8 +213,21 @@ def _turn(pixels: Pixels, orientation: int) -> Pixels:
     return pixels
 
 
-def _resize(pixels: Pixels, width: int, height: int) -> Pixels:
+def _short_side(pixels: Pixels, size: int) -> tuple[int, int]:
+    """Returns width and height of the picture whose shorter side is `size`."""
+    height, width = pixels.shape[:2]
+    if height < width:
+        return int(size * width / height), size
+    return size, int(size * height / width)
+
+
+def _resize(
+    pixels: Pixels,
+    width: int,
+    height: int,
+    resampling: Image.Resampling = Image.Resampling.BILINEAR,
+) -> Pixels:
     if pixels.shape[:2] == (height, width):
         return pixels
     picture = Image.fromarray(pixels)
-    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+    return np.asarray(picture.resize((width, height), resampling))

@@ -70,6 +70,7 @@ class PixelsExtractor:
             "num_regions": per_side**2,
             "grid": [per_side, per_side],
             "boxes": "grid",
+            "parts": {},
             "environments": [environment(self._device)],
         }
 
@@ -78,6 +79,9 @@ class PixelsExtractor:
 
     def extract(self, prepared: Sequence[Prepared]) -> list[Feature]:
         return [Feature(self._patches(image.pixels), boxes=None) for image in prepared]
+
+    def exact(self) -> Self:
+        return self  # pixels are stored as they are
 
     def _patches(self, pixels: np.ndarray) -> np.ndarray:
         """Maps (image_size, image_size, 3) to (patches, patch_size * patch_size * 3)."""

@@ -1,11 +1,12 @@
 """The images of one shard to their features in one sidecar."""
 
 import io
+import json
 import os
 import tarfile
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -21,7 +22,7 @@ from pipeline.data.shard import ShardWriter, shard_location
 from pipeline.data.shard_files import ShardFiles
 from pipeline.errors import FeatureError, ShardError
 from pipeline.vision.ahead import run_ahead
-from pipeline.vision.feature import Extractor, Feature
+from pipeline.vision.feature import Extractor, Feature, Mask
 from pipeline.vision.image import Prepared
 
 BATCHES_AHEAD = 2  # decoded and waiting for the network, or computed and waiting to be written
@@ -87,7 +88,7 @@ def write_sidecar(
         for batch in computed:
             network_seconds += batch.seconds
             for key, feature in zip(batch.keys, batch.features, strict=True):
-                rows.append(_write(writer, plan.shard, key, feature))
+                rows.append(write_feature(writer, plan.shard, key, feature))
         absent = sorted(plan.live.difference(row["key"] for row in rows))
         if absent:
             raise ShardError(
@@ -165,11 +166,17 @@ def _compute(
         yield _Computed(batch.keys, features, time.perf_counter() - started)
 
 
-def _write(writer: ShardWriter, shard: str, key: str, feature: Feature) -> dict[str, Any]:
+def write_feature(writer: ShardWriter, shard: str, key: str, feature: Feature) -> dict[str, Any]:
     """Appends a feature to the sidecar and returns the row that lists it."""
-    parts = {"npy": _npy(feature.values)}
+    quantized = feature.quantized
+    parts = {"npy": _npy(feature.values if quantized is None else quantized.levels)}
+    if quantized is not None:
+        parts["scales.npy"] = _npy(quantized.scales)
     if feature.boxes is not None:
         parts["boxes.npy"] = _npy(feature.boxes)
+    parts |= {f"{name}.npy": _npy(array) for name, array in feature.parts.items()}
+    if feature.masks is not None:
+        parts["segments.json"] = _segments(feature.masks)
     members = writer.write(Sample(key, parts))
     boxes = members.get("boxes.npy")
     return {
@@ -187,6 +194,12 @@ def _npy(array: np.ndarray) -> bytes:
     payload = io.BytesIO()
     np.lib.format.write_array(payload, np.ascontiguousarray(array), allow_pickle=False)
     return payload.getvalue()
+
+
+def _segments(masks: Sequence[Mask]) -> bytes:
+    """Returns the masks as COCO's annotation files have them, one for each region."""
+    document = [{"size": [mask.height, mask.width], "counts": mask.counts} for mask in masks]
+    return json.dumps(document, separators=(",", ":")).encode()
 
 
 def first_images(plan: SidecarPlan, files: ShardFiles, count: int) -> list[bytes]:

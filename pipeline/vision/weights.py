@@ -5,7 +5,7 @@ import io
 import pickle
 import re
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 CONNECT_TIMEOUT_SECONDS = 10
+RANDOM_SEED = 0
+CALIBRATION_IMAGES = 4
 
 
 def check_file(location: str) -> None:
@@ -123,14 +125,68 @@ def assign(network: "nn.Module", state: Mapping[str, "Tensor"], location: str) -
     network.load_state_dict({name: state[name] for name in needed}, strict=False)
 
 
-def digest(network: "nn.Module") -> str:
-    """Returns a hash of the network's names and values, wherever they came from."""
+def digest(network: "nn.Module", without: Collection[str] = ()) -> str:
+    """Returns a hash of the network's names and values, wherever they came from.
+
+    Tensors named in `without` do not count: those that nothing is computed with.
+    """
     hasher = xxhash.xxh3_128()
     for name, value in sorted(network.state_dict().items()):
-        if not name.endswith("num_batches_tracked"):
+        if not name.endswith("num_batches_tracked") and name not in without:
             hasher.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
             hasher.update(value.detach().cpu().contiguous().numpy().tobytes())
     return hasher.hexdigest()
+
+
+def default_url(network: str) -> str:
+    """Returns where torchvision has its best weights for one of its networks."""
+    import torchvision
+
+    url: str = torchvision.models.get_model_weights(network).DEFAULT.url
+    return url
+
+
+def check(weights: str, network: str) -> None:
+    """Raises FeatureError unless `weights`: default, random or a file, can be had."""
+    if weights == "default":
+        check_download(default_url(network))
+    elif weights != "random":
+        check_file(weights)
+
+
+def fill(network: "nn.Module", name: str, weights: str) -> str:
+    """Copies `default` weights or a file's into a torchvision network; returns where they are.
+
+    That is `default`, or the absolute location of the file. Raises FeatureError if they cannot
+    be had or are another network's.
+    """
+    if weights == "default":
+        location = str(download(default_url(name)))
+        assign(network, load(location), location)
+        return weights
+    location = storage.absolute(weights)
+    assign(network, load(location), location)
+    return location
+
+
+def calibrate(network: "nn.Module", run: Callable[["Tensor"], object], image_size: int) -> None:
+    """Sets batch-norm statistics from seeded noise pictures (4, 3, S, S), which `run` is given.
+
+    Without this, random weights make each layer larger or smaller than the one before it, and a
+    deep network ends at values that float16 cannot hold (MobileNetV2: 1e-9).
+    """
+    import torch
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    layers = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    for layer in layers:
+        layer.momentum = None  # a plain mean of what was seen
+        layer.reset_running_stats()
+        layer.train()
+    noise = torch.Generator().manual_seed(RANDOM_SEED)
+    with torch.inference_mode():
+        run(torch.randn(CALIBRATION_IMAGES, 3, image_size, image_size, generator=noise))
+    network.eval()
 
 
 def _verify(url: str, payload: bytes) -> None:

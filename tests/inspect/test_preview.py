@@ -1,3 +1,4 @@
+import base64
 import io
 import json
 import re
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from pipeline.data.dataset import FeatureBatch
 from pipeline.data.manifest import FEATURES, LIVE, REJECT, SAMPLES, Manifest
@@ -14,7 +16,11 @@ from pipeline.data.sample import Dialog, Question, Round, Sample, Texts
 from pipeline.data.shard import ShardWriter
 from pipeline.errors import FeatureError, ManifestError
 from pipeline.inspect.preview import norms, write_preview
+from pipeline.vision.extract import ExtractConfig, extract
+from pipeline.vision.segments import SegmentsConfig
 from tests.inspect.conftest import HOSTILE, Page, png
+from tests.vision.photo_dataset import make_dataset as make_photos
+from tests.vision.photo_dataset import pictures
 
 
 def texts(number: int) -> Texts:
@@ -148,6 +154,8 @@ def test_a_grid_is_drawn_as_the_norms_of_its_cells(tmp_path: Path) -> None:
     assert len(pictures) == 7
     assert {picture["data-grid"] for picture in pictures} == {"2,3"}
     assert {picture["data-outlined"] for picture in pictures} == {"0"}
+    layers = [image for image in page.all("img") if image.get("class") == "colours"]
+    assert len(layers) == 7
 
 
 def test_regions_are_drawn_as_boxes(tmp_path: Path) -> None:
@@ -173,3 +181,32 @@ def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ManifestError):
         write_preview(str(tmp_path / "nothing"), str(tmp_path / "page.html"), 4)
     assert not (tmp_path / "page.html").exists()
+
+
+def test_labels_scores_and_masks_of_a_detector_lie_over_its_pictures(tmp_path: Path) -> None:
+    url = str(tmp_path / "photos")
+    make_photos(url, pictures(3))
+    config = SegmentsConfig(
+        network="maskrcnn_resnet50_fpn",
+        weights="random",
+        num_classes=91,
+        short_side=32,
+        long_side=64,
+        num_proposals=12,
+        min_regions=4,
+        max_regions=4,
+        mask_side=24,
+    )
+    name = extract(url, config, ExtractConfig(actors=0)).extractor
+    html = Path(write_preview(url, str(tmp_path / "page.html"), 9, name)).read_text()
+    page = Page(html)
+    assert page.faults == []
+    tags = [box for box in page.all("span") if "tag" in (box.get("class") or "")]
+    assert 3 <= len(tags) <= 3 * 4
+    layers = [image for image in page.all("img") if image.get("class") == "over"]
+    assert len(layers) == 3
+    for layer in layers:
+        payload = base64.b64decode((layer["src"] or "").partition(",")[2])
+        assert max(Image.open(io.BytesIO(payload)).size) == 24
+    names = json.loads((tmp_path / "photos" / "features" / name / "card.json").read_text())
+    assert any(f"{label} 0.0" in page.words() for label in names["class_names"][1:])

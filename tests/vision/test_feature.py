@@ -1,5 +1,6 @@
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -33,6 +34,17 @@ class MeanExtractor:
         values = means - self._share * means.mean(axis=0)
         return [Feature(row[None].astype(np.float32), None) for row in values]
 
+    def exact(self) -> Self:
+        return self
+
+
+class DriftingBoxes(MeanExtractor):
+    """Mean colours in a box that is larger the more images are in the batch."""
+
+    def extract(self, prepared: Sequence[Prepared]) -> list[Feature]:
+        box = np.array([[0, 0, 0.1 * len(prepared), 1]], np.float32)
+        return [replace(feature, boxes=box) for feature in super().extract(prepared)]
+
 
 def test_feature_of_its_own_image_alone_is_invariant() -> None:
     assert measure_invariance(MeanExtractor(0.0), prepared(3))["largest_difference"] == 0
@@ -41,6 +53,11 @@ def test_feature_of_its_own_image_alone_is_invariant() -> None:
 def test_statistics_of_a_batch_in_a_feature_are_found_out() -> None:
     with pytest.raises(FeatureError, match="with the batch it was computed in"):
         measure_invariance(MeanExtractor(0.1), prepared(3))
+
+
+def test_a_box_that_moves_with_the_batch_is_found_out() -> None:
+    with pytest.raises(FeatureError, match="with the batch it was computed in"):
+        measure_invariance(DriftingBoxes(0.0), prepared(3))
 
 
 def test_identity_changes_with_every_part() -> None:

@@ -12,7 +12,10 @@ from pipeline.vision.image import (
     CentreCrop,
     Pixels,
     Resize,
+    ResizeBicubic,
     ResizeShortSide,
+    ResizeShortSideBicubic,
+    ResizeWithin,
     decode,
     describe,
     prepare,
@@ -188,3 +191,34 @@ def test_every_step_is_described_with_its_settings() -> None:
         "centre crop",
     ]
     assert described[1]["size"] == 33
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "expected"),
+    [
+        (640, 480, (1067, 800)),
+        (480, 640, (800, 1067)),
+        (1000, 300, (1333, 400)),  # the long side decides
+        (1600, 1200, (1067, 800)),
+        (3000, 1, (1333, 1)),
+    ],
+)
+def test_a_detector_sees_the_short_side_at_its_size_within_the_long_one(
+    width: int, height: int, expected: tuple[int, int]
+) -> None:
+    pixels = np.zeros((height, width, 3), np.uint8)
+    found, view = ResizeWithin(800, 1333)(pixels, (0.0, 0.0, 1.0, 1.0))
+    assert found.shape[1::-1] == expected
+    assert view == (0.0, 0.0, 1.0, 1.0)
+
+
+def test_the_cubic_filter_gives_the_same_size_and_other_pixels() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)
+    view = (0.0, 0.0, 1.0, 1.0)
+    for linear, cubic in (
+        (Resize(20), ResizeBicubic(20)),
+        (ResizeShortSide(20), ResizeShortSideBicubic(20)),
+    ):
+        a, b = linear(pixels, view)[0], cubic(pixels, view)[0]
+        assert a.shape == b.shape
+        assert (a != b).any()

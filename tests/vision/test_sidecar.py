@@ -2,7 +2,7 @@ import io
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -144,6 +144,9 @@ class FailingExtractor:
         if self._batches == 2:
             raise FeatureError("values do not fit")
         return PIXELS.extract(prepared)
+
+    def exact(self) -> Self:
+        return self
 
 
 def test_failing_network_stops_the_shard_and_names_the_samples(tmp_path: Path) -> None:

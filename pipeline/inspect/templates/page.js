@@ -162,6 +162,7 @@ together("select.layer", "value", (value) => {
   redraw();
 });
 together("input.heat", "checked", (checked) => document.body.classList.toggle("still", !checked));
+together("input.principal", "checked", (checked) => document.body.classList.toggle("principal", checked));
 
 // Filters: only the examples that carry the chosen word in data-is.
 for (const choices of document.querySelectorAll(".choices[data-filters]")) {

@@ -1,0 +1,90 @@
+"""Features as a network computed them to the values that a sidecar stores."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from pipeline.errors import FeatureError
+from pipeline.vision.feature import Feature, Quantized, part_layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# float32 is for comparison, and for published features that are to be kept to the last bit. A scale
+# for each region is smaller in error than one for each channel where some regions are much weaker
+# than others (convolutions behind a ReLU), and the other way round where a few channels are huge in
+# every region (vision transformers).
+Storage = Literal["float32", "float16", "int8", "int8-per-channel"]
+
+_LEVELS = 127  # int8 from -127 to 127, so that 0 is stored as 0
+
+
+def describe_storage(storage: Storage) -> dict[str, Any]:
+    """Returns the rule as the card lists it, and the identity is taken from it."""
+    if storage == "int8":
+        return {"dtype": "int8", "scale": "per region, its largest size / 127"}
+    if storage == "int8-per-channel":
+        return {"dtype": "int8", "scale": "per image and channel, its largest size / 127"}
+    return {"dtype": storage}
+
+
+def packing_parts(storage: Storage, dim: int) -> dict[str, Any]:
+    """Returns what is stored beside D = `dim` values of each region, as the card lists it."""
+    if storage == "int8":
+        return {"scales": part_layout("float32", "R", 1)}
+    if storage == "int8-per-channel":
+        return {"scales": part_layout("float32", 1, dim)}
+    return {}
+
+
+def pack(values: "Tensor", storage: Storage) -> list[Feature]:
+    """Maps float32 values (B, R, D), on any device, to B features without boxes.
+
+    Raises FeatureError if a value does not fit: not finite, or beyond float16's 65,504.
+    """
+    import torch
+
+    if storage in ("float16", "float32"):
+        stored = values.to(getattr(torch, storage))
+        _check_finite(stored, values, storage)
+        return [Feature(array, boxes=None) for array in stored.cpu().numpy()]
+    _check_finite(values, values, storage)
+    largest = values.abs().amax(dim=2 if storage == "int8" else 1, keepdim=True)
+    scales = largest / _LEVELS  # (B, R, 1) or (B, 1, D)
+    levels = (values / scales.clamp_min(torch.finfo(torch.float32).tiny)).round_()
+    integers = levels.clamp_(-_LEVELS, _LEVELS).to(torch.int8)
+    packed = zip(integers.cpu().numpy(), scales.cpu().numpy(), strict=True)
+    return [_restored(Quantized(*pair)) for pair in packed]
+
+
+def _restored(quantized: Quantized) -> Feature:
+    return Feature(quantized.restore(), boxes=None, quantized=quantized)
+
+
+def _check_finite(stored: "Tensor", values: "Tensor", storage: Storage) -> None:
+    import torch
+
+    if not bool(torch.isfinite(stored).all()):
+        raise FeatureError(
+            f"values up to {float(values.abs().max()):.3g} do not fit {storage}; choose another "
+            "layer, or weights that belong to this network"
+        )
+
+
+def measure_packing(exact: list[Feature], stored: list[Feature]) -> dict[str, Any]:
+    """Compares what was stored of some images with the float32 values, as the card states it.
+
+    `relative_rms` is that of the error over that of the values; `cosine` the mean over regions.
+    """
+    a, b = (
+        np.concatenate([feature.values.astype(np.float64) for feature in features])
+        for features in (exact, stored)
+    )
+    length = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosines = (a * b).sum(axis=1)[length > 0] / length[length > 0]
+    return {
+        "images": len(exact),
+        "relative_rms": float(np.sqrt(((a - b) ** 2).sum() / max((a**2).sum(), 1e-300))),
+        "cosine": float(cosines.mean()) if len(cosines) else 1.0,
+        "bytes_per_image": round(sum(feature.size_bytes for feature in stored) / len(stored)),
+    }

@@ -1,0 +1,316 @@
+"""Images to patch features: the tokens that a frozen vision transformer has at a layer."""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import Field
+
+from pipeline import storage
+from pipeline.config import Config
+from pipeline.errors import ConfigError, FeatureError
+from pipeline.vision import weights
+from pipeline.vision.arithmetic import exact_arithmetic
+from pipeline.vision.feature import Feature, environment, extractor_name, identity
+from pipeline.vision.grid import cell_boxes
+from pipeline.vision.image import (
+    CentreCrop,
+    Prepared,
+    Resize,
+    ResizeBicubic,
+    ResizeShortSide,
+    ResizeShortSideBicubic,
+    Step,
+    describe,
+    prepare,
+)
+from pipeline.vision.packing import Storage, describe_storage, pack, packing_parts
+
+_BILINEAR, _BICUBIC = 2, 3  # Pillow's numbers, which preprocessor_config.json uses
+
+# Layers that make one vector of all tokens. Published weights often lack them; no feature is
+# computed by them.
+_POOLING = ("pooler.", "head.")
+
+
+class PatchesConfig(Config):
+    """A ViT, DeiT, CLIP, SigLIP or DINOv2 in transformers' layout; of two towers, that of images.
+
+    `network` is a folder or a name on the Hugging Face hub. `weights: random` takes only its
+    config. `layer` counts as transformers' `hidden_states` do: 0 is the embedded patches, -2 what
+    the last block but one gives; null is the model's own output, with its last norm if it has one.
+    """
+
+    type: Literal["patches"] = "patches"
+    network: str
+    weights: Literal["default", "random"] = "default"
+    layer: int | None = None
+    class_token: bool = False  # put first, with the whole picture as its box
+    image_size: int | None = Field(default=None, ge=16, le=4096)  # null: the network's own
+    # stretch: the whole picture; crop: the short side to image_size, then its middle
+    fit: Literal["stretch", "crop"] = "stretch"
+    storage: Storage = "float16"
+
+    def check(self) -> None:
+        """Raises ConfigError or FeatureError for what `build` would fail on, computing little."""
+        import torch
+
+        _preprocessing(self)
+        with torch.device("meta"):
+            tower = _vision_tower(_random_model(self))
+        _layer(self, tower)
+        if self.weights == "default" and Path(self.network).is_dir():
+            found = [path.name for path in Path(self.network).iterdir()]
+            if not any(name.endswith((".safetensors", ".bin")) for name in found):
+                raise FeatureError(
+                    f"extractor.network: {self.network} has no model.safetensors, only "
+                    f"{', '.join(sorted(found))}"
+                )
+
+    def build(self, device: str = "cpu") -> "PatchesExtractor":
+        """Loads the network, downloading what is not in transformers' cache."""
+        return PatchesExtractor(self, device)
+
+
+class PatchesExtractor:
+    """Computes (R, D) tokens, patches row by row; other tokens than the class token are left out.
+
+    Boxes follow from the grid if the whole picture is seen and there is no class token.
+    """
+
+    def __init__(self, config: PatchesConfig, device: str) -> None:
+        import torch
+
+        self._config = config
+        self._device = device
+        self._preprocessing = _preprocessing(config)
+        absent: set[str] = set()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(weights.RANDOM_SEED)
+            if config.weights == "random":
+                model = _random_model(config)
+            else:
+                model, absent = _trained_model(config)
+        tower = _vision_tower(model)
+        self._digest = weights.digest(tower, absent)
+        self._layer = _layer(config, tower)
+        self._image_size = config.image_size or int(tower.config.image_size)
+        patch_size = int(tower.config.patch_size)
+        if self._image_size % patch_size:
+            raise ConfigError(
+                f"extractor.image_size={self._image_size} is not a multiple of the network's "
+                f"patches of {patch_size} pixels"
+            )
+        self._steps = _steps(config.fit, self._image_size, self._preprocessing["resample"])
+        self._per_side = self._image_size // patch_size
+        self._options = {"output_hidden_states": True} if self._layer is not None else {}
+        if "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
+            own_size = self._image_size == int(tower.config.image_size)
+            self._options["interpolate_pos_encoding"] = not own_size
+        self._tower = tower.to(device).eval()
+        self._mean, self._std = (
+            torch.tensor(self._preprocessing[name], device=device).view(1, 3, 1, 1)
+            for name in ("image_mean", "image_std")
+        )
+        self._dim = int(tower.config.hidden_size)
+        self._num_prefix = self._count_prefix()
+
+    @property
+    def name(self) -> str:
+        return extractor_name("patches", self.card()["identity"])
+
+    def card(self) -> dict[str, Any]:
+        config = self._config
+        normalize = {
+            "step": "normalize",
+            "mean": self._preprocessing["image_mean"],
+            "std": self._preprocessing["image_std"],
+        }
+        preprocessing = [*describe(self._steps), normalize]
+        selection = {
+            "model_type": self._tower.config.model_type,
+            "layer": self._layer,
+            "class_token": config.class_token,
+        }
+        stored = describe_storage(config.storage)
+        settings = config.model_dump(mode="json")
+        if Path(config.network).is_dir():
+            settings["network"] = storage.absolute(config.network)
+        return {
+            "type": "patches",
+            "identity": identity("patches", self._digest, preprocessing, selection, stored),
+            "config": settings,
+            "weights": {"digest": self._digest, "random": config.weights == "random"},
+            "preprocessing": preprocessing,
+            "selection": selection,
+            "storage": stored,
+            "dtype": stored["dtype"],
+            "dim": self._dim,
+            "num_regions": self._per_side**2 + config.class_token,
+            "grid": None if config.class_token else [self._per_side, self._per_side],
+            "boxes": "grid" if self._boxes_implied() else "stored",
+            "parts": packing_parts(config.storage, self._dim),
+            "environments": [environment(self._device, "transformers")],
+        }
+
+    def prepare(self, image: bytes) -> Prepared:
+        return prepare(image, self._steps)
+
+    def extract(self, prepared: Sequence[Prepared]) -> list[Feature]:
+        import torch
+
+        pixels = torch.from_numpy(np.stack([image.pixels for image in prepared]))
+        images = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
+        with exact_arithmetic():
+            tokens = self._tokens(images.sub_(self._mean).div_(self._std))
+            patches = tokens[:, self._num_prefix :]
+            if self._config.class_token:
+                patches = torch.cat([tokens[:, :1], patches], dim=1)
+            try:
+                features = pack(patches.contiguous(), self._config.storage)
+            except FeatureError as error:
+                raise FeatureError(f"{self.name}: {error}") from error
+        if self._boxes_implied():
+            return features
+        return [
+            replace(feature, boxes=self._boxes(image))
+            for feature, image in zip(features, prepared, strict=True)
+        ]
+
+    def exact(self) -> Self:
+        twin = copy.copy(self)
+        twin._config = self._config.model_copy(update={"storage": "float32"})
+        return twin
+
+    def _tokens(self, images: Any) -> Any:
+        """Maps normalized images (B, 3, S, S) to all tokens (B, T, D) of the layer."""
+        output = self._tower(pixel_values=images, **self._options)
+        return (
+            output.last_hidden_state if self._layer is None else output.hidden_states[self._layer]
+        )
+
+    def _count_prefix(self) -> int:
+        """Returns how many tokens stand before the patches: class, distillation, registers."""
+        import torch
+
+        with exact_arithmetic():
+            images = torch.zeros(1, 3, self._image_size, self._image_size, device=self._device)
+            shape = tuple(self._tokens(images).shape)
+        prefix = (shape[1] if len(shape) == 3 else 0) - self._per_side**2
+        if prefix < 0:
+            raise ConfigError(
+                f"extractor.network: {self._config.network} gives {shape}; expected a token for "
+                f"each of {self._per_side} × {self._per_side} patches"
+            )
+        if self._config.class_token and not prefix:
+            raise ConfigError(
+                f"extractor.class_token: {self._config.network} has no such token; leave it out"
+            )
+        return prefix
+
+    def _boxes_implied(self) -> bool:
+        return self._config.fit == "stretch" and not self._config.class_token
+
+    def _boxes(self, image: Prepared) -> np.ndarray:
+        cells = cell_boxes((self._per_side, self._per_side), image.view)
+        if not self._config.class_token:
+            return cells
+        return np.concatenate([np.array([image.view], np.float32), cells])
+
+
+def _preprocessing(config: PatchesConfig) -> dict[str, Any]:
+    """Returns mean, deviation and filter of preprocessor_config.json."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        found, _ = ImageProcessingMixin.get_image_processor_dict(config.network)
+    except OSError as error:
+        raise _not_found(config.network, "preprocessor_config.json", error) from error
+    wanted = {name: found.get(name) for name in ("image_mean", "image_std", "resample")}
+    if None in wanted.values() or wanted["resample"] not in (_BILINEAR, _BICUBIC):
+        raise FeatureError(
+            f"{config.network}: preprocessor_config.json: expected image_mean, image_std and "
+            f"resample {_BILINEAR} or {_BICUBIC}, found {wanted}"
+        )
+    return wanted
+
+
+def _steps(fit: str, size: int, resample: int) -> tuple[Step, ...]:
+    if fit == "stretch":
+        return (Resize(size) if resample == _BILINEAR else ResizeBicubic(size),)
+    short = ResizeShortSide(size) if resample == _BILINEAR else ResizeShortSideBicubic(size)
+    return (short, CentreCrop(size))
+
+
+def _random_model(config: PatchesConfig) -> Any:
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        return AutoModel.from_config(AutoConfig.from_pretrained(config.network))
+    except (OSError, ValueError) as error:  # ValueError: a model_type that transformers lacks
+        raise _not_found(config.network, "config.json", error) from error
+
+
+def _trained_model(config: PatchesConfig) -> tuple[Any, set[str]]:
+    """Returns the model and the names in its vision tower that the weights lack.
+
+    Raises FeatureError if a feature would depend on one of those, which are random.
+    """
+    import torch
+    from transformers import AutoModel
+
+    try:
+        model, loading = AutoModel.from_pretrained(
+            config.network, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise _not_found(config.network, "model.safetensors", error) from error
+    prefix = "vision_model." if hasattr(model, "vision_model") else ""
+    absent = {
+        name.removeprefix(prefix) for name in loading["missing_keys"] if name.startswith(prefix)
+    }
+    needed = sorted(name for name in absent if not name.startswith(_POOLING))
+    if needed:
+        raise FeatureError(
+            f"{config.network}: the weights lack {len(needed)} of the network's tensors: "
+            f"{', '.join(needed[:3])}"
+        )
+    return model, absent
+
+
+def _vision_tower(model: Any) -> Any:
+    tower = getattr(model, "vision_model", model)
+    for name in ("image_size", "patch_size", "hidden_size"):
+        if not isinstance(getattr(tower.config, name, None), int):
+            raise ConfigError(
+                f"extractor.network: a {tower.config.model_type} model, whose config has no "
+                f"single {name}, gives no square patches"
+            )
+    return tower
+
+
+def _layer(config: PatchesConfig, tower: Any) -> int | None:
+    """Returns the layer counted from the front, or raises ConfigError."""
+    if config.layer is None:
+        return None
+    depth = int(tower.config.num_hidden_layers)
+    layer = config.layer if config.layer >= 0 else depth + 1 + config.layer
+    if not 0 <= layer < depth:
+        raise ConfigError(
+            f"extractor.layer: found {config.layer}; expected 0 to {depth - 1} or {-depth - 1} to "
+            "-2, or null for the network's output"
+        )
+    return layer
+
+
+def _not_found(network: str, file: str, error: Exception) -> FeatureError:
+    what = str(error).splitlines()[0]
+    return FeatureError(
+        f"extractor.network: {file} of {network!r} cannot be had ({what}). Give a folder with "
+        "config.json, preprocessor_config.json and model.safetensors, fetched where the Hugging "
+        "Face hub can be reached (hf download NAME), or another name"
+    )

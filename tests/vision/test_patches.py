@@ -1,0 +1,195 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from pipeline.errors import ConfigError, FeatureError
+from pipeline.vision.extractor import from_card
+from pipeline.vision.feature import INVARIANCE_TOLERANCE, measure_invariance
+from pipeline.vision.patches import PatchesConfig
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+    "image_size": 32,
+    "patch_size": 8,
+}
+TEXT: dict[str, Any] = SIZES | {"vocab_size": 50, "hidden_size": 12, "max_position_embeddings": 8}
+del TEXT["image_size"], TEXT["patch_size"]
+
+Make = Callable[[], Any]
+NETWORKS: dict[str, Make] = {
+    "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**SIZES)),
+    "deit": lambda: transformers.DeiTModel(transformers.DeiTConfig(**SIZES)),
+    "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**SIZES)),
+    "registers": lambda: transformers.Dinov2WithRegistersModel(
+        transformers.Dinov2WithRegistersConfig(**SIZES, num_register_tokens=2)
+    ),
+    "clip": lambda: transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=TEXT, vision_config=SIZES)
+    ),
+    "siglip": lambda: transformers.SiglipModel(
+        transformers.SiglipConfig(text_config=TEXT, vision_config=SIZES)
+    ),
+}
+PREPROCESSOR = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 3}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A folder of random weights for every kind of network."""
+    folder = tmp_path_factory.mktemp("networks")
+    torch.manual_seed(1)
+    for name, make in NETWORKS.items():
+        make().save_pretrained(folder / name)
+        (folder / name / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    return {name: str(folder / name) for name in NETWORKS}
+
+
+@pytest.fixture(scope="module")
+def photos(shared_data: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted((shared_data / "weights" / "photos").iterdir())]
+
+
+@pytest.mark.parametrize(
+    ("network", "prefix"),
+    [("vit", 1), ("deit", 2), ("dinov2", 1), ("registers", 3), ("clip", 1), ("siglip", 0)],
+)
+def test_tokens_are_those_of_the_model_without_what_stands_before_the_patches(
+    folders: dict[str, str], photos: list[bytes], network: str, prefix: int
+) -> None:
+    extractor = PatchesConfig(network=folders[network], storage="float32").build()
+    prepared = [extractor.prepare(photo) for photo in photos]
+    model: Any = transformers.AutoModel.from_pretrained(folders[network]).eval()
+    tower = getattr(model, "vision_model", model)
+    pixels = torch.stack([torch.tensor(image.pixels) for image in prepared]).permute(0, 3, 1, 2)
+    mean, std = (
+        torch.tensor(PREPROCESSOR[name]).view(1, 3, 1, 1) for name in ("image_mean", "image_std")
+    )
+    with torch.inference_mode():
+        expected = tower(pixel_values=(pixels / 255 - mean) / std).last_hidden_state
+    assert expected.shape[1] == prefix + 16
+    for feature, tokens in zip(extractor.extract(prepared), expected, strict=True):
+        np.testing.assert_allclose(feature.values, tokens[prefix:], atol=1e-5)
+        assert feature.boxes is None
+    found = measure_invariance(extractor, prepared)["largest_difference"]
+    assert found <= INVARIANCE_TOLERANCE
+    card = extractor.card()
+    assert (card["grid"], card["dim"], card["num_regions"]) == ([4, 4], 24, 16)
+    assert from_card(json.loads(json.dumps(card))).card() == card
+
+
+@pytest.mark.parametrize("network", ["vit", "dinov2", "clip", "siglip"])
+def test_layers_count_as_hidden_states_do(
+    folders: dict[str, str], photos: list[bytes], network: str
+) -> None:
+    names = set()
+    values = {}
+    for layer in (0, 2, -2, -4, None):
+        config = PatchesConfig(network=folders[network], layer=layer, storage="float32")
+        extractor = config.build()
+        names.add(extractor.name)
+        (feature,) = extractor.extract([extractor.prepare(photos[0])])
+        values[layer] = feature.values
+    np.testing.assert_array_equal(values[2], values[-2])
+    np.testing.assert_array_equal(values[0], values[-4])
+    assert len(names) == 3
+    assert np.abs(values[0] - values[2]).max() > 0.01
+    assert np.abs(values[2] - values[None]).max() > 0.01
+
+
+def test_the_class_token_comes_first_with_the_whole_picture_as_its_box(
+    folders: dict[str, str], photos: list[bytes]
+) -> None:
+    without = PatchesConfig(network=folders["deit"]).build()
+    extractor = PatchesConfig(network=folders["deit"], class_token=True).build()
+    (feature,) = extractor.extract([extractor.prepare(photos[0])])
+    (patches,) = without.extract([without.prepare(photos[0])])
+    assert feature.values.shape == (17, 24)
+    np.testing.assert_array_equal(feature.values[1:], patches.values)
+    assert feature.boxes is not None
+    np.testing.assert_array_equal(feature.boxes[0], [0, 0, 1, 1])
+    np.testing.assert_allclose(feature.boxes[6], [0.25, 0.25, 0.5, 0.5])
+    assert (extractor.card()["grid"], extractor.card()["boxes"]) == (None, "stored")
+    with pytest.raises(ConfigError, match="has no such token"):
+        PatchesConfig(network=folders["siglip"], class_token=True).build()
+
+
+@pytest.mark.parametrize("network", ["vit", "dinov2", "clip"])
+def test_another_image_size_gives_another_grid(
+    folders: dict[str, str], photos: list[bytes], network: str
+) -> None:
+    extractor = PatchesConfig(network=folders[network], image_size=48, fit="crop").build()
+    (feature,) = extractor.extract([extractor.prepare(photos[0])])
+    assert extractor.card()["grid"] == [6, 6]
+    assert feature.values.shape == (36, 24)
+    assert feature.boxes is not None
+    with pytest.raises(ConfigError, match="not a multiple"):
+        PatchesConfig(network=folders[network], image_size=50).build()
+
+
+def test_identity_is_of_weights_that_matter_and_not_of_their_folder(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
+    model = transformers.ViTModel.from_pretrained(folders["vit"])
+    for name, pooling in (("with", True), ("without", False)):
+        copy = transformers.ViTModel(model.config, add_pooling_layer=pooling)
+        copy.load_state_dict(model.state_dict(), strict=False)
+        copy.save_pretrained(tmp_path / name)
+        (tmp_path / name / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    copied = PatchesConfig(network=str(tmp_path / "with")).build()
+    assert copied.name == PatchesConfig(network=folders["vit"]).build().name
+    without = [PatchesConfig(network=str(tmp_path / "without")).build() for _ in range(2)]
+    assert without[0].name == without[1].name
+
+
+def test_weights_that_lack_a_block_are_refused(folders: dict[str, str], tmp_path: Path) -> None:
+    model = transformers.ViTModel.from_pretrained(folders["vit"])
+    state = {name: value for name, value in model.state_dict().items() if "layers.1." not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    with pytest.raises(FeatureError, match=r"lack \d+ of the network's tensors"):
+        PatchesConfig(network=str(tmp_path)).build()
+
+
+def test_random_weights_need_only_the_config(folders: dict[str, str], tmp_path: Path) -> None:
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes((Path(folders["clip"]) / name).read_bytes())
+    config = PatchesConfig(network=str(tmp_path), weights="random")
+    config.check()
+    assert config.build().name == config.build().name
+    with pytest.raises(FeatureError, match=r"has no model\.safetensors"):
+        config.model_copy(update={"weights": "default"}).check()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"network": "/nowhere/at-all"}, FeatureError, "cannot be had"),
+        ({"layer": 3}, ConfigError, "expected 0 to 2 or -4 to -2, or null"),
+        ({"layer": -1}, ConfigError, "or null"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_built_is_refused_beforehand(
+    folders: dict[str, str], change: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    config = PatchesConfig.model_validate({"network": folders["vit"]} | change)
+    with pytest.raises(error, match=words):
+        config.check()
+
+
+def test_a_preprocessor_that_says_too_little_is_refused(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_bytes((Path(folders["vit"]) / "config.json").read_bytes())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | {"resample": 1}))
+    with pytest.raises(FeatureError, match="resample 2 or 3"):
+        PatchesConfig(network=str(tmp_path), weights="random").check()

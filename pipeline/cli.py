@@ -5,6 +5,7 @@ done: 1 for a failure, 2 for a wrong command line, 64 for a refused recipe, 130 
 143 for a run that was told to stop and can be continued.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -36,10 +37,15 @@ app = typer.Typer(
 Start with `sightline run jobs/recipes/quickstart.yaml`: it needs no download and no GPU.
 """,
 )
-data_app = typer.Typer(no_args_is_help=True, help="Look at a dataset: info, preview.")
+data_app = typer.Typer(
+    no_args_is_help=True,
+    help="Look at a dataset and look after it: info, rejects, preview, diff, verify, compact.",
+)
 job_app = typer.Typer(no_args_is_help=True, help="Look after submitted jobs: status, logs, stop.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure side by side: model.")
 app.add_typer(data_app, name="data")
 app.add_typer(job_app, name="job")
+app.add_typer(bench_app, name="bench")
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe: YAML, path or URL.")]
 Overrides = Annotated[
@@ -56,6 +62,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one li
 Address = Annotated[
     str,
     typer.Option(help="The cluster's dashboard URL.", envvar="RAY_API_SERVER_ADDRESS"),
+]
+Version = Annotated[
+    int | None, typer.Option("--version", help="A version of the manifest; default: the newest.")
 ]
 DatasetUrl = Annotated[str, typer.Argument(metavar="DATASET", help="A dataset: folder or URL.")]
 LOCAL_CLUSTER = "http://127.0.0.1:8265"
@@ -272,7 +281,177 @@ def data_preview(
     typer.echo(write_preview(dataset, output, limit, features or None))
 
 
+@data_app.command("rejects")
+@reported
+def data_rejects(
+    dataset: DatasetUrl,
+    reason: Annotated[str, typer.Option(help="Only those with this reason.")] = "",
+    version: Version = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the records that are no samples, with reason and detail.
+
+    Without --json a line for each: key, split, reason and detail, with tabs between them.
+    """
+    from pipeline.data.info import rejects
+
+    found = rejects(dataset, version, reason or None).to_pylist()
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False))
+        return
+    for row in found:
+        typer.echo("\t".join(" ".join((value or "").split()) for value in row.values()))
+
+
+@data_app.command("diff")
+@reported
+def data_diff(
+    dataset: DatasetUrl,
+    before: Annotated[int, typer.Argument(metavar="V1", help="A version of the manifest.")],
+    after: Annotated[int, typer.Argument(metavar="V2", help="Another, usually a later one.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what changed between two versions: samples added, removed, edited, rejected.
+
+    Without --json a line for each: change, key, split, and what it was; totals go to stderr.
+    """
+    from pipeline.data.diff import diff
+
+    found = diff(dataset, before, after)
+    if as_json:
+        summary = {
+            "dataset": dataset,
+            "before": {"version": before, "samples": found.num_before},
+            "after": {"version": after, "samples": found.num_after},
+            "counts": found.counts(),
+            "changes": found.rows.to_pylist(),
+        }
+        typer.echo(json.dumps(summary, ensure_ascii=False))
+        return
+    for row in found.rows.to_pylist():
+        typer.echo("\t".join((row["change"], row["key"], row["split"], row["was"] or "")))
+    counts = ", ".join(f"{change} {number:,}" for change, number in found.counts().items())
+    console.print(
+        f"version {before}: {found.num_before:,} samples; version {after}: {found.num_after:,}; "
+        f"{counts or 'no change'}",
+        highlight=False,
+    )
+
+
+@data_app.command("verify")
+@reported
+def data_verify(dataset: DatasetUrl, version: Version = None, as_json: AsJson = False) -> int:
+    """Read every byte that a version lists and name every fault; status 1 if there is one.
+
+    Without --json a line for each fault: kind, file, key and detail; totals go to stderr.
+    """
+    from pipeline.data.verify import verify
+    from pipeline.stages.progress import StageProgress
+
+    with StageProgress(console, "verify") as progress:
+        found = verify(dataset, version, progress.update)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found), ensure_ascii=False))
+    else:
+        for fault in found.faults:
+            typer.echo("\t".join((fault.kind, fault.location, fault.key, fault.detail)))
+    features = "".join(
+        f"; {name}: {has.num_samples:,} samples, {has.num_missing:,} without"
+        for name, has in found.features.items()
+    )
+    console.print(
+        f"version {found.version}: {found.num_samples:,} samples in {found.num_files:,} files, "
+        f"{found.size_bytes:,} bytes{features}; {len(found.faults):,} faults",
+        highlight=False,
+    )
+    return 1 if found.faults else 0
+
+
+@data_app.command("compact")
+@reported
+def data_compact(
+    dataset: DatasetUrl,
+    last_versions: Annotated[int, typer.Option(help="Keep this many newest versions.", min=1)] = 10,
+    run: Annotated[
+        list[str] | None,
+        typer.Option(help="Keep the version this run has read; may be given several times."),
+    ] = None,
+    keep: Annotated[
+        list[int] | None,
+        typer.Option(help="Keep this version; may be given several times."),
+    ] = None,
+    min_age_hours: Annotated[
+        int,
+        typer.Option(
+            help="Keep what was current or written this recently; longer than any ingest.", min=1
+        ),
+    ] = 24,
+    as_json: AsJson = False,
+) -> None:
+    """Rewrite mostly dead and small shards, and remove what no kept version lists.
+
+    Safe at any time, beside ingests and readers, and to repeat. Features are carried over.
+    """
+    from pipeline.data.compact import compact
+    from pipeline.data.retention import Retention, version_of_run
+    from pipeline.stages.progress import StageProgress
+
+    versions = frozenset([*(keep or []), *map(version_of_run, run or [])])
+    retention = Retention(last_versions, versions, min_age_hours)
+    with StageProgress(console, "compact") as progress:
+        done = compact(dataset, retention, progress.update)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(done), ensure_ascii=False))
+        return
+    typer.echo(
+        f"version {done.version}: {done.num_rewritten:,} samples rewritten into "
+        f"{done.num_shards:,} shards; {done.num_removed:,} files removed, "
+        f"{done.removed_bytes:,} bytes; versions kept: {done.kept}"
+    )
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
+
+
+@bench_app.command("model")
+@reported
+def bench_model(
+    size: Annotated[str, typer.Option(help="base (BERT's) or tiny.")] = "base",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's.")] = None,
+    rounds: Annotated[int, typer.Option(help="How often each is timed.")] = 3,
+    batch_size: Annotated[int, typer.Option(help="Samples in a batch.")] = 16,
+    captions: Annotated[
+        str | None,
+        typer.Option(help="Take text lengths from COCO annotations or a caption a line."),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Also time ours through torch.compile.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train and write beside transformers' models: times, ratios, and what makes them."""
+    from pipeline import config
+    from pipeline.bench import model
+
+    settings = {
+        "size": size,
+        "dtype": dtype,
+        "threads": threads,
+        "rounds": rounds,
+        "batch_size": batch_size,
+        "captions": captions,
+        "compiled": compiled,
+    }
+    output = console if as_json else Console()
+    result = model.run(
+        config.check(model.ModelBenchConfig, settings, "bench model"),
+        show=lambda comparison: comparison.print(output),
+    )
+    if as_json:
+        typer.echo(json.dumps(result.to_json(), ensure_ascii=False))
+    else:
+        output.print(result.made_with(), highlight=False, soft_wrap=True)

@@ -13,6 +13,7 @@ ORDER = [
     "config",
     "data",
     "vision",
+    "causal_lm",
     "models",
     "objectives",
     "benchmarks",
@@ -20,6 +21,7 @@ ORDER = [
     "inspect",
     "recipe",
     "stages",
+    "bench",
     "cli",
 ]
 

@@ -37,3 +37,24 @@ def test_an_absent_file_is_named(tmp_path: Path) -> None:
 def test_an_unknown_kind_of_url_is_refused() -> None:
     with pytest.raises(StorageError, match="no driver for this kind of URL"):
         storage.read_bytes("nosuchscheme://bucket/key")
+
+
+def test_a_file_is_read_piece_by_piece_on_a_disk(tmp_path: Path) -> None:
+    location = str(tmp_path / "a.bin")
+    storage.write_bytes(location, b"0123456789")
+    with storage.reader(location) as file:
+        file.seek(4)
+        assert file.read(3) == b"456"
+    with (
+        pytest.raises(StorageError, match="nowhere: no such file"),
+        storage.reader(str(tmp_path / "nowhere")),
+    ):
+        pass
+
+
+def test_a_stamp_is_what_the_listing_of_its_folder_says(tmp_path: Path) -> None:
+    location = str(tmp_path / "a.bin")
+    storage.write_bytes(location, b"0123456789")
+    assert storage.stamp(location) == storage.list_stamps(str(tmp_path))["a.bin"]
+    with pytest.raises(StorageError, match="nowhere: no such file"):
+        storage.stamp(str(tmp_path / "nowhere"))

@@ -16,6 +16,7 @@ from pipeline.models import (
     lxmert,
     uniter,
     vilbert,
+    visual_prefix,
     visualbert,
 )
 from pipeline.models.base import ModelConfig, VisionLanguageModel
@@ -38,9 +39,12 @@ def _own_family(
     name: str,
     config_type: type[ModelConfig],
     model: Callable[[Any], VisionLanguageModel],
-    bert_layout: Callable[[Any], Layout],
+    others: Mapping[str, Callable[[Any], Layout]],
 ) -> Family:
-    """A family that nobody else has: saved under our own names, its config as it stands."""
+    """A family that nobody else has: saved under our own names, its config as it stands.
+
+    `others` are the layouts that it reads beside its own.
+    """
 
     def layout(config: ModelConfig) -> Layout:
         with torch.device("meta"):  # only for its names, with every head there can be
@@ -59,7 +63,7 @@ def _own_family(
         config=config_type,
         model=model,
         model_type=name,
-        layouts={"saved": layout, "bert": bert_layout},
+        layouts={"saved": layout, **others},
         to_document=to_document,
         from_document=from_document,
     )
@@ -118,13 +122,19 @@ FAMILIES: dict[str, Family] = {
         "late_fusion",
         late_fusion.LateFusionConfig,
         late_fusion.LateFusion,
-        late_fusion.bert_layout,
+        {"bert": late_fusion.bert_layout},
     ),
     "attention_fusion": _own_family(
         "attention_fusion",
         attention_fusion.AttentionFusionConfig,
         attention_fusion.AttentionFusion,
-        attention_fusion.bert_layout,
+        {"bert": attention_fusion.bert_layout},
+    ),
+    "visual_prefix": _own_family(
+        "visual_prefix",
+        visual_prefix.VisualPrefixConfig,
+        visual_prefix.VisualPrefix,
+        {"decoder": visual_prefix.decoder_layout},
     ),
 }
 
@@ -150,6 +160,17 @@ def load_weights(
     if layout not in known:
         raise ModelError(f"layout {layout!r}: {type(model).__name__} reads {', '.join(known)}")
     return layouts.load(known[layout](model.config), model, tensors, fresh)
+
+
+def layout_of(model: VisionLanguageModel, document: Mapping[str, Any]) -> str:
+    """Names the layout in which a folder with this `config.json` holds weights for a model.
+
+    It is that of the family itself, of BERT, or of the language model that a family is built on.
+    """
+    family, model_type = family_of(model.config), document.get("model_type")
+    if "decoder" in family.layouts and model_type != family.model_type:
+        return "decoder"
+    return "bert" if model_type == "bert" else "saved"
 
 
 def to_saved(

@@ -81,13 +81,12 @@ def load_model(folder: str) -> ModelFolder:
 
 
 def initialise(model: VisionLanguageModel, folder: str, fresh: Sequence[str] = ()) -> LoadReport:
-    """Takes over weights from a folder: ours, BERT's, or another in the HF layout.
+    """Takes over weights from a folder: ours, BERT's, a decoder's, or another in the HF layout.
 
     `fresh` names modules that keep their initialisation whatever the folder holds.
     """
     document, tensors = read_weights(folder)
-    layout = "bert" if document.get("model_type") == "bert" else "saved"
-    return families.load_weights(model, tensors, layout, fresh)
+    return families.load_weights(model, tensors, families.layout_of(model, document), fresh)
 
 
 def read_weights(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -15,6 +15,7 @@ from pipeline.models.late_fusion import LateFusionConfig
 from pipeline.models.lxmert import LxmertConfig
 from pipeline.models.uniter import UniterConfig
 from pipeline.models.vilbert import VilbertConfig
+from pipeline.models.visual_prefix import VisualPrefixConfig
 from pipeline.models.visualbert import VisualBert, VisualBertConfig
 
 WORDS = 29  # V
@@ -100,6 +101,34 @@ def late_fusion_config(**changes: object) -> LateFusionConfig:
 def attention_fusion_config(**changes: object) -> AttentionFusionConfig:
     return AttentionFusionConfig.model_validate(
         {**TEXT_SIDE, "text_layers": 2, "region_layers": 1, **changes}
+    )
+
+
+GPT2 = {
+    "model_type": "gpt2",
+    "n_embd": WIDTH,
+    "n_head": 4,
+    "n_layer": 3,
+    "n_positions": 80,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+GPT2_STILL = {**GPT2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": WIDTH,
+    "intermediate_size": 28,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def visual_prefix_config(**changes: object) -> VisualPrefixConfig:
+    return VisualPrefixConfig.model_validate(
+        {**TEXT_SIDE, "decoder": GPT2_STILL, "position_fourier": 8, **changes}
     )
 
 

@@ -65,7 +65,7 @@ def test_fourier_features_of_a_box_double_in_frequency() -> None:
 def test_new_models_have_berts_deviation_and_no_bias() -> None:
     torch.manual_seed(0)
     linear, embedding = torch.nn.Linear(70, 90), torch.nn.Embedding(80, 60)
-    blocks.initialise(torch.nn.ModuleList([linear, embedding]))
+    blocks.initialise(torch.nn.ModuleList([linear, embedding]), 0.02)
     assert linear.bias.abs().max() == 0.0
     assert abs(linear.weight.std().item() - 0.02) < 0.001
     assert abs(embedding.weight.std().item() - 0.02) < 0.001

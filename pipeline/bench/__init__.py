@@ -1,0 +1,1 @@
+"""Side-by-side measurements: what `sightline bench` prints."""

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from pipeline import storage
-from pipeline.data.manifest import FEATURES, SAMPLES, Manifest
+from pipeline.data.manifest import FEATURES, LIVE, SAMPLES, Manifest
 from pipeline.data.members import Int64Array, sorted_codes
 from pipeline.data.sample import Sample
 from pipeline.data.shard import (
@@ -64,7 +64,7 @@ def plan_rewrites(manifest: Manifest, min_live_fraction: float) -> list[RewriteP
     samples = manifest.samples()
     samples = samples.take(np.argsort(_hashes(samples["key"]), kind="stable"))
     features = {name: manifest.features(name).rows() for name in manifest.extractors()}
-    usage = _Usage(manifest.url, samples, min_live_fraction)
+    usage = _Usage(manifest.url, samples, min_live_fraction, _most_samples(manifest))
     complete = _complete_features(samples, features, usage.image_shard, len(usage.names))
     plans: list[RewritePlan] = []
     moved = np.zeros(samples.num_rows, bool)
@@ -180,7 +180,9 @@ def _located(part: str, member: Member) -> Row:
 class _Usage:
     """How much of each shard the live samples use. A shard's number is its place in `names`."""
 
-    def __init__(self, url: str, samples: pa.Table, min_live_fraction: float) -> None:
+    def __init__(
+        self, url: str, samples: pa.Table, min_live_fraction: float, samples_per_shard: int
+    ) -> None:
         num_rows = samples.num_rows
         columns = [
             pc.binary_join_element_wise(samples["split"], samples[shard], "/")
@@ -197,8 +199,7 @@ class _Usage:
         num_shards = len(self.names)
         self._live_bytes = np.bincount(shard_of_part, part_bytes, minlength=num_shards)
         self._enough_bytes = min_live_fraction * np.array(list(_sizes(url, self.names)))
-        counts = np.bincount(self.image_shard, minlength=num_shards)
-        self._samples_per_shard = int(counts.max(initial=1))
+        self._samples_per_shard = samples_per_shard
 
     def groups(
         self, shard_of_row: Int64Array, alike: Sequence[tuple[str, ...]]
@@ -232,6 +233,14 @@ class _Usage:
         """Cuts a group into shards as full as the fullest there is."""
         for start in range(0, len(rows), self._samples_per_shard):
             yield rows[start : start + self._samples_per_shard]
+
+
+def _most_samples(manifest: Manifest) -> int:
+    """Returns how many samples the fullest shard was written with, as far as is known yet."""
+    rows = manifest.rows_after(-1, ["state", "shard", "key"])
+    rows = rows.filter(pc.equal(rows["state"], LIVE))
+    samples = rows.group_by(["shard", "key"]).aggregate([])
+    return max(samples["shard"].value_counts().field("counts").to_pylist(), default=1)
 
 
 def _sizes(url: str, names: Sequence[str]) -> Iterator[int]:

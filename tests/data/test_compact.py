@@ -171,6 +171,20 @@ def test_small_shards_of_many_ingests_are_joined(tmp_path: Path) -> None:
     check_features(url)
 
 
+def test_worn_shards_are_joined_into_full_ones(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    world = good_world(40)
+    ingest(world, url, config(samples_per_shard=10))
+    rows = Manifest.open(url).samples(["key", "shard"]).to_pylist()
+    for shard in {row["shard"] for row in rows}:
+        for row in [row for row in rows if row["shard"] == shard][:7]:
+            del world.items[row["key"]]
+    ingest(world, url, config(samples_per_shard=10))
+    report = compact(url, NOW)
+    assert (report.num_rewritten, report.num_shards) == (12, 2)  # of ten and of two
+    check_dataset(url, world)
+
+
 def test_texts_that_were_edited_again_and_again_are_joined_without_their_images(
     tmp_path: Path,
 ) -> None:

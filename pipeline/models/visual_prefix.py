@@ -101,7 +101,8 @@ class GatedCrossAttention(nn.Module):
         return blocks.attention_map(self._heads(self.query(self.norm(states))), key, mask)
 
     def _heads(self, projected: Tensor) -> Tensor:
-        return projected.view(*projected.shape[:2], self.num_heads, -1).transpose(1, 2)
+        head_width = projected.shape[-1] // self.num_heads
+        return projected.view(*projected.shape[:2], self.num_heads, head_width).transpose(1, 2)
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,19 @@ def test_without_an_image_the_prefix_is_the_plain_language_model() -> None:
     assert_close(found[~inputs.token_padding], expected[~inputs.token_padding])
 
 
+@every_reading
+def test_an_image_without_regions_is_no_image_and_trains_without_nan(reading: str) -> None:
+    model, inputs = build(reading).train(), batch()
+    unseen = replace(inputs, region_padding=torch.ones_like(inputs.region_padding))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for given in (inputs.without_image(), unseen):
+        states = model.encode(given).text[~inputs.token_padding]
+        gradients = torch.autograd.grad(states.square().sum(), parameters, allow_unused=True)
+        assert all(bool(each.isfinite().all()) for each in gradients if each is not None)
+    blind = model.encode(inputs.without_image()).text[~inputs.token_padding]
+    assert_close(states.detach(), blind.detach())
+
+
 def test_a_closed_gate_learns_to_open() -> None:
     torch.manual_seed(1)
     model = VisualPrefix(visual_prefix_config(prefix=False, cross_every=2))

@@ -12,10 +12,13 @@ def alone() -> Iterator[None]:
     """A process group of this process only; one a session, since DeepSpeed remembers it."""
     os.environ["LOCAL_RANK"] = "0"
     os.environ["DS_ACCELERATOR"] = "cpu"
-    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    made_here = not torch.distributed.is_initialized()  # a stage on one process leaves its own
+    if made_here:
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tiny tensors: a second thread only waits for the first
     yield
     torch.set_num_threads(threads)
-    torch.distributed.destroy_process_group()
+    if made_here:
+        torch.distributed.destroy_process_group()

@@ -53,6 +53,7 @@ OBJECTIVES = {
     "itc": "image–text contrast",
     "qa": "questions",
     "distill": "a teacher's outputs",
+    "answer": "answers",
     "vqa": "answers",
     "caption": "captions",
 }
@@ -362,7 +363,7 @@ def _sentence(run: Run) -> str:
     extractor = _at(recipe, "features", "extractor", "type") or _at(recipe, "features", "type")
     steps = [
         f"{doing} on {_and([OBJECTIVES.get(name, name) for name in names])} "
-        f"for {len(run.phases[phase].steps):,} steps"
+        f"for {run.phases[phase].steps[-1]:,} steps"
         for phase, doing in (("pretrain", "pretrained"), ("finetune", "fine-tuned"))
         if phase in run.phases and (names := run.phases[phase].objectives())
     ]

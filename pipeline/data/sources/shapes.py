@@ -87,12 +87,12 @@ class ShapesSource:
 # Drawing
 
 _RGB = {
-    "red": (226, 52, 52),
-    "yellow": (248, 208, 48),
-    "green": (48, 184, 88),
-    "blue": (48, 104, 236),
-    "purple": (160, 60, 204),
-    "white": (246, 246, 246),
+    "red": (214, 54, 56),
+    "yellow": (240, 190, 40),
+    "green": (58, 158, 84),
+    "blue": (52, 104, 204),
+    "purple": (144, 76, 176),
+    "black": (52, 54, 62),
 }
 _DIAMETERS = {"large": 0.86, "small": 0.54}  # of a cell's side
 _OVERSAMPLING = 4  # outlines are drawn this much larger, then averaged down

@@ -11,10 +11,10 @@ from itertools import combinations
 from typing import Literal
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-COLORS = ("red", "yellow", "green", "blue", "purple", "white")
+COLORS = ("red", "yellow", "green", "blue", "purple", "black")
 SIZES = ("large", "small")
 
-CELLS_PER_SIDE = 3  # things lie in distinct cells of a 3 x 3 grid, never across two
+CELLS_PER_SIDE = 4  # things lie in distinct cells of a 4 x 4 grid, never across two
 NUMBERS_OF_THINGS = (3, 4, 5)
 COUNTS_OF_SHAPE = (0, 1, 2)
 COUNTS_OF_COLOR = (0, 1, 2)
@@ -105,7 +105,7 @@ def sample_scene(seed: int, split: SplitName, index: int) -> Scene:
         )
         for kind, size_, cell in zip(kinds, sizes, cells, strict=True)
     )
-    tint = (rng.randint(122, 142), rng.randint(122, 142), rng.randint(122, 142))
+    tint = (rng.randint(226, 244), rng.randint(226, 244), rng.randint(226, 244))
     return Scene(things, shape, color, size, tint)
 
 

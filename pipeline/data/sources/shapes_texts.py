@@ -18,12 +18,6 @@ NUM_ANSWERS = 10  # VQA stores ten people's answers; here all ten agree
 
 NUMERALS = ("zero", "one", "two", "three", "four", "five")
 
-PLACES = (  # the grid's cells by row and column
-    ("top left", "top middle", "top right"),
-    ("middle left", "center", "middle right"),
-    ("bottom left", "bottom middle", "bottom right"),
-)
-
 
 @dataclass(frozen=True)
 class Direction:
@@ -76,9 +70,9 @@ def _captions(scene: Scene, rng: random.Random) -> tuple[str, ...]:
     return (
         _sentence(everything),
         f"{opening} {everything}.",
-        *(_caption_of_a_place(thing, rng) for thing in rng.sample(scene.things, 2)),
         _caption_of_a_pair(scene, rng),
         _caption_of_a_count(scene, rng),
+        _caption_of_a_place(scene, rng),
     )
 
 
@@ -101,11 +95,17 @@ def _caption_of_a_count(scene: Scene, rng: random.Random) -> str:
     return _sentence(words)
 
 
-def _caption_of_a_place(thing: Thing, rng: random.Random) -> str:
-    place = _place(thing.column, thing.row)
-    words = rng.choice(
-        (f"{_described(thing)} at the {place}", f"at the {place} is {_described(thing)}")
-    )
+def _caption_of_a_place(scene: Scene, rng: random.Random) -> str:
+    thing = rng.choice(scene.things)
+    vertical = {0: "top", CELLS_PER_SIDE - 1: "bottom"}.get(thing.row, "")
+    horizontal = {0: "left", CELLS_PER_SIDE - 1: "right"}.get(thing.column, "")
+    if vertical and horizontal:
+        place = f"in the {vertical} {horizontal} corner"
+    elif vertical or horizontal:
+        place = f"near the {vertical or horizontal}"
+    else:
+        place = "near the middle"
+    words = rng.choice((f"{_described(thing)} {place}", f"{place} is {_described(thing)}"))
     return _sentence(words)
 
 
@@ -120,17 +120,15 @@ class _Asked:
 
 
 def _questions(scene: Scene, rng: random.Random) -> list[_Asked]:
-    """Returns a question or two of each sort; some scenes leave no fair one of a sort."""
+    """Returns at most one question of each sort; some scenes leave no fair one of a sort."""
     asked = [
         _ask_color(scene, rng),
         _ask_shape(scene, rng),
         _ask_size(scene, rng),
-        *_ask_by_place(scene, rng),
         _ask_count_of_shape(scene, rng),
         _ask_count_of_color(scene, rng),
         _ask_count_of_size(scene, rng),
         _ask_total(scene, rng),
-        _ask_whether_place_is_taken(scene, rng),
         _ask_whether_value_exists(scene, rng),
         _ask_whether_kind_exists(scene, rng),
         _ask_whether_more(scene, rng),
@@ -167,17 +165,6 @@ def _ask_size(scene: Scene, rng: random.Random) -> _Asked:
     return _Asked(words, thing.size, "attribute")
 
 
-def _ask_by_place(scene: Scene, rng: random.Random) -> list[_Asked]:
-    """Asks for the color of one thing and the shape of another."""
-    colored, shaped = rng.sample(scene.things, 2)
-    color_words = f"What color is the object at the {_place(colored.column, colored.row)}?"
-    shape_words = f"What shape is the object at the {_place(shaped.column, shaped.row)}?"
-    return [
-        _Asked(color_words, colored.color, "attribute"),
-        _Asked(shape_words, shaped.shape, "attribute"),
-    ]
-
-
 def _ask_count_of_shape(scene: Scene, rng: random.Random) -> _Asked:
     shape = scene.counted_shape
     words = rng.choice((f"How many {_plural(shape)} are there?", f"How many {_plural(shape)}?"))
@@ -199,14 +186,6 @@ def _ask_count_of_size(scene: Scene, rng: random.Random) -> _Asked:
 def _ask_total(scene: Scene, rng: random.Random) -> _Asked:
     words = rng.choice(("How many objects are there?", "How many things can you see?"))
     return _Asked(words, str(len(scene.things)), "count")
-
-
-def _ask_whether_place_is_taken(scene: Scene, rng: random.Random) -> _Asked:
-    answer = _coin(rng)
-    taken = {(thing.column, thing.row) for thing in scene.things}
-    cells = [(column, row) for column in range(CELLS_PER_SIDE) for row in range(CELLS_PER_SIDE)]
-    cell = rng.choice([cell for cell in cells if (cell in taken) == (answer == "yes")])
-    return _Asked(f"Is there an object at the {_place(*cell)}?", answer, "existence")
 
 
 def _ask_whether_value_exists(scene: Scene, rng: random.Random) -> _Asked:
@@ -353,10 +332,6 @@ def _things_on(scene: Scene, origin: Thing, side: Direction) -> list[Thing]:
 
 
 # Words
-
-
-def _place(column: int, row: int) -> str:
-    return PLACES[row][column]
 
 
 def _sentence(words: str) -> str:

@@ -13,7 +13,9 @@ from pipeline.recipe import Recipe
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, once
 from pipeline.training.launch import launch_all
+from pipeline.training.model_folder import is_model
 from pipeline.training.spec import TrainingConfig, TrainingSpec
+from pipeline.vision.feature import extractor_name
 
 # Raised when the same inputs would give another model.
 PRETRAIN_VERSION = 1
@@ -40,7 +42,7 @@ class DataInputs:
     @property
     def features(self) -> str:
         """The extractor's folder under `features/`."""
-        return f"{self.extractor['type']}-{self.extractor['identity'][:8]}"
+        return extractor_name(self.extractor["type"], self.extractor["identity"])
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -268,7 +270,7 @@ def _pretrained(recipe: Recipe) -> str | None:
     if recipe.training.pretrain is None:
         return recipe.model.initial
     folder = storage.join(recipe.run, "pretrain", "model")
-    if not storage.exists(storage.join(folder, "sightline.json")):
+    if not is_model(folder):
         raise StageError(
             f"{folder}: no pretrained model; run `sightline pretrain` with this recipe first"
         )

@@ -19,7 +19,7 @@ def gathered(local: Tensor) -> Tensor:
     with each rank's loss a mean over its own samples, and gradients averaged over ranks as every
     data-parallel engine does, the update is that of the mean loss over the global batch.
     """
-    if not dist.is_initialized():
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return local
     if not local.is_floating_point():
         return _of_all(local)

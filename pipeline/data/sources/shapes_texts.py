@@ -16,7 +16,13 @@ from pipeline.data.sources.shapes_scene import CELLS_PER_SIDE, COLORS, SHAPES, S
 
 NUM_ANSWERS = 10  # VQA stores ten people's answers; here all ten agree
 
-NUMERALS = ("zero", "one", "two", "three", "four", "five")
+NUMERALS = ("zero", "one", "two", "three")
+
+PLACES = (  # the grid's cells, column by column
+    *("top left", "middle left", "bottom left"),
+    *("top middle", "center", "bottom middle"),
+    *("top right", "middle right", "bottom right"),
+)
 
 
 @dataclass(frozen=True)
@@ -65,48 +71,40 @@ def texts_of(scene: Scene, image_id: str, rng: random.Random) -> Texts:
 
 
 def _captions(scene: Scene, rng: random.Random) -> tuple[str, ...]:
-    everything = _listed(scene.things)
-    opening = rng.choice(("There is", "We see"))
     return (
-        _sentence(everything),
-        f"{opening} {everything}.",
+        _sentence(_listed(scene.things)),
+        _caption_of_one(scene, rng),
+        _caption_of_places(scene, rng),
         _caption_of_a_pair(scene, rng),
         _caption_of_a_count(scene, rng),
-        _caption_of_a_place(scene, rng),
     )
+
+
+def _caption_of_one(scene: Scene, rng: random.Random) -> str:
+    thing = rng.choice(scene.things)
+    return _sentence(f"a {thing.size} {thing.color} {thing.shape} at the {_place(thing)}")
+
+
+def _caption_of_places(scene: Scene, rng: random.Random) -> str:
+    things = rng.sample(scene.things, min(len(scene.things), 2))
+    return _sentence(" and ".join(f"at the {_place(thing)} is {_a(thing)}" for thing in things))
 
 
 def _caption_of_a_pair(scene: Scene, rng: random.Random) -> str:
+    if len(scene.things) == 1:
+        return _sentence(f"{_a(scene.things[0])} is alone")
     first, second = rng.sample(scene.things, 2)
     sides = [side for side in DIRECTIONS if side.distance(second, first) > 0]
-    return _sentence(f"{_described(first)} is {rng.choice(sides).words} {_described(second)}")
+    return _sentence(f"{_a(first)} is {rng.choice(sides).words} {_a(second)}")
 
 
 def _caption_of_a_count(scene: Scene, rng: random.Random) -> str:
+    total = NUMERALS[len(scene.things)]
+    if total == "one":
+        return _sentence(f"one object, and it is {scene.things[0].color}")
     value, number = rng.choice(Counter(thing.color for thing in scene.things).most_common())
     verb = "is" if number == 1 else "are"
-    total = NUMERALS[len(scene.things)]
-    words = rng.choice(
-        (
-            f"{total} objects, {NUMERALS[number]} of them {value}",
-            f"{NUMERALS[number]} of the {total} objects {verb} {value}",
-        )
-    )
-    return _sentence(words)
-
-
-def _caption_of_a_place(scene: Scene, rng: random.Random) -> str:
-    thing = rng.choice(scene.things)
-    vertical = {0: "top", CELLS_PER_SIDE - 1: "bottom"}.get(thing.row, "")
-    horizontal = {0: "left", CELLS_PER_SIDE - 1: "right"}.get(thing.column, "")
-    if vertical and horizontal:
-        place = f"in the {vertical} {horizontal} corner"
-    elif vertical or horizontal:
-        place = f"near the {vertical or horizontal}"
-    else:
-        place = "near the middle"
-    words = rng.choice((f"{_described(thing)} {place}", f"{place} is {_described(thing)}"))
-    return _sentence(words)
+    return _sentence(f"{total} objects, and {NUMERALS[number]} of them {verb} {value}")
 
 
 # Questions
@@ -125,10 +123,11 @@ def _questions(scene: Scene, rng: random.Random) -> list[_Asked]:
         _ask_color(scene, rng),
         _ask_shape(scene, rng),
         _ask_size(scene, rng),
-        _ask_count_of_shape(scene, rng),
-        _ask_count_of_color(scene, rng),
-        _ask_count_of_size(scene, rng),
-        _ask_total(scene, rng),
+        _ask_color_at_place(scene, rng),
+        _ask_shape_at_place(scene, rng),
+        *_ask_counts(scene),
+        _ask_total(scene),
+        _ask_whether_place_is_taken(scene, rng),
         _ask_whether_value_exists(scene, rng),
         _ask_whether_kind_exists(scene, rng),
         _ask_whether_more(scene, rng),
@@ -141,51 +140,61 @@ def _questions(scene: Scene, rng: random.Random) -> list[_Asked]:
     return [question for question in asked if question is not None]
 
 
-def _ask_color(scene: Scene, rng: random.Random) -> _Asked:
-    thing = rng.choice(_unique(scene.things, "shape"))
-    words = rng.choice(
-        (f"What color is the {thing.shape}?", f"What is the color of the {thing.shape}?")
+def _ask_color(scene: Scene, rng: random.Random) -> _Asked | None:
+    things = _unique(scene.things, "shape")
+    if not things:
+        return None
+    thing = rng.choice(things)
+    return _Asked(f"What color is the {thing.shape}?", thing.color, "attribute")
+
+
+def _ask_shape(scene: Scene, rng: random.Random) -> _Asked | None:
+    things = _unique(scene.things, "color")
+    if not things:
+        return None
+    thing = rng.choice(things)
+    return _Asked(f"What shape is the {thing.color} object?", thing.shape, "attribute")
+
+
+def _ask_size(scene: Scene, rng: random.Random) -> _Asked | None:
+    things = _unique(scene.things, "shape")
+    if not things:
+        return None
+    thing = rng.choice(things)
+    return _Asked(f"Is the {thing.shape} large or small?", thing.size, "attribute")
+
+
+def _ask_color_at_place(scene: Scene, rng: random.Random) -> _Asked:
+    thing = rng.choice(scene.things)
+    return _Asked(f"What color is the object at the {_place(thing)}?", thing.color, "attribute")
+
+
+def _ask_shape_at_place(scene: Scene, rng: random.Random) -> _Asked:
+    thing = rng.choice(scene.things)
+    return _Asked(f"What shape is the object at the {_place(thing)}?", thing.shape, "attribute")
+
+
+def _ask_counts(scene: Scene) -> list[_Asked]:
+    if len(scene.things) == 1:
+        return []
+    shape, color, size = scene.counted_shape, scene.counted_color, scene.counted_size
+    words = (
+        (f"How many {_plural(shape)} are there?", shape),
+        (f"How many {color} objects are there?", color),
+        (f"How many {size} objects are there?", size),
     )
-    return _Asked(words, thing.color, "attribute")
+    return [_Asked(ask, str(len(scene.things_with(value))), "count") for ask, value in words]
 
 
-def _ask_shape(scene: Scene, rng: random.Random) -> _Asked:
-    thing = rng.choice(_unique(scene.things, "color"))
-    words = rng.choice(
-        (f"What shape is the {thing.color} object?", f"What is the {thing.color} object?")
-    )
-    return _Asked(words, thing.shape, "attribute")
+def _ask_total(scene: Scene) -> _Asked:
+    return _Asked("How many objects are there?", str(len(scene.things)), "count")
 
 
-def _ask_size(scene: Scene, rng: random.Random) -> _Asked:
-    thing = rng.choice(_unique(scene.things, "shape"))
-    words = rng.choice(
-        (f"What size is the {thing.shape}?", f"Is the {thing.shape} large or small?")
-    )
-    return _Asked(words, thing.size, "attribute")
-
-
-def _ask_count_of_shape(scene: Scene, rng: random.Random) -> _Asked:
-    shape = scene.counted_shape
-    words = rng.choice((f"How many {_plural(shape)} are there?", f"How many {_plural(shape)}?"))
-    return _Asked(words, str(len(scene.things_with(shape))), "count")
-
-
-def _ask_count_of_color(scene: Scene, rng: random.Random) -> _Asked:
-    color = scene.counted_color
-    words = rng.choice((f"How many {color} objects are there?", f"How many objects are {color}?"))
-    return _Asked(words, str(len(scene.things_with(color))), "count")
-
-
-def _ask_count_of_size(scene: Scene, rng: random.Random) -> _Asked:
-    size = scene.counted_size
-    words = rng.choice((f"How many {size} objects are there?", f"How many objects are {size}?"))
-    return _Asked(words, str(len(scene.things_with(size))), "count")
-
-
-def _ask_total(scene: Scene, rng: random.Random) -> _Asked:
-    words = rng.choice(("How many objects are there?", "How many things can you see?"))
-    return _Asked(words, str(len(scene.things)), "count")
+def _ask_whether_place_is_taken(scene: Scene, rng: random.Random) -> _Asked:
+    answer = _coin(rng)
+    taken = {_place(thing) for thing in scene.things}
+    place = rng.choice([place for place in PLACES if (place in taken) == (answer == "yes")])
+    return _Asked(f"Is there an object at the {place}?", answer, "existence")
 
 
 def _ask_whether_value_exists(scene: Scene, rng: random.Random) -> _Asked:
@@ -208,10 +217,7 @@ def _ask_whether_kind_exists(scene: Scene, rng: random.Random) -> _Asked:
         shapes, colors = zip(*kinds, strict=True)
         near = [kind for kind in absent if kind[0] in shapes and kind[1] in colors]
         shape, color = rng.choice(near or absent)
-    words = rng.choice(
-        (f"Is there a {color} {shape}?", f"Does the picture show a {color} {shape}?")
-    )
-    return _Asked(words, answer, "existence")
+    return _Asked(f"Is there a {color} {shape}?", answer, "existence")
 
 
 def _ask_whether_more(scene: Scene, rng: random.Random) -> _Asked:
@@ -242,6 +248,8 @@ def _ask_whether_same_color(scene: Scene, rng: random.Random) -> _Asked | None:
 
     Both are equally frequent, whichever shapes the things have.
     """
+    if len(scene.things) == 1:
+        return None
     counted = scene.things_with(scene.counted_color)
     others = [thing for thing in scene.things if thing not in counted]
     if len(counted) == 2:
@@ -286,6 +294,8 @@ def _ask_what_is_on_side(scene: Scene, rng: random.Random) -> _Asked | None:
 
 
 def _ask_outermost(scene: Scene, rng: random.Random) -> _Asked | None:
+    if len(scene.things) == 1:
+        return None
     side = rng.choice(DIRECTIONS)
     origin = scene.things[0]
     ranked = sorted(scene.things, key=lambda thing: side.distance(origin, thing))
@@ -301,19 +311,18 @@ def _ask_outermost(scene: Scene, rng: random.Random) -> _Asked | None:
 
 def _dialog(scene: Scene, rng: random.Random) -> Dialog:
     """Returns a dialog about one thing and what lies beside it, which it calls `it`, `that one`."""
-    subject = rng.choice(_unique(scene.things, "shape"))
+    subject = rng.choice(scene.things)
+    here, taken = _place(subject), {_place(thing) for thing in scene.things}
     rounds = [Round("How many objects are there?", NUMERALS[len(scene.things)])]
-    color, size = (
-        Round("What color is it?", subject.color),
-        Round("Is it large or small?", subject.size),
-    )
     if _coin(rng) == "yes":
-        rounds += [Round(f"Is there a {subject.shape}?", "yes"), color, size]
+        rounds.append(Round(f"Is there an object at the {here}?", "yes"))
+        rounds.append(Round("What shape is it?", subject.shape))
     else:
-        present = {thing.shape for thing in scene.things}
-        absent = rng.choice([shape for shape in SHAPES if shape not in present])
-        color = Round(f"What color is the {subject.shape}?", subject.color)
-        rounds += [Round(f"Is there a {absent}?", "no"), color, size]
+        empty = rng.choice([place for place in PLACES if place not in taken])
+        rounds.append(Round(f"Is there an object at the {empty}?", "no"))
+        rounds.append(Round(f"What shape is the object at the {here}?", subject.shape))
+    rounds.append(Round("What color is it?", subject.color))
+    rounds.append(Round("Is it large or small?", subject.size))
     found = {side: _things_on(scene, subject, side) for side in DIRECTIONS}
     singles = [side for side in DIRECTIONS if len(found[side]) == 1]
     sides = rng.sample(DIRECTIONS, 2)
@@ -334,12 +343,16 @@ def _things_on(scene: Scene, origin: Thing, side: Direction) -> list[Thing]:
 # Words
 
 
+def _place(thing: Thing) -> str:
+    return PLACES[CELLS_PER_SIDE * thing.column + thing.row]
+
+
 def _sentence(words: str) -> str:
     return f"{words[0].upper()}{words[1:]}."
 
 
-def _described(thing: Thing) -> str:
-    return f"a {thing.size} {thing.color} {thing.shape}"
+def _a(thing: Thing) -> str:
+    return f"a {thing.color} {thing.shape}"
 
 
 def _named(thing: Thing, attribute: str) -> str:

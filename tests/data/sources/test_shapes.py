@@ -72,7 +72,7 @@ def test_a_picture_is_a_square_jpeg_of_the_size_asked_for(image_size: int) -> No
 
 
 def test_things_show_in_their_cells_and_the_other_cells_are_plain() -> None:
-    source = make_source(scenes=30, image_size=128)
+    source = make_source(scenes=30, image_size=96)
     for record in source.records():
         scene = sample_scene(5, record.split, int(record.image))  # type: ignore[arg-type]
         cells = pixels(source, record).reshape(CELLS_PER_SIDE, 32, CELLS_PER_SIDE, 32, 3)
@@ -84,14 +84,14 @@ def test_things_show_in_their_cells_and_the_other_cells_are_plain() -> None:
 
 
 def test_a_thing_has_the_color_it_is_said_to_have() -> None:
-    source = make_source(scenes=40, image_size=128)
+    source = make_source(scenes=40, image_size=96)
     reference = {
-        "red": (214, 54, 56),
-        "yellow": (240, 190, 40),
-        "green": (58, 158, 84),
-        "blue": (52, 104, 204),
-        "purple": (144, 76, 176),
-        "black": (52, 54, 62),
+        "red": (240, 84, 84),
+        "yellow": (250, 214, 84),
+        "green": (84, 208, 112),
+        "blue": (92, 144, 255),
+        "purple": (190, 96, 250),
+        "white": (244, 244, 244),
     }
     for record in source.records():
         picture = pixels(source, record)

@@ -18,9 +18,9 @@ from pipeline.data.sources.shapes_texts import texts_of
 
 EXAMPLE = Scene(
     things=(
-        Thing("star", "red", "large", column=0, row=2, offset=(0, 0), shade=1),
+        Thing("star", "red", "large", column=0, row=1, offset=(0, 0), shade=1),
         Thing("ring", "blue", "small", column=1, row=0, offset=(0, 0), shade=1),
-        Thing("ring", "blue", "large", column=3, row=3, offset=(0, 0), shade=1),
+        Thing("ring", "blue", "large", column=2, row=2, offset=(0, 0), shade=1),
     ),
     counted_shape="ring",
     counted_color="blue",
@@ -46,16 +46,19 @@ def answers_of_the_example() -> dict[str, str]:
     ("question", "answer"),
     [
         ("What color is the star?", "red"),
-        ("What is the red object?", "star"),
+        ("What shape is the red object?", "star"),
         ("Is the star large or small?", "large"),
         ("How many rings are there?", "2"),
         ("How many blue objects are there?", "2"),
         ("How many small objects are there?", "1"),
-        ("How many things can you see?", "3"),
+        ("How many objects are there?", "3"),
+        ("What color is the object at the middle left?", "red"),
+        ("What shape is the object at the top middle?", "ring"),
+        ("Is there an object at the center?", "no"),
         ("Is there a star?", "yes"),
         ("Is there a green object?", "no"),
         ("Is there a blue star?", "no"),
-        ("Does the picture show a blue ring?", "yes"),
+        ("Is there a blue ring?", "yes"),
         ("Are there more rings than stars?", "yes"),
         ("Are there more stars than rings?", "no"),
         ("What color is the object above the star?", "blue"),
@@ -75,9 +78,8 @@ def test_an_ambiguous_question_is_not_asked() -> None:
 
 
 def test_captions_name_what_is_there_from_left_to_right() -> None:
-    first, second, *_ = say(EXAMPLE).captions
+    first, *_ = say(EXAMPLE).captions
     assert first == "A red star and two blue rings."
-    assert second.endswith("a red star and two blue rings.")
 
 
 def test_captions_differ_in_words_and_say_nothing_that_is_not_there() -> None:
@@ -155,8 +157,9 @@ def test_always_giving_the_most_frequent_answer_is_near_chance() -> None:
     for texts in all_texts("train", 4000):
         for question in texts.questions:
             seen[question.question][question.answers[0]] += 1
+    most_frequent = {words: answers.most_common(1)[0][0] for words, answers in seen.items()}
     right = [
-        seen[question.question].most_common(1)[0][0] == question.answers[0]
+        most_frequent.get(question.question) == question.answers[0]
         for texts in all_texts("validation", 1000)
         for question in texts.questions
     ]
@@ -175,7 +178,7 @@ def test_dialogs_refer_back_and_agree_with_the_scene() -> None:
     assert ("Is that one large or small?", "large") in turns
     for texts in all_texts("train", 200):
         (dialog,) = texts.dialogs
-        assert 6 <= len(dialog.rounds) <= 7
+        assert 7 <= len(dialog.rounds) <= 8
         assert sum(" it?" in turn.question for turn in dialog.rounds) >= 2
 
 

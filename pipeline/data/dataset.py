@@ -1,6 +1,6 @@
 """Manifest to samples: opens one version of a dataset, whose every sample is read by position."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,9 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from pipeline.data.features import FeatureBatch as FeatureBatch
 from pipeline.data.features import FeatureReader, open_features
+from pipeline.data.images import ImageBatch, ImageConfig, ImageReader
 from pipeline.data.manifest import Manifest
 from pipeline.data.members import Int64Array, Members, sorted_codes
 from pipeline.data.sample import Texts
@@ -65,6 +67,27 @@ class Dataset:
     def splits(self) -> list[str]:
         """Returns the names of the splits that have live samples, sorted."""
         return sorted(self._manifest.samples(["split"])["split"].unique().to_pylist())
+
+    def content(self, split: str | None = None) -> str:
+        """Returns a digest of what there is to learn from: of a split's live samples, or of all.
+
+        Two versions have the same if they have the same keys, splits, images to the byte, and
+        texts. Where samples lie is no part of it, so that `compact` does not change it, but does
+        change the order of training: a run that goes on needs its version. Of a source whose
+        fingerprints do not tell texts from images, an image's new date counts as new texts.
+        """
+        samples = self._manifest.samples(("key", "split", "digest", "fingerprint"))
+        if split is not None:
+            samples = samples.filter(pc.equal(samples["split"], split))
+        samples = samples.sort_by("key")
+        texts = pc.replace_substring_regex(samples["fingerprint"], "^[^-]*-", "")
+        lines = pc.binary_join_element_wise(
+            samples["key"], samples["split"], samples["digest"], texts, "\n", "\t"
+        )
+        digest = xxhash.xxh3_128()
+        for start in range(0, len(lines), _KEYS_AT_ONCE):
+            digest.update("".join(lines.slice(start, _KEYS_AT_ONCE).to_pylist()).encode())
+        return digest.hexdigest()
 
     def split(self, name: str, features: str | None = None) -> "Split":
         """Opens a split, with the features of an extractor if its folder is named.
@@ -127,10 +150,16 @@ class Split:
             )
 
         self._images = members("image", "shard")
+        self._pictures = ImageReader(self._images)
         self._texts = members("texts", "texts_shard")
         _, shard_of_row = sorted_codes(samples["shard"])
         # (num_shards + 1,): the first row of each shard and, last, the number of rows.
         self.shard_starts = np.searchsorted(shard_of_row, np.arange(shard_of_row[-1] + 2))
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Where its dataset lies; a mixture of splits has several."""
+        return (self.url,)
 
     @property
     def has_features(self) -> bool:
@@ -155,7 +184,7 @@ class Split:
                 ) from error
         return texts
 
-    def fetch(self, shards: Int64Array) -> None:
+    def fetch(self, shards: Int64Array, with_images: bool) -> None:
         """Brings what a loader reads of these shards into the cache, if they are far away.
 
         `shards` are numbered as in `shard_starts`. Raises ShardError if a file is not there.
@@ -165,10 +194,26 @@ class Split:
             self._texts.fetch(rows)
             if self._features is not None:
                 self._features.fetch(rows)
+            if with_images:
+                self._images.fetch(rows)
 
     def image(self, row: int) -> bytes:
         """Reads the image file of a row, as it is stored."""
         return self._images.read(_array([row]))[0]
+
+    def images(
+        self,
+        rows: Rows,
+        config: ImageConfig,
+        texts: Sequence[Texts] = (),
+        rng: Callable[[int], np.random.Generator] | None = None,
+    ) -> ImageBatch:
+        """Decodes the images of these rows and scales them to one size.
+
+        With `config.augment` each is varied by random numbers of `rng(i)`, as far as `texts[i]`
+        allow it.
+        """
+        return self._pictures.read(_array(rows), config, texts, rng)
 
     def features(self, rows: Rows) -> FeatureBatch:
         """Reads the features of these rows, padded to the most regions among them.

@@ -1,7 +1,7 @@
 """Row numbers to padded feature batches, read by position from an extractor's sidecars."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -308,6 +308,41 @@ def open_features(
             + ("" if implied[first] else " with boxes of its own")
         )
     return FeatureReader(values, cells, num_regions, parts, masks)
+
+
+def merged(parts: Sequence[tuple[Int64Array, FeatureBatch]], pool: BufferPool) -> FeatureBatch:
+    """Puts batches together, each sample at its place, padded to the most regions among them.
+
+    Raises FeatureError if they do not hold the same kinds of arrays.
+    """
+    if len(parts) == 1:
+        return parts[0][1]
+    count = sum(len(places) for places, _ in parts)
+    num_regions = max(batch.values.shape[1] for _, batch in parts)
+
+    def put(name: str) -> npt.NDArray[Any] | None:
+        arrays = [getattr(batch, name) for _, batch in parts]
+        kinds = {None if array is None else (array.shape[2:], array.dtype) for array in arrays}
+        if len(kinds) > 1:
+            raise FeatureError(
+                f"splits that are mixed have features with different {name}: found "
+                f"{', '.join(map(str, kinds))}; extract all of them by the same extractor"
+            )
+        if arrays[0] is None:
+            return None
+        array = pool.empty((count, num_regions, *arrays[0].shape[2:]), arrays[0].dtype)
+        for (places, _), part in zip(parts, arrays, strict=True):
+            array[places, : part.shape[1]] = part
+            array[places, part.shape[1] :] = 0
+        return array
+
+    values, boxes = put("values"), put("boxes")
+    assert values is not None
+    assert boxes is not None
+    regions = np.empty(count, np.int32)
+    for places, batch in parts:
+        regions[places] = batch.num_regions
+    return FeatureBatch(values, boxes, regions, **{name: put(name) for name in _DETECTED})
 
 
 def grid_boxes(height: int, width: int) -> npt.NDArray[np.float32]:

@@ -2,49 +2,66 @@
 
 The work follows what changed: records the manifest has already are left alone, without opening
 an image; edited ones are written anew and supersede their old rows; vanished ones are marked
-removed. A record of which only the texts changed keeps its image where it lies. Shards are listed
-in the manifest as they are finished, so that a run that is killed keeps what it has listed and
-the next one does the rest. A shard that was never listed does not exist.
+removed. A record of which only the texts changed keeps its image where it lies. A change of the
+settings that images are treated by makes all of them be read again, and those of which other
+bytes come out be stored again. Shards are listed in the manifest as they are finished, so that a
+run that is killed keeps what it has listed and the next one does the rest. A shard that was never
+listed does not exist.
 """
 
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import xxhash
 from pydantic import Field
 
 from pipeline import storage
 from pipeline.config import Config
-from pipeline.data.image_check import BadImageError, Verify, check_image
+from pipeline.data.duplicates import Duplicates
+from pipeline.data.filters import WANTED_REASONS, FilterConfig
+from pipeline.data.image_check import BadImageError, Verify
 from pipeline.data.ingest_plan import IngestPlan, ShardPlan, plan_ingest
+from pipeline.data.listing import FingerprintOf, Listing
 from pipeline.data.manifest import LIVE, REJECT, SAMPLES, Manifest
-from pipeline.data.sample import Sample, Texts
+from pipeline.data.outcome import Row, live_row, record_of, reject_row
+from pipeline.data.reencode import ReencodeConfig
+from pipeline.data.sample import Sample
 from pipeline.data.shard import Member, Shard, ShardWriter
-from pipeline.data.sources.base import Record, Source, same_texts
-from pipeline.errors import PipelineError, RejectError, SourceError
+from pipeline.data.shard_tasks import run_tasks
+from pipeline.data.sources.base import Source, same_texts
+from pipeline.data.survey import without_duplicates
+from pipeline.data.treatment import Treatment, digest
+from pipeline.errors import RejectError, SourceError
 
 COMMIT_SECONDS = 1.0  # the most work a kill can cost; a commit takes a hundredth of it
-_SHARD_RETRIES = 3  # for a lost worker or node; an error is not retried
 _TOP_REASONS = 5
 
-_IMAGE_COLUMNS = ("digest", "shard", "image_offset", "image_size", "width", "height")
+_IMAGE_COLUMNS = (
+    "digest", "shard", "image_offset", "image_size", "width", "height", "source_digest",
+    "perceptual_hash",
+)  # fmt: skip
 
 
 class IngestConfig(Config):
     """How a source becomes shards."""
 
     samples_per_shard: int = Field(default=1000, ge=1)
-    # Stops the run when more of the listed records than this are rejected.
+    # Stops the run when more of the listed records than this are rejected, filtered ones aside.
     max_reject_fraction: float = Field(default=0.01, ge=0, le=1)
     # `decode` decodes every new image, to find those cut short; `header` reads their sizes only.
     verify: Verify = "decode"
     shards_in_flight: int = Field(default=4, ge=0)  # Ray tasks at a time; 0: in this process
+    reencode: ReencodeConfig | None = None  # null: image files are stored as they came
+    filters: FilterConfig = FilterConfig()
+    fingerprint: FingerprintOf = "metadata"
+
+    def treatment(self) -> Treatment:
+        """Returns what image files go through."""
+        return Treatment(self.verify, self.reencode, self.filters)
 
 
 @dataclass(frozen=True)
@@ -97,7 +114,8 @@ def ingest(
     was listed before stays.
     """
     url = storage.absolute(url)
-    plan = plan_ingest(source, Manifest.create(url))
+    listing = Listing(source, config.treatment(), config.fingerprint)
+    plan = plan_ingest(listing, Manifest.create(url))
     rejects = _Rejects(url, plan.num_listed, config.max_reject_fraction)
     rejects.add(plan.rejects)
 
@@ -147,80 +165,59 @@ def write_shard(plan: ShardPlan, source: Source) -> ShardEntry:
             if plan.keep_images and old is not None:
                 rows.append(_write_texts(writer, change, old))
             else:
-                rows.append(_write_record(writer, change, old, source, plan.verify))
+                rows.append(_write_record(writer, change, old, source, plan.treatment))
     shard = writer.shard if writer.num_samples else None
     for row in rows:  # its name is the digest of the whole: known only now
         for column in ("shard", "texts_shard"):
             if shard is not None and row.get(column) == _THIS_SHARD:
                 row[column] = shard.name
-    return ShardEntry(shard, pa.Table.from_pylist(rows, SAMPLES))
+    return ShardEntry(shard, pa.concat_tables([pa.Table.from_pylist(rows, SAMPLES), plan.left_out]))
 
 
 _THIS_SHARD = "."  # never a shard's name
-_Row = dict[str, Any]
 
 
-def _write_texts(writer: ShardWriter, change: _Row, old: _Row) -> _Row:
+def _write_texts(writer: ShardWriter, change: Row, old: Row) -> Row:
     """Writes new texts for an image that stays where it is; returns the sample's row."""
     members = writer.write(Sample(change["key"], {"json": change["texts"]}))
     image = {column: old[column] for column in _IMAGE_COLUMNS}
-    return _described(change) | _located(members["json"], "texts") | image
+    return live_row(record_of(change)) | _located(members["json"], "texts") | image
 
 
 def _write_record(
-    writer: ShardWriter, change: _Row, old: _Row | None, source: Source, verify: Verify
-) -> _Row:
+    writer: ShardWriter, change: Row, old: Row | None, source: Source, treatment: Treatment
+) -> Row:
     """Reads, checks and writes a record; returns its row, of a sample or of a reject."""
-    record = Record(
-        key=change["key"],
-        split=change["split"],
-        image=change["image"],
-        suffix=change["suffix"],
-        texts=Texts.from_json(change["texts"]),
-        fingerprint=change["fingerprint"],
-    )
-    row = _described(change)
+    record = record_of(change)
     try:
         payload = source.read(record)
-        digest = xxhash.xxh3_128_hexdigest(payload)
-        if old is not None and _holds(old, change, digest):
-            return old | {"fingerprint": change["fingerprint"], "detail": change["detail"]}
-        width, height = check_image(payload, verify)
+        stored = treatment.apply(payload)
     except SourceError as error:
-        return row | {"state": REJECT, "reason": "unreadable-image", "detail": str(error)}
+        return reject_row(record, "unreadable-image", str(error))
     except BadImageError as error:
-        detail = f"{record.image}: {error.detail}"
-        return row | {"state": REJECT, "reason": error.reason, "detail": detail}
-    members = writer.write(Sample(record.key, {record.suffix: payload, "json": change["texts"]}))
-    image = {"digest": digest, "width": width, "height": height}
-    return (
-        row | image | _located(members[record.suffix], "image") | _located(members["json"], "texts")
-    )
-
-
-def _described(change: _Row) -> _Row:
-    """Returns the part of a live row that does not say where the sample lies."""
-    texts = Texts.from_json(change["texts"])
-    return {
-        "key": change["key"],
-        "split": change["split"],
-        "state": LIVE,
-        "reason": "",
-        "detail": change["detail"],
-        "fingerprint": change["fingerprint"],
-        "suffix": change["suffix"],
-        "num_captions": len(texts.captions),
-        "num_questions": len(texts.questions),
-        "num_rounds": texts.num_rounds,
+        return reject_row(record, error.reason, f"{record.image}: {error.detail}")
+    as_it_came = stored.payload is payload
+    image = {
+        "digest": digest(stored.payload),
+        "source_digest": None if as_it_came else digest(payload),
+        "perceptual_hash": change["perceptual_hash"],
+        "width": stored.width,
+        "height": stored.height,
     }
+    if old is not None and _holds(old, change, image["digest"]):
+        return old | image | {"fingerprint": change["fingerprint"], "detail": change["detail"]}
+    parts = {record.suffix: stored.payload, "json": change["texts"]}
+    members = writer.write(Sample(record.key, parts))
+    located = _located(members[record.suffix], "image") | _located(members["json"], "texts")
+    return live_row(record) | image | located
 
 
-def _located(member: Member, part: Literal["image", "texts"]) -> _Row:
+def _located(member: Member, part: Literal["image", "texts"]) -> Row:
     shard = "shard" if part == "image" else "texts_shard"
     return {shard: _THIS_SHARD, f"{part}_offset": member.offset, f"{part}_size": member.size}
 
 
-def _holds(old: _Row, change: _Row, digest: str) -> bool:
+def _holds(old: Row, change: Row, digest: str) -> bool:
     """Whether a live row's bytes are those of a record whose file was only touched."""
     return (
         old["split"] == change["split"]
@@ -232,29 +229,11 @@ def _holds(old: _Row, change: _Row, digest: str) -> bool:
 
 def _written(plan: IngestPlan, source: Source, config: IngestConfig) -> Iterator[ShardEntry]:
     """Yields shards as they are finished, a bounded number of them in the making."""
-    plans = plan.shards(config.samples_per_shard, config.verify)
-    if not config.shards_in_flight or not plan.changed.num_rows:
-        for shard_plan in plans:
-            yield write_shard(shard_plan, source)
-        return
-    import ray
-
-    task = ray.remote(max_retries=_SHARD_RETRIES)(write_shard)
-    source_ref = ray.put(source)  # one copy in the object store rather than one per Ray task
-    running = [task.remote(plan, source_ref) for plan in islice(plans, config.shards_in_flight)]
-    try:
-        while running:
-            (done,), running = ray.wait(running)
-            running += [task.remote(plan, source_ref) for plan in islice(plans, 1)]
-            try:
-                yield ray.get(done)
-            except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, PipelineError):
-                    raise error.cause from error  # without Ray's traceback in its message
-                raise
-    finally:
-        for unfinished in running:
-            ray.cancel(unfinished)
+    plans = plan.shards(config.samples_per_shard, config.treatment())
+    if config.filters.duplicates != "keep" and plan.changed.num_rows:
+        duplicates = Duplicates(plan.holders(), config.filters)
+        plans = without_duplicates(plans, source, duplicates, config.shards_in_flight)
+    yield from run_tasks(write_shard, plans, source, config.shards_in_flight)
 
 
 class _Rejects:
@@ -274,10 +253,12 @@ class _Rejects:
                 self._counts[row["reason"]] += 1
                 self._examples.setdefault(row["reason"], row["detail"])
         number = self._counts.total()
-        if number <= self._max_fraction * self._num_listed and number < self._num_listed:
+        faults = number - sum(self._counts[reason] for reason in WANTED_REASONS)
+        if faults <= self._max_fraction * self._num_listed and number < self._num_listed:
             return
         allowed = (
-            f"more than max_reject_fraction={self._max_fraction:g} allows"
+            f"{faults} of them for faults, more than max_reject_fraction={self._max_fraction:g} "
+            "allows"
             if number < self._num_listed
             else "all of them"
         )

@@ -1,12 +1,13 @@
 """Compares a source's listing with a manifest: what is to be written, removed or left alone.
 
 No image is opened here. A record is left alone when the manifest has its split and fingerprint,
-whether it became a sample or a reject.
+whether it became a sample or a reject; but a copy of an image is looked at again when the sample
+that it was a copy of is no longer there as it was.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -15,10 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from pipeline.data.image_check import Verify
-from pipeline.data.manifest import REJECT, REMOVED, SAMPLES, Manifest
+from pipeline.data.manifest import LIVE, REJECT, REMOVED, SAMPLES, Manifest
 from pipeline.data.sample import check_key, safe_key
 from pipeline.data.sources.base import Record, Reject, Source, same_image
+from pipeline.data.treatment import Treatment
 from pipeline.errors import SourceError
 
 _LISTING_CHUNK = 8192  # records compared with the manifest at once
@@ -33,9 +34,14 @@ CHANGED = pa.schema(
         ("texts", pa.binary()),  # canonical JSON
         ("fingerprint", pa.string()),
         ("detail", pa.string()),
+        ("perceptual_hash", pa.int64()),  # once the image was looked at for that; else null
     ]
 )
 
+# What a sample's image is recognised by, should another be a copy of it.
+HOLDERS = pa.schema(
+    [("key", pa.string()), ("source_digest", pa.string()), ("perceptual_hash", pa.int64())]
+)
 
 Hashes = npt.NDArray[np.uint64]
 Int64Array = npt.NDArray[np.int64]
@@ -51,7 +57,9 @@ class ShardPlan:
     records: pa.Table  # schema CHANGED, in the shard's order
     known: pa.Table  # schema SAMPLES: the live rows that some of them had until now
     keep_images: bool  # only texts changed: the shard holds no images, the old rows say where
-    verify: Verify
+    treatment: Treatment
+    # Schema SAMPLES: rejects that were found before writing, to be listed with the shard.
+    left_out: pa.Table = field(default_factory=SAMPLES.empty_table)
 
 
 @dataclass(frozen=True)
@@ -73,15 +81,9 @@ class IngestPlan:
         """The listed records that the manifest has as they are."""
         return self.num_listed - self.num_added - self.num_edited
 
-    def shards(self, samples_per_shard: int, verify: Verify) -> Iterator[ShardPlan]:
+    def shards(self, samples_per_shard: int, treatment: Treatment) -> Iterator[ShardPlan]:
         """Cuts the changed records into shards: of one split, with images or without."""
-        old_row = pc.index_in(self.changed["key"], value_set=self.known["key"].combine_chunks())
-        old_row = pc.fill_null(old_row, -1).to_numpy()
-        keeps_image = np.zeros(self.changed.num_rows, bool)
-        edited = np.flatnonzero(old_row >= 0)
-        keeps_image[edited] = _same_images(
-            self.changed.take(edited), self.known.take(old_row[edited])
-        )
+        old_row, keeps_image = self._old_rows()
         split_of_row = np.array(self.changed["split"].to_pylist(), object)
         for split in sorted(set(split_of_row)):
             for keep_images in (False, True):
@@ -95,8 +97,31 @@ class IngestPlan:
                         records=self.changed.take(part),
                         known=self.known.take(before[before >= 0]),
                         keep_images=keep_images,
-                        verify=verify,
+                        treatment=treatment,
                     )
+
+    def holders(self) -> pa.Table:
+        """Returns the live samples whose images this run leaves as they are; schema HOLDERS."""
+        samples = self.manifest.samples([*HOLDERS.names, "digest"])
+        _, keeps_image = self._old_rows()
+        rewritten = self.changed["key"].filter(pa.array(~keeps_image))
+        gone = [*rewritten.chunks, *self.settled["key"].chunks]
+        gone_keys = pa.chunked_array(gone, pa.string()).combine_chunks()
+        samples = samples.filter(pc.invert(pc.is_in(samples["key"], value_set=gone_keys)))
+        digest = pc.coalesce(samples["source_digest"], samples["digest"])
+        place = samples.schema.get_field_index("source_digest")
+        return samples.set_column(place, "source_digest", digest).select(HOLDERS.names)
+
+    def _old_rows(self) -> tuple[Int64Array, BoolArray]:
+        """Returns for each changed record its row in `known`, or -1, and if its image stays."""
+        old_row = pc.index_in(self.changed["key"], value_set=self.known["key"].combine_chunks())
+        old_row = pc.fill_null(old_row, -1).to_numpy()
+        keeps_image = np.zeros(self.changed.num_rows, bool)
+        edited = np.flatnonzero(old_row >= 0)
+        keeps_image[edited] = _same_images(
+            self.changed.take(edited), self.known.take(old_row[edited])
+        )
+        return old_row, keeps_image
 
 
 def plan_ingest(source: Source, manifest: Manifest) -> IngestPlan:
@@ -105,9 +130,13 @@ def plan_ingest(source: Source, manifest: Manifest) -> IngestPlan:
     The second and later records of a key become `duplicate-id` rejects under keys of their own.
     Raises SourceError if nothing is listed: an empty listing would remove every sample.
     """
-    rows = manifest.rows(["key", "split", "state", "reason", "detail", "fingerprint"])
+    rows = manifest.rows(
+        ["key", "split", "state", "reason", "detail", "fingerprint", "duplicate_of"]
+    )
     rows = rows.filter(pc.not_equal(rows["state"], REMOVED)).combine_chunks()
     known, seen = _Known(rows), _Seen()
+    is_copy = np.asarray(pc.is_valid(rows["duplicate_of"]))
+    copies = [CHANGED.empty_table()]
     changed, settled = [CHANGED.empty_table()], [SAMPLES.empty_table()]
     listed, unchanged = np.zeros((2, rows.num_rows), bool)
     num_listed = num_changed = 0
@@ -122,6 +151,9 @@ def plan_ingest(source: Source, manifest: Manifest) -> IngestPlan:
         unchanged[row[same]] = True
         fresh = [chunk[i] for i in np.flatnonzero(~same)]
         changed.append(_to_write([entry for entry in fresh if isinstance(entry, Record)]))
+        if same.any() and is_copy[row[same]].any():
+            unmoved = [chunk[i] for i in np.flatnonzero(same) if is_copy[row[i]]]
+            copies.append(_to_write([entry for entry in unmoved if isinstance(entry, Record)]))
         settled.append(_rejected([entry for entry in fresh if isinstance(entry, Reject)]))
         num_listed += len(chunk)
         num_changed += len(fresh)
@@ -130,6 +162,10 @@ def plan_ingest(source: Source, manifest: Manifest) -> IngestPlan:
             f"{manifest.url}: the source lists no record at all; nothing was changed, because "
             "an empty listing would remove every sample"
         )
+    freed = _without_original(rows, known, listed & unchanged)
+    unchanged &= ~freed
+    changed += [_of_keys(table, rows["key"].filter(pa.array(freed))) for table in copies]
+    num_changed += int(np.count_nonzero(freed))
     removed = rows.filter(pa.array(~listed))
     old_rejects = rows.filter(pc.and_(pa.array(unchanged), pc.equal(rows["state"], REJECT)))
     to_write = pa.concat_tables(changed)
@@ -147,6 +183,21 @@ def plan_ingest(source: Source, manifest: Manifest) -> IngestPlan:
         num_edited=num_edited,
         num_removed=removed.num_rows,
     )
+
+
+def _without_original(rows: pa.Table, known: "_Known", stays: BoolArray) -> BoolArray:
+    """Says which rows that stay are copies of a sample that does not stay as it is."""
+    freed = np.zeros(rows.num_rows, bool)
+    copies = np.flatnonzero(np.asarray(pc.is_valid(rows["duplicate_of"])) & stays)
+    if len(copies):
+        original = known.find(_column_hashes(rows["duplicate_of"].take(pa.array(copies))))
+        live = np.asarray(pc.equal(rows["state"], LIVE)) & stays
+        freed[copies] = (original < 0) | ~live[original]
+    return freed
+
+
+def _of_keys(records: pa.Table, keys: pa.ChunkedArray) -> pa.Table:
+    return records.filter(pc.is_in(records["key"], value_set=keys.combine_chunks()))
 
 
 class _Known:
@@ -268,6 +319,7 @@ def _to_write(records: Sequence[Record]) -> pa.Table:
             "texts": [record.texts.to_json() for record in records],
             "fingerprint": [record.fingerprint for record in records],
             "detail": [record.detail for record in records],
+            "perceptual_hash": [None] * len(records),
         },
         CHANGED,
     )

@@ -2,12 +2,13 @@
 
 import contextlib
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from typing import TypeVar
 
@@ -18,14 +19,20 @@ from pydantic import Field
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.data.dataset import FeatureBatch, Split, TextKind
-from pipeline.data.order import Order
+from pipeline.data.grouping import group, length
+from pipeline.data.images import ImageBatch, ImageConfig
+from pipeline.data.mixture import MixedOrder, MixedSplit
+from pipeline.data.order import Examples, Order
 from pipeline.data.sample import Texts
 from pipeline.errors import ConfigError, ShardError
 
 Int64Array = npt.NDArray[np.int64]
+AnySplit = Split | MixedSplit
+AnyOrder = Order | MixedOrder
 Place = TypeVar("Place")
 
 _FETCH_THREADS = 4  # shards copied at a time
+_AUGMENT_SALT = zlib.crc32(b"augment")
 
 
 class BatchConfig(Config):
@@ -33,6 +40,8 @@ class BatchConfig(Config):
 
     global_batch_size: int = Field(ge=1)  # samples per step, over all ranks and micro-batches
     micro_batch_size: int = Field(ge=1)  # samples one rank holds in one forward pass
+    # Whether a rank divides its samples of a step into micro-batches by the length of their texts.
+    group_by_length: bool = False
 
     def accumulation_steps(self, world_size: int) -> int:
         """Returns the micro-batches each rank runs per step, or raises ConfigError."""
@@ -59,6 +68,7 @@ class Batch:
     features: FeatureBatch | None  # None if the split was opened without
     step: int
     seed: int
+    images: ImageBatch | None = None  # None if not asked for
 
     def rng(self, i: int, *salt: int) -> np.random.Generator:
         """Returns the only randomness that example i may use.
@@ -66,29 +76,37 @@ class Batch:
         A function of the seed, the step, the example's place in the global batch, and the salt
         that tells one use from another; so that ranks and micro-batches do not matter.
         """
-        identity = (self.seed, self.step, int(self.positions[i]))
-        return np.random.default_rng(np.random.SeedSequence(identity, spawn_key=salt))
+        return _rng(self.seed, self.step, self.positions[i], *salt)
+
+
+def _rng(seed: int, step: int, position: np.int64, *salt: int) -> np.random.Generator:
+    identity = (seed, step, int(position))
+    return np.random.default_rng(np.random.SeedSequence(identity, spawn_key=salt))
 
 
 class Loader:
     """Gives each rank its micro-batches of each step of an order.
 
-    `seed` is that of the batches' `rng`; the order has its own. `threads` read up to `prefetch`
-    micro-batches ahead. Raises ConfigError if distractors are asked for and there is one sample.
+    `seed` is that of the batches' `rng`; the order has its own. With `images` the pictures are
+    decoded too. With `group_by`, the kind of text that the order is of, micro-batches are grouped
+    by its length. `threads` read up to `prefetch` micro-batches ahead. Raises ConfigError if
+    distractors are asked for and there is one sample.
     """
 
     def __init__(
         self,
-        split: Split,
-        order: Order,
+        split: AnySplit,
+        order: AnyOrder,
         *,
         global_batch_size: int,
         seed: int,
         distractors: bool = False,
+        images: ImageConfig | None = None,
+        group_by: TextKind | None = None,
         threads: int = 2,
         prefetch: int = 4,
     ) -> None:
-        if distractors and order.distractors(0, 1)[0] < 0:
+        if distractors and not order.has_distractors:
             raise ConfigError(
                 f"split {split.name!r} has texts of one sample only; an objective that compares "
                 "an image with another's text needs two"
@@ -98,6 +116,8 @@ class Loader:
         self._global_batch_size = global_batch_size
         self._seed = seed
         self._distractors = distractors
+        self._images = images
+        self._group_by = group_by
         self._threads = threads
         self._prefetch = prefetch
 
@@ -106,10 +126,10 @@ class Loader:
     ) -> Generator[list[Batch], None, None]:
         """Yields for each step in [start_step, stop_step) the rank's micro-batches.
 
-        Rank r of W holds positions [r * B / W, (r + 1) * B / W) of a global batch of B, in order.
-        An error of a reading thread is raised at its step. Closing the iterator, or its end, ends
-        the threads. Raises ConfigError at once if the batch cannot be divided so, or there are
-        fewer examples than ranks.
+        Rank r of W holds positions [r * B / W, (r + 1) * B / W) of a global batch of B, in order
+        or grouped by length. An error of a reading thread is raised at its step. Closing the
+        iterator, or its end, ends the threads. Raises ConfigError at once if the batch cannot be
+        divided so, or there are fewer examples than ranks.
         """
         config = BatchConfig(
             global_batch_size=self._global_batch_size, micro_batch_size=micro_batch_size
@@ -120,31 +140,90 @@ class Loader:
                 f"split {self._split.name!r} has {self._order.num_examples} examples, fewer than "
                 f"the {world_size} ranks; use fewer"
             )
-        first = rank * (self._global_batch_size // world_size)
-        places = (
-            (step, first + i * micro_batch_size)
-            for step in range(start_step, stop_step)
-            for i in range(accumulation_steps)
+        share = _Share(
+            self._split,
+            self._order,
+            self._global_batch_size,
+            range(
+                rank * self._global_batch_size // world_size,
+                (rank + 1) * self._global_batch_size // world_size,
+            ),
+            micro_batch_size,
+            self._group_by,
         )
-        fetcher = _Fetcher(self._split, self._order)
-        read = partial(self._read, micro_batch_size, fetcher)
+        places = (
+            (step, i) for step in range(start_step, stop_step) for i in range(accumulation_steps)
+        )
+        fetcher = _Fetcher(self._split, self._order, with_images=self._images is not None)
+        read = partial(self._read, share, fetcher)
         batches = _read_ahead(read, places, self._threads, self._prefetch, fetcher.close)
         return _steps(batches, accumulation_steps)
 
-    def _read(self, micro_batch_size: int, fetcher: "_Fetcher", place: tuple[int, int]) -> Batch:
-        step, first = place
-        start = step * self._global_batch_size + first
-        fetcher.reach(start)
-        examples = self._order.between(start, start + micro_batch_size)
+    def _read(self, share: "_Share", fetcher: "_Fetcher", place: tuple[int, int]) -> Batch:
+        step, i = place
+        fetcher.reach(share.start(step, i))
+        positions, examples = share.micro_batch(step, i)
         return _batch(
             self._split,
             examples.rows,
             examples.text_index,
-            positions=np.arange(first, first + micro_batch_size),
+            positions=positions,
             distractors=examples.distractors if self._distractors else None,
+            images=self._images,
             step=step,
             seed=self._seed,
         )
+
+
+class _Share:
+    """Which examples of each step one rank has, and in which of its micro-batches."""
+
+    def __init__(
+        self,
+        split: AnySplit,
+        order: AnyOrder,
+        global_batch_size: int,
+        positions: range,
+        micro_batch_size: int,
+        group_by: TextKind | None,
+    ) -> None:
+        self._split = split
+        self._order = order
+        self._global_batch_size = global_batch_size
+        self._positions = positions
+        self._micro_batch_size = micro_batch_size
+        self._group_by = group_by
+        self._lock = threading.Lock()
+        # Threads read the micro-batches of a step or two at once.
+        self._groups = lru_cache(maxsize=4)(self._group)
+
+    def start(self, step: int, i: int) -> int:
+        """Returns where a micro-batch, if not grouped, begins in the order's stream."""
+        first = self._positions[i * self._micro_batch_size]
+        return step * self._global_batch_size + first
+
+    def micro_batch(self, step: int, i: int) -> tuple[Int64Array, Examples]:
+        """Returns positions in the global batch, and the examples there."""
+        if self._group_by is None:
+            places = np.arange(self._micro_batch_size) + i * self._micro_batch_size
+            start = self.start(step, i)
+            found = self._order.between(start, start + self._micro_batch_size)
+        else:
+            with self._lock:
+                places = self._groups(step)[i]
+            found = self._all(step)[places]
+        return self._positions.start + places, found
+
+    def _all(self, step: int) -> Examples:
+        start = self.start(step, 0)
+        return self._order.between(start, start + len(self._positions))
+
+    def _group(self, step: int) -> Int64Array:
+        assert self._group_by is not None
+        found = self._all(step)
+        texts = zip(self._split.texts(found.rows), found.text_index.tolist(), strict=True)
+        lengths = [length(each, self._group_by, index) for each, index in texts]
+        return group(lengths, self._micro_batch_size)
 
 
 class _Fetcher:
@@ -154,9 +233,10 @@ class _Fetcher:
     comes. All ranks of a machine read the same windows and share the copies.
     """
 
-    def __init__(self, split: Split, order: Order) -> None:
+    def __init__(self, split: AnySplit, order: AnyOrder, with_images: bool) -> None:
         self._split = split
         self._order = order
+        self._with_images = with_images
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="sightline-fetch")
         self._last = -1  # where the last window starts that was asked for
@@ -164,7 +244,7 @@ class _Fetcher:
 
     def reach(self, position: int) -> None:
         """Says that this position of the stream is about to be read."""
-        if storage.is_local(self._split.url):
+        if all(map(storage.is_local, self._split.urls)):
             return
         with self._lock:
             if self._next is None:
@@ -181,7 +261,7 @@ class _Fetcher:
 
     def _fetch(self, shard: np.int64) -> None:
         with contextlib.suppress(ShardError):  # raised again, for a sample, where it is read
-            self._split.fetch(np.array([shard]))
+            self._split.fetch(np.array([shard]), self._with_images)
 
 
 def eval_batches(
@@ -191,6 +271,7 @@ def eval_batches(
     rank: int = 0,
     world_size: int = 1,
     *,
+    images: ImageConfig | None = None,
     threads: int = 2,
     prefetch: int = 4,
 ) -> Generator[Batch, None, None]:
@@ -199,7 +280,10 @@ def eval_batches(
     Rank r of W holds examples [r * N / W, (r + 1) * N / W) of N; the last batch may be smaller.
     `positions` are the examples' places in the split, and step and seed are 0, so that an
     example's `rng` depends on neither batch size nor ranks. Threads as in `Loader.batches`.
+    With `images` the pictures are decoded too, whole: augmentation is for training.
     """
+    if images is not None:
+        images = images.model_copy(update={"augment": None})
     ends = np.cumsum(split.counts(kind), dtype=np.int64)
     num_examples = int(ends[-1])
     stop = (rank + 1) * num_examples // world_size
@@ -208,31 +292,39 @@ def eval_batches(
         positions = np.arange(first, min(first + batch_size, stop))
         rows = np.searchsorted(ends, positions, side="right")
         text_index = positions - (ends[rows] - split.counts(kind)[rows])
-        return _batch(split, rows, text_index, positions, distractors=None, step=0, seed=0)
+        return _batch(split, rows, text_index, positions, None, images, step=0, seed=0)
 
     firsts = range(rank * num_examples // world_size, stop, batch_size)
     return _read_ahead(read, iter(firsts), threads, prefetch)
 
 
 def _batch(
-    split: Split,
+    split: AnySplit,
     rows: Int64Array,
     text_index: Int64Array,
     positions: Int64Array,
     distractors: Int64Array | None,
+    images: ImageConfig | None,
     step: int,
     seed: int,
 ) -> Batch:
+    texts = split.texts(rows)
+    pictures = None
+    if images is not None:
+        pictures = split.images(
+            rows, images, texts, lambda i: _rng(seed, step, positions[i], _AUGMENT_SALT)
+        )
     return Batch(
         keys=split.keys[rows].tolist(),
         rows=rows,
         positions=positions,
-        texts=split.texts(rows),
+        texts=texts,
         text_index=text_index,
         distractors=[] if distractors is None else split.texts(distractors),
         features=split.features(rows) if split.has_features else None,
         step=step,
         seed=seed,
+        images=pictures,
     )
 
 

@@ -44,9 +44,17 @@ SAMPLES = pa.schema(
         ("num_rounds", pa.int32()),
         ("width", pa.int32()),  # pixels
         ("height", pa.int32()),
+        # Of the file the image was made of, where it was encoded anew; as `digest`.
+        ("source_digest", pa.string()),
+        # Where near duplicates are filtered: 64 bits, as a signed number.
+        ("perceptual_hash", pa.int64()),
+        ("duplicate_of", pa.string()),  # of a reject for that reason: the key of the live sample
         ("sequence", pa.int64()),  # the version whose commit wrote the row
     ]
 )
+
+# A live sample may lack these.
+OPTIONAL_COLUMNS = frozenset({"source_digest", "perceptual_hash", "duplicate_of"})
 
 FEATURES = pa.schema(
     [

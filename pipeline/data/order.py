@@ -43,7 +43,7 @@ class Examples:
     text_index: Int64Array
     distractors: Int64Array  # rows of other samples that have texts, or -1 where there is no other
 
-    def __getitem__(self, part: slice) -> "Examples":
+    def __getitem__(self, part: slice | Int64Array) -> "Examples":
         return Examples(self.rows[part], self.text_index[part], self.distractors[part])
 
 
@@ -67,6 +67,7 @@ class Order:
         ends = np.concatenate([[0], np.cumsum(self._counts, dtype=np.int64)])
         self._shard_sizes = np.diff(ends[self._shard_starts])  # in examples
         self.num_examples = int(self._counts.sum(dtype=np.int64))
+        self.has_distractors = len(self._rows_with_texts) > 1
         if not self.num_examples:
             raise ConfigError(
                 f"split {split.name!r} has no {kind}; choose another split, or another source"
@@ -116,7 +117,7 @@ class Order:
 
     def _shuffle_shards(self, epoch: int) -> tuple[Int64Array, Int64Array]:
         """Returns the epoch's shards in order, and where in it each window starts (and it ends)."""
-        shards = _permutation(_random_bits(len(self._shard_sizes), self.seed, epoch))
+        shards = permutation(random_bits(len(self._shard_sizes), self.seed, epoch))
         ends = np.concatenate([[0], np.cumsum(self._shard_sizes[shards])])
         return shards, np.append(ends[: -1 : self._window_shards], ends[-1])
 
@@ -129,8 +130,8 @@ class Order:
         counts = self._counts[rows]
         size = int(counts.sum())
 
-        bits = _random_bits(2 * size, self.seed, epoch, window + 1)
-        shuffled = _permutation(bits[:size])
+        bits = random_bits(2 * size, self.seed, epoch, window + 1)
+        shuffled = permutation(bits[:size])
         place = np.repeat(np.arange(len(rows)), counts)[shuffled]
         text_index = shuffled - (np.cumsum(counts) - counts)[place]
 
@@ -144,7 +145,7 @@ class Order:
         return Examples(others[place], text_index, others[(place + skip) % len(others)])
 
 
-def _permutation(bits: npt.NDArray[np.uint64]) -> Int64Array:
+def permutation(bits: npt.NDArray[np.uint64]) -> Int64Array:
     """Returns 0 .. n - 1 in the order of n random words; n below 2 ** 32.
 
     The number itself rides in the low bits: no two words are equal, so that every sorting
@@ -156,7 +157,7 @@ def _permutation(bits: npt.NDArray[np.uint64]) -> Int64Array:
     return (words & ((np.uint64(1) << low) - np.uint64(1))).astype(np.int64)
 
 
-def _random_bits(count: int, *key: int) -> npt.NDArray[np.uint64]:
+def random_bits(count: int, *key: int) -> npt.NDArray[np.uint64]:
     """Returns `count` random words of 64 bits.
 
     Raw PCG64 bits, because numpy promises that these never change, while

@@ -26,6 +26,8 @@ _SIZE = slice(124, 135)
 _MAX_SIZE_BYTES = 8 * 1024**3 - 1  # eleven octal digits
 _SUFFIX = re.compile(r"[a-z0-9]+(\.[a-z0-9]+)*")  # readers turn suffixes to lower case
 _END = bytes(2 * _BLOCK)
+_ZEROS = bytes(_BLOCK)
+_LARGE_BYTES = 16 * 1024
 
 # A USTAR header is name, mode and owners, size, time, checksum, and the rest, in this order.
 _MODE_AND_OWNERS = b"0000644\0" + b"0000000\0" * 2
@@ -103,13 +105,22 @@ class ShardWriter:
         if not sample.parts:
             raise ShardError(f"{self.folder}: sample {sample.key!r} has no parts")
         pieces: list[bytes] = []
+        small = b""  # what lies between large payloads is written, and digested, as one
         members = {}
         offset = self._offset
         for suffix, payload in sorted(sample.parts.items()):
-            padding = -len(payload) % _BLOCK
-            pieces += [_header(sample.key, suffix, len(payload)), payload, bytes(padding)]
-            members[suffix] = Member(offset + _BLOCK, len(payload))
-            offset += _BLOCK + len(payload) + padding
+            size_bytes = len(payload)
+            padding = -size_bytes % _BLOCK
+            small += _header(sample.key, suffix, size_bytes)
+            if size_bytes < _LARGE_BYTES:
+                small += payload
+            else:
+                pieces += [small, payload]
+                small = b""
+            small += _ZEROS[:padding]
+            members[suffix] = Member(offset + _BLOCK, size_bytes)
+            offset += _BLOCK + size_bytes + padding
+        pieces.append(small)
         self._append(pieces)
         self._keys.add(sample.key)
         return members

@@ -17,7 +17,7 @@ import xxhash
 
 from pipeline import storage
 from pipeline.data.features import card_boxes
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import OPTIONAL_COLUMNS, Manifest
 from pipeline.data.members import sorted_codes
 from pipeline.data.sample import Texts
 from pipeline.data.shard import read_member, shard_location, sidecar_location
@@ -138,7 +138,7 @@ def _complete(manifest: Manifest, samples: pa.Table) -> tuple[pa.Table, list[Fau
     """Returns the rows of live samples that lack nothing, and a fault for each other one."""
     whole = np.ones(samples.num_rows, bool)
     lacking: dict[int, list[str]] = {}
-    for name in samples.column_names:
+    for name in (name for name in samples.column_names if name not in OPTIONAL_COLUMNS):
         null = np.asarray(pc.is_null(samples[name]))
         whole &= ~null
         for row in np.flatnonzero(null).tolist():

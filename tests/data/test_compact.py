@@ -22,6 +22,7 @@ from pipeline.data.manifest import FEATURES, Manifest
 from pipeline.data.retention import Retention
 from pipeline.data.sample import Sample
 from pipeline.data.shard import ShardWriter
+from pipeline.data.treatment import Treatment
 from pipeline.data.verify import verify
 from pipeline.errors import ManifestError, ShardError
 from tests.data.tiny_dataset import EXTRACTOR, npy
@@ -310,7 +311,7 @@ def test_an_ingest_that_was_planned_before_keeps_its_images(tmp_path: Path) -> N
     from pipeline.data.ingest import write_shard
 
     manifest = plan.manifest
-    for shard_plan in plan.shards(samples_per_shard=4, verify="decode"):
+    for shard_plan in plan.shards(samples_per_shard=4, treatment=Treatment()):
         manifest = manifest.commit(write_shard(shard_plan, world).rows)
     check_dataset(url, world)
     assert verify(url).faults == ()

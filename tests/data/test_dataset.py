@@ -1,10 +1,14 @@
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipeline.data.compact import compact
 from pipeline.data.dataset import Dataset
+from pipeline.data.ingest import IngestConfig, ingest
+from pipeline.data.retention import Retention
 from pipeline.data.sample import Texts
 from pipeline.errors import FeatureError, ManifestError, ShardError
 from tests.data.tiny_dataset import (
@@ -16,6 +20,7 @@ from tests.data.tiny_dataset import (
     region_boxes,
     region_values,
 )
+from tests.data.world import Item, World
 
 
 def numbers_of(keys: np.ndarray) -> list[int]:
@@ -206,3 +211,40 @@ def test_a_dataset_in_an_object_store_reads_alike_through_the_cache(
     assert split.image(2) == make_image(numbers_of(split.keys)[2])
     copies = {path.stem for path in cache.rglob("*.tar")}
     assert copies == {name for name, keys in written.shards.items() if "sample-101" not in keys}
+
+
+def content_after(url: str, world: World) -> str:
+    ingest(world, url, IngestConfig(samples_per_shard=3, shards_in_flight=0))
+    return Dataset.open(url).content()
+
+
+def test_content_follows_images_texts_keys_and_splits_and_nothing_else(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    items = {f"key-{n}": Item(n, f"caption {n}") for n in range(10)}
+    first = content_after(url, World(dict(items)))
+    version = Dataset.open(url).version
+    touched = {key: replace(item, touched=1) for key, item in items.items()}
+    assert content_after(url, World(dict(reversed(touched.items())))) == first
+    assert content_after(str(tmp_path / "again"), World(dict(items))) == first
+    changed = [
+        content_after(url, World(items | {"key-3": replace(items["key-3"], **change)}))
+        for change in ({"caption": "edited"}, {"picture": 77}, {"split": "val"})
+    ]
+    changed.append(content_after(url, World({k: v for k, v in items.items() if k != "key-3"})))
+    changed.append(content_after(url, World(items | {"key-10": Item(10, "new")})))
+    assert len({first, *changed}) == 6
+    assert content_after(url, World(dict(items))) == first
+    compact(url, Retention(last_versions=1, min_age_hours=0))
+    assert Dataset.open(url).version > version
+    assert Dataset.open(url).content() == first
+
+
+def test_content_of_a_split_does_not_follow_the_others(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    items = {f"key-{n}": Item(n, "a", split="val" if n > 6 else "train") for n in range(10)}
+    whole = content_after(url, World(dict(items)))
+    train, val = (Dataset.open(url).content(split) for split in ("train", "val"))
+    assert len({whole, train, val}) == 3
+    content_after(url, World(items | {"key-9": replace(items["key-9"], caption="edited")}))
+    assert Dataset.open(url).content("train") == train
+    assert Dataset.open(url).content("val") != val

@@ -1,4 +1,5 @@
 import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -10,17 +11,26 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 import webdataset
+import xxhash
+from PIL import Image
 
 from pipeline import storage
 from pipeline.data import ingest as ingest_module
 from pipeline.data import ingest_plan as ingest_plan_module
+from pipeline.data.filters import FilterConfig
 from pipeline.data.ingest import IngestConfig, IngestReport, ingest, write_shard
 from pipeline.data.ingest_plan import plan_ingest
 from pipeline.data.manifest import Manifest
+from pipeline.data.reencode import ReencodeConfig
+from pipeline.data.shard import shard_location
 from pipeline.data.sources.base import Record, Reject
+from pipeline.data.treatment import Treatment
+from pipeline.data.verify import verify
 from pipeline.errors import RejectError, SourceError, StorageError
+from tests.data.album import Album, encoded, picture
 from tests.data.world import Item, Killed, World, check_dataset, disturb, make_world
 
 
@@ -367,7 +377,7 @@ def test_an_overlapping_run_does_not_list_again_what_another_has(tmp_path: Path)
     report = ingest(world, str(tmp_path), config(samples_per_shard=4))
 
     manifest = late.manifest.commit(late.settled)
-    for shard_plan in late.shards(samples_per_shard=3, verify="decode"):
+    for shard_plan in late.shards(samples_per_shard=3, treatment=Treatment()):
         manifest = manifest.commit(write_shard(shard_plan, world).rows)
 
     assert Manifest.open(str(tmp_path)).version == report.version
@@ -390,7 +400,7 @@ def test_an_older_listing_does_not_remove_what_a_newer_one_added(tmp_path: Path)
 def test_writing_a_shard_again_gives_the_same_shard(tmp_path: Path) -> None:
     world = make_world(9)
     plan = plan_ingest(world, Manifest.create(str(tmp_path)))
-    plans = list(plan.shards(samples_per_shard=50, verify="decode"))
+    plans = list(plan.shards(samples_per_shard=50, treatment=Treatment()))
     first = [write_shard(shard_plan, world) for shard_plan in plans]
     again = [write_shard(shard_plan, world) for shard_plan in plans]
     assert [entry.shard for entry in first] == [entry.shard for entry in again]
@@ -440,3 +450,112 @@ def test_a_lost_ray_worker_is_replaced(tmp_path: Path) -> None:
     ingest(world, str(tmp_path / "data"), config(2).model_copy(update={"shards_in_flight": 2}))
     assert once.exists()
     check_dataset(str(tmp_path / "data"), world)
+
+
+def images(url: str) -> dict[str, Image.Image]:
+    """The stored images, by key, as any reader of the shards finds them."""
+    found: dict[str, Image.Image] = {}
+    for row in Manifest.open(url).samples().to_pylist():
+        location = shard_location(url, row["split"], row["shard"])
+        payload = storage.read_range(location, row["image_offset"], row["image_size"])
+        assert xxhash.xxh3_128_hexdigest(payload) == row["digest"]
+        found[row["key"]] = Image.open(io.BytesIO(payload))
+        assert found[row["key"]].size == (row["width"], row["height"])
+    return found
+
+
+def test_images_are_encoded_anew_if_asked(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    album = Album({f"key-{n}": encoded(picture(n, 60, 40)) for n in range(5)})
+    small = config().model_copy(update={"reencode": ReencodeConfig(shorter_side=20)})
+
+    ingest(album, url, small)
+
+    assert {image.format for image in images(url).values()} == {"JPEG"}
+    assert {image.size for image in images(url).values()} == {(30, 20)}
+    rows = Manifest.open(url).samples().to_pylist()
+    assert {row["suffix"] for row in rows} == {"jpg"}
+    sources = {row["key"]: row["source_digest"] for row in rows}
+    assert sources == {k: xxhash.xxh3_128_hexdigest(p) for k, p in album.files.items()}
+    assert not verify(url).faults
+    album.reads.clear()
+    assert ingest(album, url, small).num_unchanged == 5
+    assert album.reads == []
+
+
+def test_a_caption_is_edited_without_encoding_its_image_again(tmp_path: Path) -> None:
+    album = Album({f"key-{n}": encoded(picture(n, 60, 40)) for n in range(5)})
+    small = config().model_copy(update={"reencode": ReencodeConfig(shorter_side=20)})
+    ingest(album, str(tmp_path), small)
+    before = Manifest.open(str(tmp_path)).samples(["key", "digest", "source_digest", "shard"])
+    album.captions["key-2"] = ("other words",)
+    album.reads.clear()
+    ingest(album, str(tmp_path), small)
+    after = Manifest.open(str(tmp_path)).samples(["key", "digest", "source_digest", "shard"])
+    assert album.reads == []
+    assert after.sort_by("key") == before.sort_by("key")
+
+
+def test_other_settings_store_anew_what_comes_out_differently_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    url = str(tmp_path)
+    sizes = {f"key-{n}": (20 + 10 * n, 20 + 10 * n) for n in range(6)}
+    album = Album({k: encoded(picture(1, *size)) for k, size in sizes.items()})
+    for key, side in {"first": 40, "second": 50}.items():
+        settings = config().model_copy(update={"reencode": ReencodeConfig(shorter_side=side)})
+        report = ingest(album, url, settings)
+        rows = {row["key"]: row["shard"] for row in Manifest.open(url).samples().to_pylist()}
+        if key == "first":
+            before = rows
+    assert report.num_edited == 6
+    # Those of 20, 30 and 40 pixels are the same under both settings.
+    assert {key for key in sizes if rows[key] != before[key]} == {"key-3", "key-4", "key-5"}
+    assert images(url)["key-5"].size == (50, 50)
+
+    ingest(album, url, config())
+    assert {image.format for image in images(url).values()} == {"PNG"}
+    assert {row["suffix"] for row in Manifest.open(url).samples().to_pylist()} == {"png"}
+
+
+def test_filters_count_what_they_leave_out_and_stop_no_run(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    files = {"good": (60, 40), "small": (20, 15), "wide": (200, 40), "silent": (60, 40)}
+    album = Album({key: encoded(picture(1, *size)) for key, size in files.items()})
+    album.captions = {key: ("one" if key == "silent" else "a few words",) for key in files}
+    filters = FilterConfig(min_shorter_side=30, max_aspect_ratio=2.5, min_caption_words=2)
+    filtered = IngestConfig(shards_in_flight=0, max_reject_fraction=0.0, filters=filters)
+
+    report = ingest(album, url, filtered)
+
+    assert report.rejects == {"too-small": 1, "extreme-aspect": 1, "caption-length": 1}
+    assert ingest(album, url, filtered).num_unchanged == 4
+    (row,) = Manifest.open(url).samples(["key", "shard"]).to_pylist()
+    assert row["key"] == "good"
+
+    assert ingest(album, url, IngestConfig(shards_in_flight=0)).num_live == 4
+    assert row in Manifest.open(url).samples(["key", "shard"]).to_pylist()  # not stored again
+
+
+def test_faults_stop_a_run_however_much_was_filtered(tmp_path: Path) -> None:
+    album = Album({f"key-{n}": encoded(picture(n, 20, 15 + n)) for n in range(10)})
+    album.files["key-1"] = b"<html>"
+    filters = FilterConfig(min_shorter_side=18)
+    strict = IngestConfig(shards_in_flight=0, max_reject_fraction=0.05, filters=filters)
+    with pytest.raises(RejectError, match="1 of them for faults"):
+        ingest(album, str(tmp_path), strict)
+
+
+def test_by_content_a_touched_file_is_unchanged_and_a_hidden_edit_is_found(
+    tmp_path: Path,
+) -> None:
+    album = Album({f"key-{n}": encoded(picture(n)) for n in range(5)})
+    album.metadata = dict.fromkeys(album.files, "10 bytes at noon")
+    by_content = config().model_copy(update={"fingerprint": "content"})
+    first = ingest(album, str(tmp_path), by_content)
+    album.metadata["key-1"] = "10 bytes at one"
+    assert ingest(album, str(tmp_path), by_content).version == first.version
+    album.files["key-2"] = encoded(picture(77))
+    report = ingest(album, str(tmp_path), by_content)
+    assert (report.num_edited, report.num_shards) == (1, 1)
+    assert np.array_equal(np.asarray(images(str(tmp_path))["key-2"]), np.asarray(picture(77)))

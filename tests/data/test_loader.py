@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from pipeline import storage
-from pipeline.data.dataset import Dataset, FeatureBatch, Rows, Split
+from pipeline.data.augmentation import AugmentConfig
+from pipeline.data.dataset import Dataset, FeatureBatch, Rows, Split, TextKind
+from pipeline.data.images import ImageConfig
 from pipeline.data.loader import Batch, BatchConfig, Loader, eval_batches
 from pipeline.data.order import Order
 from pipeline.errors import ConfigError, ShardError
+from tests.data.test_images import jpeg
 from tests.data.tiny_dataset import EXTRACTOR, TinyDataset, grid_values, make_dataset, make_texts
 
 SEED = 9
@@ -26,9 +29,8 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
 
 @pytest.fixture(autouse=True)
 def _no_thread_outlives_its_test() -> Iterator[None]:
-    before = set(threading.enumerate())
     yield
-    assert set(threading.enumerate()) <= before
+    assert not [thread for thread in threading.enumerate() if "sightline" in thread.name]
 
 
 def make_loader(split: Split, global_batch_size: int, distractors: bool = True) -> Loader:
@@ -290,3 +292,118 @@ def test_a_lost_shard_of_an_object_store_is_raised_at_its_step(
     batches = make_loader(split, 2, distractors=False).batches(0, 100, 0, 1, 2)
     with pytest.raises(ShardError, match=list(dataset.shards)[2]):
         list(batches)
+
+
+AUGMENTED = ImageConfig(size=12, augment=AugmentConfig())
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    """21 photographs with 31 captions in four shards."""
+    written = TinyDataset(str(tmp_path_factory.mktemp("photographs")), image=jpeg)
+    for start in range(0, 21, 6):
+        written.add_shard("train", range(start, min(start + 6, 21)))
+    return Dataset.open(written.url).split("train")
+
+
+def pictures(
+    split: Split,
+    start: int,
+    stop: int,
+    world_size: int,
+    micro: int,
+    threads: int = 2,
+    seed: int = 4,
+) -> list[tuple[bytes, ...]]:
+    """Each example of each step as all ranks together see it: its pixels and its view."""
+    order = Order(split, "captions", seed=SEED, window_shards=2)
+    loader = Loader(
+        split, order, global_batch_size=12, seed=seed, images=AUGMENTED, threads=threads
+    )
+    ranks = [loader.batches(start, stop, rank, world_size, micro) for rank in range(world_size)]
+    return [
+        (batch.keys[i].encode(), images.pixels[i].tobytes(), images.views[i].tobytes())
+        for shares in zip(*ranks, strict=True)
+        for share in shares
+        for batch in share
+        for images in [batch.images]
+        if images is not None
+        for i in range(len(batch.keys))
+    ]
+
+
+def test_augmented_pictures_are_the_same_for_any_ranks_threads_and_start(
+    photographs: Split,
+) -> None:
+    whole = pictures(photographs, 0, 6, world_size=1, micro=12, threads=1)
+    assert len(whole) == 6 * 12
+    assert pictures(photographs, 0, 6, world_size=3, micro=2, threads=3) == whole
+    assert pictures(photographs, 2, 6, world_size=2, micro=3) == whole[2 * 12 :]
+    assert len({picture[1] for picture in whole}) == len(whole)  # no two crops are alike
+    assert pictures(photographs, 0, 6, world_size=1, micro=12, seed=5) != whole
+
+
+def test_an_evaluation_sees_whole_pictures(photographs: Split) -> None:
+    batches = list(eval_batches(photographs, "captions", 5, images=AUGMENTED))
+    for batch in batches:
+        assert batch.images is not None
+        expected = photographs.images(batch.rows, ImageConfig(size=12))
+        np.testing.assert_array_equal(batch.images.pixels, expected.pixels)
+
+
+def test_shards_of_images_are_fetched_where_pictures_are_read(
+    object_store: str, tmp_path: Path
+) -> None:
+    written = TinyDataset(object_store, image=jpeg)
+    written.add_shard("train", range(1, 6))
+    split = Dataset.open(object_store, cache=tmp_path).split("train")
+    order = Order(split, "captions", SEED)
+    loader = Loader(split, order, global_batch_size=4, seed=SEED, images=ImageConfig(size=5))
+    ((batch,),) = loader.batches(0, 1, 0, 1, 4)
+    assert batch.images is not None
+    assert batch.images.pixels.shape == (4, 5, 5, 3)
+    assert len(cached(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 4), (2, 3), (3, 2)])
+def test_grouping_by_length_changes_only_which_micro_batch_an_example_is_in(
+    split: Split, world_size: int, micro_batch_size: int
+) -> None:
+    order = Order(split, "questions", seed=SEED, window_shards=2)
+
+    def make(kind: TextKind | None) -> Loader:
+        return Loader(
+            split, order, global_batch_size=24, seed=SEED, distractors=True, group_by=kind
+        )
+
+    def by_position(examples: list[tuple[object, ...]]) -> list[tuple[object, ...]]:
+        return sorted(examples, key=lambda example: example[:2])
+
+    per_rank = 24 // world_size
+    for rank in range(world_size):
+        how = (2, 5, rank, world_size, micro_batch_size)
+        for plain, grouped in zip(
+            make(None).batches(*how), make("questions").batches(*how), strict=True
+        ):
+            assert len(plain) == len(grouped) == per_rank // micro_batch_size
+            assert by_position([e for batch in grouped for e in fingerprints(batch)]) == [
+                e for batch in plain for e in fingerprints(batch)
+            ]
+
+
+def test_grouped_micro_batches_need_less_padding(tmp_path: Path) -> None:
+    written = TinyDataset(str(tmp_path))
+    written.add_shard("train", [*range(1, 10), *range(1001, 1010)])  # of one and of four digits
+    split = Dataset.open(str(tmp_path)).split("train")
+    order = Order(split, "captions", seed=SEED)
+    widths = {}
+    kinds: tuple[TextKind | None, ...] = (None, "captions")
+    for kind in kinds:
+        loader = Loader(split, order, global_batch_size=24, seed=SEED, group_by=kind)
+        lengths = [
+            [len(texts.captions[i]) for texts, i in zip(batch.texts, batch.text_index, strict=True)]
+            for step in loader.batches(0, 4, 0, 1, 4)
+            for batch in step
+        ]
+        widths[kind] = sum(4 * max(each) - sum(each) for each in lengths)
+    assert widths["captions"] < widths[None] / 2

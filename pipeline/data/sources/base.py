@@ -111,6 +111,12 @@ def with_texts(fingerprint_of_image: str, texts: Texts) -> str:
     return f"{image}-{xxhash.xxh3_64_hexdigest(texts.to_json())}"
 
 
+def with_image(image: str, fingerprint_of_texts: str) -> str:
+    """Returns the fingerprint of the same texts with this image, named as for `fingerprint`."""
+    texts = fingerprint_of_texts.partition("-")[2]
+    return f"{xxhash.xxh3_64_hexdigest(image.encode())}-{texts}"
+
+
 def same_image(one: str, other: str) -> bool:
     """Whether two fingerprints are of the same image, as far as they tell halves apart."""
     return "-" in one and one.partition("-")[0] == other.partition("-")[0]

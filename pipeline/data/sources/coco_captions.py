@@ -128,9 +128,6 @@ class _Captions:
 
 
 def _caption(annotation: Fields) -> str:
-    annotation.identity("id")
-    return (
-        ""
-        if annotation.values.get("caption", "") is None
-        else (annotation.string("caption").strip())
-    )
+    if annotation.values.get("caption", "") is None:
+        return ""
+    return annotation.string("caption").strip()

@@ -10,10 +10,11 @@ import json
 import re
 import zlib
 from array import array
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -25,14 +26,15 @@ Identity = int | str
 
 _GZIP = b"\x1f\x8b"
 _SPACE = re.compile(r"[ \t\r\n]*")
+_COMMA = re.compile(r"[ \t\r\n]*,[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 
 
-@dataclass(frozen=True)
-class Fields:
+class Fields(NamedTuple):
     """A JSON object whose fields are checked as they are read; each method raises SourceError.
 
-    `where` names the object and `kind` the file it should come from: both are for messages.
+    `where` names the object and `kind` the file it should come from: both are for messages. A
+    tuple, because millions are made.
     """
 
     values: dict[str, Any]
@@ -46,12 +48,13 @@ class Fields:
             raise SourceError(f"{where}: expected an object, found {_shown(value)}")
         return cls(value, where, kind)
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self.values
 
     def get(self, name: str) -> Any:
         """Returns a field of any type, which must be there."""
-        self.require(name)
+        if name not in self.values:
+            self.require(name)
         return self.values[name]
 
     def require(self, *names: str) -> None:
@@ -156,13 +159,14 @@ class Groups:
         hashed = np.fromiter(hashes, np.uint64, len(items))
         self._order = np.argsort(hashed, kind="stable")
         self._hashes = hashed[self._order]
+        self._sorted = self._hashes.data  # whose numbers are Python's: bisect is fast on it
 
     def of(self, identity: Identity) -> list[Fields]:
         """Returns the objects that name this identity, in the list's order."""
-        hashed = np.uint64(_hash(identity))
-        start = np.searchsorted(self._hashes, hashed, "left")
-        stop = np.searchsorted(self._hashes, hashed, "right")
-        found = (self._items.object(int(index)) for index in self._order[start:stop])
+        hashed = _hash(identity)
+        start = bisect_left(self._sorted, hashed)
+        stop = bisect_right(self._sorted, hashed, start)
+        found = (self._items.object(index) for index in self._order[start:stop].tolist())
         return [entry for entry in found if entry.identity(self._name) == identity]
 
     def __iter__(self) -> Iterator[tuple[Identity, list[Fields]]]:
@@ -296,12 +300,17 @@ class _Scan:
     def _list(self, position: int, path: str) -> tuple[JsonList, int]:
         starts = array("Q")
         position = self.skip(position + 1)
-        while self.text[position : position + 1] != "]":
-            if starts:
-                position = self._pass(",", position)
+        text, decode, comma = self.text, _DECODER.raw_decode, _COMMA.match
+        while text[position : position + 1] != "]" or starts:
             starts.append(position)
-            _, position = _DECODER.raw_decode(self.text, position)
-            position = self.skip(position)
+            _, position = decode(text, position)
+            after = comma(text, position)
+            if after is None:
+                position = self.skip(position)
+                if text[position : position + 1] != "]":
+                    raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+                break
+            position = after.end()
         where = f"{self.location}: {path}" if path else self.location
         return JsonList(where, self.kind, self.text, starts), position + 1
 

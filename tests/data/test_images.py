@@ -1,0 +1,152 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data.augmentation import AugmentConfig, View
+from pipeline.data.dataset import Dataset, Split
+from pipeline.data.decoding import Picture
+from pipeline.data.images import ImageBatch, ImageConfig, render
+from pipeline.data.sample import Texts
+from pipeline.errors import ConfigError, ShardError
+from pipeline.vision.image import Prepared
+from pipeline.vision.pixels import PixelsConfig
+from tests.data.tiny_dataset import TinyDataset, make_texts
+
+SIZE = 16
+
+
+def photograph(number: int) -> Image.Image:
+    """A smooth picture of its own colours, width 40 + n and height 30."""
+    width, height = 40 + number, 30
+    x, y = np.linspace(0, 3, width), np.linspace(0, 2, height)[:, None]
+    waves = [np.sin(x + number), np.cos(y + number), np.sin(x + y - number)]
+    pixels = np.stack([np.broadcast_to(wave, (height, width)) for wave in waves], axis=2)
+    return Image.fromarray((127 + 120 * pixels).astype(np.uint8))
+
+
+def jpeg(number: int) -> bytes:
+    file = io.BytesIO()
+    photograph(number).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    """11 photographs in three shards."""
+    written = TinyDataset(str(tmp_path_factory.mktemp("photographs")), image=jpeg)
+    for numbers in (range(4), range(4, 8), range(8, 11)):
+        written.add_shard("train", numbers)
+    return Dataset.open(written.url).split("train")
+
+
+def number_of(split: Split, row: int) -> int:
+    return int(str(split.keys[row]).removeprefix("sample-"))
+
+
+def test_pixels_are_the_whole_picture_scaled(split: Split) -> None:
+    rows = np.array([7, 0, 10, 3, 0])
+    batch = split.images(rows, ImageConfig(size=SIZE))
+    assert batch.pixels.shape == (5, SIZE, SIZE, 3)
+    for pixels, row in zip(batch.pixels, rows, strict=True):
+        decoded = Image.open(io.BytesIO(jpeg(number_of(split, row)))).convert("RGB")
+        expected = np.asarray(decoded.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+        assert np.abs(pixels.astype(int) - expected).max() <= 1
+    assert batch.views.tolist() == [[0, 0, 1, 1]] * 5
+    assert not batch.mirrored.any()
+
+
+def test_a_picture_much_larger_than_asked_for_is_reduced_to_nearly_the_same_pixels() -> None:
+    large = photograph(5).resize((403, 301), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    large.save(file, "JPEG", quality=95)
+    output = np.empty((32, 32, 3), np.uint8)
+    render(Picture(file.getvalue()), View.whole(403, 301), output)
+    expected = np.asarray(large.resize((32, 32), Image.Resampling.BILINEAR), int)
+    assert np.abs(output - expected).mean() < 2
+
+
+def test_an_augmented_picture_is_the_part_that_its_view_says(split: Split) -> None:
+    rows = np.arange(11)
+    silent = [Texts(0)] * 11
+    config = ImageConfig(size=SIZE, augment=AugmentConfig(area=(0.3, 0.6)))
+    batch = split.images(rows, config, silent, np.random.default_rng)
+    assert 0 < batch.mirrored.sum() < 11
+    for i, row in enumerate(rows.tolist()):
+        whole = Image.open(io.BytesIO(jpeg(number_of(split, row)))).convert("RGB")
+        x1, y1, x2, y2 = batch.views[i] * [*whole.size, *whole.size]
+        assert 0.25 < (x2 - x1) * (y2 - y1) / (whole.width * whole.height) < 0.65
+        part = whole.crop((round(x1), round(y1), round(x2), round(y2)))
+        if batch.mirrored[i]:
+            part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        expected = np.asarray(part.resize((SIZE, SIZE), Image.Resampling.BILINEAR), int)
+        assert np.abs(batch.pixels[i] - expected).max() <= 1
+
+
+def test_texts_decide_which_pictures_are_mirrored(split: Split) -> None:
+    texts = [Texts(0, captions=("the left one",)) if i % 2 else Texts(0) for i in range(11)]
+    config = ImageConfig(size=SIZE, augment=AugmentConfig(mirror=1.0))
+    rows = np.arange(11)
+    batch = split.images(rows, config, texts, np.random.default_rng)
+    assert batch.mirrored.tolist() == [i % 2 == 0 for i in range(11)]
+
+
+def test_one_random_number_generator_gives_one_picture_whatever_the_batch(split: Split) -> None:
+    config = ImageConfig(size=SIZE, augment=AugmentConfig())
+    rows = np.array([5, 2, 9])
+    texts = [make_texts(number_of(split, row)) for row in rows]
+
+    def read(places: list[int]) -> ImageBatch:
+        return split.images(
+            rows[places],
+            config,
+            [texts[place] for place in places],
+            lambda i: np.random.default_rng(40 + places[i]),
+        )
+
+    whole = read([0, 1, 2])
+    for i in range(3):
+        np.testing.assert_array_equal(read([i]).pixels[0], whole.pixels[i])
+        np.testing.assert_array_equal(read([i]).views[0], whole.views[i])
+
+
+def test_a_view_of_one_pixel_has_its_colour() -> None:
+    picture = Picture(jpeg(3))
+    colour = picture.pixels()[21, 17].tolist()
+    output = np.empty((4, 4, 3), np.uint8)
+    render(picture, View(17, 21, 18, 22, is_mirrored=True), output)
+    assert np.unique(output.reshape(-1, 3), axis=0).tolist() == [colour]
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+    written = TinyDataset(str(tmp_path), image=lambda n: jpeg(n)[:300] if n == 2 else jpeg(n))
+    name = written.add_shard("train", [1, 2, 3])
+    split = Dataset.open(written.url).split("train")
+    with pytest.raises(ShardError, match=rf"{name}\.tar: sample 'sample-2': truncated-image"):
+        split.images(np.arange(3), ImageConfig(size=SIZE))
+
+
+def test_memory_of_a_batch_is_used_again_only_when_it_is_forgotten(split: Split) -> None:
+    config = ImageConfig(size=SIZE)
+    kept = [split.images(np.array([row, 3]), config) for row in range(11)]
+    for row, batch in enumerate(kept):
+        again = split.images(np.array([row]), config)
+        np.testing.assert_array_equal(batch.pixels[0], again.pixels[0])
+    place = kept[0].pixels.ctypes.data
+    del kept, batch
+    found = [split.images(np.array([0, 1]), config) for _ in range(11)]
+    assert place in [batch.pixels.ctypes.data for batch in found]
+
+
+def test_patches_are_those_of_the_pixels_extractor(split: Split) -> None:
+    batch = split.images(np.array([4, 1, 8]), ImageConfig(size=12))
+    found = batch.patches(4)
+    extractor = PixelsConfig(image_size=12, patch_size=4).build()
+    stored = extractor.extract([Prepared(pixels, (0, 0, 1, 1)) for pixels in batch.pixels])
+    np.testing.assert_array_equal(found.values, np.stack([each.values for each in stored]))
+    assert found.num_regions.tolist() == [9, 9, 9]
+    np.testing.assert_allclose(found.boxes[2, 5], [2 / 3, 1 / 3, 1, 2 / 3])
+    with pytest.raises(ConfigError, match="12 is not a multiple of patch_size=5"):
+        batch.patches(5)

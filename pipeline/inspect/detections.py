@@ -14,7 +14,8 @@ from PIL import Image
 from pipeline.data.features import FeatureBatch
 
 NUM_TAGS = 8  # more would hide the picture
-TAG_WIDTH, TAG_HEIGHT = 30.0, 7.0  # percent of a thumbnail that a usual one takes
+TAG_WIDTH, TAG_HEIGHT = 30.0, 7.0  # percent that one takes of a thumbnail of this shape:
+USUAL_RATIO = 4 / 3
 NUM_MASKS = 12
 MASK_ALPHA = 130  # of 255
 
@@ -41,11 +42,12 @@ def found(
     index: int,
     names: Sequence[str] | None,
     masks: Sequence[Mapping[str, Any]] | None,
+    ratio: float,
 ) -> Found | None:
     """Returns the layers of a batch's sample, or None if its regions have no labels.
 
     `names` are those of the classes; without them, regions are called by number. The surest are
-    tagged, but none over another's tag.
+    tagged, but none over another's tag. `ratio` is the picture's width / height.
     """
     if batch.labels is None:
         return None
@@ -53,20 +55,22 @@ def found(
     labels = batch.labels[index, :count]
     scores = np.ones(count, np.float32) if batch.scores is None else batch.scores[index, :count]
     order = np.argsort(-scores, kind="stable")
+    width = min(100.0, TAG_WIDTH * max(1.0, USUAL_RATIO / ratio))
+    height = min(100.0, TAG_HEIGHT * max(1.0, ratio / USUAL_RATIO))
     tags: list[Tag] = []
     for region in order.tolist():
         text = f"{_name(int(labels[region]), names)} {scores[region]:.2f}"
         left, top = (round(100 * float(edge), 2) for edge in batch.boxes[index, region, :2])
-        tag = Tag(text, min(left, 100 - TAG_WIDTH), max(top, TAG_HEIGHT))
-        if len(tags) < NUM_TAGS and not any(_overlap(tag, other) for other in tags):
+        tag = Tag(text, min(left, 100 - width), max(top, height))
+        apart = (
+            abs(tag.left - other.left) >= width or abs(tag.top - other.top) >= height
+            for other in tags
+        )
+        if len(tags) < NUM_TAGS and all(apart):
             tags.append(tag)
     return Found(
         tuple(tags), _mask_layer([masks[i] for i in order[:NUM_MASKS].tolist()]) if masks else ""
     )
-
-
-def _overlap(tag: Tag, other: Tag) -> bool:
-    return abs(tag.left - other.left) < TAG_WIDTH and abs(tag.top - other.top) < TAG_HEIGHT
 
 
 def _name(label: int, names: Sequence[str] | None) -> str:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from pipeline.vision.image import decode
+from pipeline.vision.image import Pixels, decode
+from pipeline.vision.kind import is_video
+from pipeline.vision.video import FramesConfig, read_frames
+from pipeline.vision.window import AnyWindow
 
 BOX_RATIOS = (1.0, 4 / 3)  # narrowest and widest box
 
@@ -28,10 +31,23 @@ class Picture:
 def thumbnail(image: bytes, max_side: int = 320) -> bytes:
     """Returns the image as a JPEG whose longer side is at most `max_side` pixels.
 
-    It is decoded by the extractors' rules, so boxes fit it; small images are not enlarged.
-    Raises FeatureError if the bytes are no image.
+    It is decoded by the extractors' rules, so boxes fit it; small images are not enlarged. Of a
+    video it is the frame in the middle. Raises FeatureError if the bytes are neither.
     """
-    shown = Image.fromarray(decode(image))
+    return shrink(still(image), max_side)
+
+
+def still(image: bytes, window: AnyWindow = "stored") -> Pixels:
+    """Returns what is shown of an image, or of a video; a DICOM by its own window by default."""
+    if is_video(image):
+        ((_, pixels),) = read_frames(image, FramesConfig(count=1, folder_rate=1))
+        return pixels
+    return decode(image, window)
+
+
+def shrink(pixels: Pixels, max_side: int = 320) -> bytes:
+    """Returns pixels as a JPEG whose longer side is at most `max_side`."""
+    shown = Image.fromarray(pixels)
     shown.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     shown.save(buffer, "JPEG", quality=88)

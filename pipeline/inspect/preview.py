@@ -19,7 +19,10 @@ from pipeline.inspect.curves import spread
 from pipeline.inspect.detections import Found, found
 from pipeline.inspect.heat import Heat, heat
 from pipeline.inspect.page import render
-from pipeline.inspect.picture import Picture, picture, shared_ratio, thumbnail
+from pipeline.inspect.picture import Picture, picture, shared_ratio, shrink, still
+from pipeline.vision.kind import is_video
+from pipeline.vision.video import FramesConfig, read_frames
+from pipeline.vision.window import Window
 
 REJECTS_PER_REASON = 5  # keys named as examples
 
@@ -71,12 +74,14 @@ def write_preview(dataset: str, location: str, limit: int, features: str | None 
     """Writes a page of about `limit` samples, spread evenly over each split; returns where.
 
     `features` is an extractor's name: its grid is drawn as the norm of each cell, its regions as
-    boxes with labels, scores and masks if it gives them. Raises ManifestError if there is no
-    dataset, FeatureError if there are no features.
+    boxes with labels, scores and masks if it gives them. Of a video, the frame in the middle is
+    shown with its grid. Raises ManifestError if there is no dataset, FeatureError if there are no
+    features.
     """
     opened = Dataset.open(dataset)
     card = _card(dataset, features) if features else {"grid": None}
-    grid = (int(card["grid"][0]), int(card["grid"][1])) if card["grid"] else None
+    shape = card["grid"] or card.get("frame_grid")
+    grid = (int(shape[0]), int(shape[1])) if shape else None
     splits = [opened.split(name, features) for name in opened.splits()]
     counts = [_counts(split) for split in splits]
     samples = [
@@ -116,23 +121,26 @@ def norms(batch: FeatureBatch, index: int) -> NDArray[np.float32]:
 def _shown(
     split: Split, limit: int, card: Mapping[str, Any] | None, grid: tuple[int, int] | None
 ) -> Iterator[Shown]:
-    rows = spread(split.num_samples, limit)
-    colours = _colours(split.features(rows), grid) if grid else [None] * len(rows)
-    for row, coloured in zip(rows.tolist(), colours, strict=True):
+    rows = spread(split.num_samples, limit).tolist()
+    stills = [_still(split.image(row), card or {}) for row in rows]
+    batches = [_batch(split, row, shown, card) for row, shown in zip(rows, stills, strict=True)]
+    drawable = [batch for batch in batches if batch is not None]
+    colours = _colours(drawable, grid) if grid else [None] * len(rows)
+    for row, shown, batch, coloured in zip(rows, stills, batches, colours, strict=True):
         (texts,) = split.texts([row])
         drawn, layers = None, None
-        if card is not None:
-            batch = split.features([row])
+        if card is not None and batch is not None:
             count = int(batch.num_regions[0])
             boxes = batch.boxes[0, :count]
             bright = norms(batch, 0) if batch.scores is None else batch.scores[0, :count]
             drawn = heat(bright[None], boxes, grid) if count else None
-            layers = found(batch, 0, card.get("class_names"), split.masks(row))
+            ratio = shown.picture.width / shown.picture.height
+            layers = found(batch, 0, card.get("class_names"), split.masks(row), ratio)
         yield Shown(
             key=str(split.keys[row]),
             split=split.name,
             row=row,
-            picture=picture(thumbnail(split.image(row))),
+            picture=shown.picture,
             texts=texts,
             questions=tuple((asked.question, _answers(asked.answers)) for asked in texts.questions),
             heat=drawn,
@@ -142,13 +150,51 @@ def _shown(
         )
 
 
-def _colours(batch: FeatureBatch, grid: tuple[int, int]) -> list[Colours | None]:
+@dataclass(frozen=True)
+class Still:
+    """What is shown of a sample, and, of a video, which of its extractor's frames that is."""
+
+    picture: Picture
+    frame: int | None = None
+
+
+def _still(image: bytes, card: Mapping[str, Any]) -> Still:
+    """Returns the picture, or the middle one of the frames that a card's rule takes."""
+    rule = card.get("selection", {}).get("frames")
+    if rule and is_video(image):
+        frames = read_frames(image, FramesConfig.model_validate(rule))
+        return Still(picture(shrink(frames[len(frames) // 2][1])), len(frames) // 2)
+    stated = card.get("config", {}).get("window")
+    window = Window.model_validate(stated) if isinstance(stated, dict) else None
+    return Still(picture(shrink(still(image, window or "stored"))))
+
+
+def _batch(
+    split: Split, row: int, shown: Still, card: Mapping[str, Any] | None
+) -> FeatureBatch | None:
+    """Returns the features of what is shown, or None if it cannot be told which they are."""
+    if card is None:
+        return None
+    batch = split.features([row])
+    if shown.frame is None:
+        return batch
+    if not card.get("frame_grid"):
+        return None
+    cells = int(np.prod(card["frame_grid"]))
+    of_frame = slice(shown.frame * cells, (shown.frame + 1) * cells)
+    return FeatureBatch(
+        batch.values[:, of_frame], batch.boxes[:, of_frame], np.array([cells], np.int32)
+    )
+
+
+def _colours(batches: list[FeatureBatch], grid: tuple[int, int]) -> list[Colours | None]:
     """Returns a layer for each sample; a colour means the same in all of them."""
-    count, cells, dim = batch.values.shape
-    colours = principal_colours(batch.values.reshape(count * cells, dim).astype(np.float32))
+    values = np.concatenate([batch.values for batch in batches])
+    count, cells, dim = values.shape
+    colours = principal_colours(values.reshape(count * cells, dim).astype(np.float32))
     layers: list[Colours | None] = []
-    for index, sample in enumerate(colours.reshape(count, cells, 3)):
-        boxes = 100 * batch.boxes[index]
+    for batch, sample in zip(batches, colours.reshape(count, cells, 3), strict=True):
+        boxes = 100 * batch.boxes[0]
         (left, top), (right, bottom) = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
         place = (float(left), float(top), float(right - left), float(bottom - top))
         layers.append(Colours(colour_layer(sample, grid), *place))

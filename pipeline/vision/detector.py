@@ -35,6 +35,14 @@ class Detections:
     size: tuple[int, int]  # height and width of the picture
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A picture, normalized and padded (1, 3, H, W), and its height and width without padding."""
+
+    images: "Tensor"
+    size: tuple[int, int]
+
+
 class Detector:
     """A frozen R-CNN. Pictures go through it one by one, so that none reaches another's."""
 
@@ -68,10 +76,9 @@ class Detector:
         self._mean, self._std = self._mean.to(device), self._std.to(device)
         self.dim: int = model.roi_heads.box_predictor.cls_score.in_features
 
-    def detect(self, pixels: Pixels) -> Detections:
-        """Runs everything but the selection on one picture (height, width, 3)."""
+    def load(self, pixels: Pixels) -> Loaded:
+        """Returns one picture (height, width, 3) as the network takes it, on its device."""
         import torch
-        from torchvision.models.detection.image_list import ImageList
 
         height, width = pixels.shape[:2]
         picture = torch.from_numpy(np.array(pixels)).to(self._device)  # Pillow's are read-only
@@ -79,7 +86,14 @@ class Detector:
         picture = picture.sub_(self._mean).div_(self._std)
         right, below = -width % STRIDE, -height % STRIDE
         images = torch.nn.functional.pad(picture, (0, right, 0, below))
-        padded = (height + below, width + right)
+        return Loaded(images, (height, width))
+
+    def detect(self, loaded: Loaded) -> Detections:
+        """Runs everything but the selection on one picture."""
+        from torchvision.models.detection.image_list import ImageList
+
+        images, (height, width) = loaded.images, loaded.size
+        padded = (images.shape[2], images.shape[3])
         pyramid = self.model.backbone(images)
         proposals, _ = self.model.rpn(ImageList(images, [(height, width)]), pyramid)
         heads = self.model.roi_heads

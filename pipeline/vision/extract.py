@@ -27,6 +27,7 @@ from pipeline.data.shard_files import ShardFiles, default_cache
 from pipeline.errors import ConfigError, FeatureError, PipelineError
 from pipeline.vision.extractor import AnyExtractor, from_card
 from pipeline.vision.feature import Extractor, measure_invariance
+from pipeline.vision.network import NetworkConfig, fit_if_absent
 from pipeline.vision.packing import measure_packing
 from pipeline.vision.sidecar import Sidecar, SidecarPlan, first_images, write_sidecar
 
@@ -101,9 +102,11 @@ def extract(
     started = time.perf_counter()
     manifest = Manifest.open(url)
     in_process = config.actors == 0
+    if isinstance(extractor_config, NetworkConfig):
+        fit_if_absent(url, extractor_config)
     # The actors say what they compute on; here only the identity is needed.
     extractor = extractor_config.build(_usable(config.device()) if in_process else "cpu")
-    plans, num_unchanged = _plan(manifest, extractor.name)
+    plans, num_unchanged = plan_sidecars(manifest, extractor.name)
     card = _Card(url, extractor)
     if in_process:
         work = _in_process(extractor, card.known, plans, config)
@@ -145,7 +148,7 @@ def extract(
     )
 
 
-def _plan(manifest: Manifest, extractor: str) -> tuple[list[SidecarPlan], int]:
+def plan_sidecars(manifest: Manifest, extractor: str) -> tuple[list[SidecarPlan], int]:
     """Returns the shards with live samples that lack features, and how many live samples do not."""
     samples = manifest.samples(["key", "shard", "split"])
     listed = manifest.features(extractor).rows(["key", "shard"])

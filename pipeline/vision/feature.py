@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,24 @@ class Quantized:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """What brings D values to K: how far they lie from a mean in K directions, each of length 1."""
+
+    mean: npt.NDArray[np.float32]  # (D,)
+    components: npt.NDArray[np.float32]  # (K, D)
+
+    def project(self, values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Maps (R, D) to (R, K)."""
+        projected: npt.NDArray[np.float32] = (values - self.mean) @ self.components.T
+        return projected
+
+    def restore(self, values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Maps (R, K) to the (R, D) nearest to what was projected."""
+        restored: npt.NDArray[np.float32] = values.astype(np.float32) @ self.components + self.mean
+        return restored
+
+
+@dataclass(frozen=True)
 class Feature:
     """What an extractor makes of one image: R regions or cells of D values.
 
@@ -47,6 +65,11 @@ class Feature:
     parts: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     masks: "tuple[Mask, ...] | None" = None  # R of them
     quantized: Quantized | None = None  # what is stored instead of `values`
+    projection: Projection | None = None  # that brought `values` to fewer dimensions
+
+    def as_computed(self) -> npt.NDArray[Any]:
+        """Returns the values of all dimensions, as near as what is stored comes to them."""
+        return self.values if self.projection is None else self.projection.restore(self.values)
 
     @property
     def size_bytes(self) -> int:
@@ -87,7 +110,7 @@ class Extractor(Protocol):
         """Returns one feature per image, each of which depends on its own image only."""
         ...
 
-    def exact(self) -> Self:
+    def exact(self) -> "Extractor":
         """Returns the extractor with values as computed, to which stored ones are compared."""
         ...
 
@@ -111,6 +134,12 @@ def identity(
         "selection": dict(selection),
         "storage": dict(storage),
     }
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+
+
+def wrapped_identity(inner: str, kind: str, rule: Mapping[str, Any]) -> str:
+    """Returns the hash of an extractor that does more to another one's features, by a rule."""
+    parts = {"of": inner, kind: dict(rule)}
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from pydantic import Field
 
-from pipeline.config import Config
 from pipeline.errors import ConfigError, FeatureError
 from pipeline.vision import weights
 from pipeline.vision.arithmetic import exact_arithmetic
@@ -20,21 +19,22 @@ from pipeline.vision.image import (
     Resize,
     ResizeShortSide,
     Step,
-    View,
+    cell_boxes,
     describe,
     prepare,
 )
-from pipeline.vision.packing import Storage, describe_storage, pack, packing_parts
+from pipeline.vision.network import NetworkConfig
+from pipeline.vision.packing import describe_storage, pack, packing_parts
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green, blue in [0, 1], as all torchvision weights
 IMAGENET_STD = (0.229, 0.224, 0.225)
 NORMALIZE = {"step": "normalize", "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
 
 
-class GridConfig(Config):
+class GridConfig(NetworkConfig):
     """A node of a torchvision classification network: ResNet-50's `layer4` is 7 × 7 × 2048.
 
     `node: avgpool` gives the pooled feature, a grid of one cell. `weights` is `default`
@@ -49,7 +49,6 @@ class GridConfig(Config):
     # stretch: the whole picture; crop: short side to 8/7 of image_size, then its middle, as the
     # networks were evaluated on ImageNet
     fit: Literal["stretch", "crop"] = "stretch"
-    storage: Storage = "float16"
 
     def steps(self) -> tuple[Step, ...]:
         """What happens to the pixels before they are normalized."""
@@ -58,16 +57,15 @@ class GridConfig(Config):
         return (ResizeShortSide(round(self.image_size * 8 / 7)), CentreCrop(self.image_size))
 
     def check(self) -> None:
-        """Raises ConfigError or FeatureError for what `build` would fail on, computing nothing."""
         import torch
 
+        super().check()
         with torch.device("meta"):
             network = _cut(self.network, self.node)
             _grid_shape(network, self)
         weights.check(self.weights, self.network)
 
-    def build(self, device: str = "cpu") -> "GridExtractor":
-        """Loads the network, downloading `default` weights that are not in torch's cache."""
+    def load(self, device: str) -> "GridExtractor":
         return GridExtractor(self, device)
 
 
@@ -83,7 +81,7 @@ class GridExtractor:
 
         self._config = config
         self._device = device
-        self._steps = config.steps()
+        self.steps = config.steps()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(weights.RANDOM_SEED)
             network = _cut(config.network, config.node)
@@ -105,7 +103,7 @@ class GridExtractor:
         return extractor_name("grid", self.card()["identity"])
 
     def card(self) -> dict[str, Any]:
-        preprocessing = [*describe(self._steps), NORMALIZE]
+        preprocessing = [*describe(self.steps, self._config.window), NORMALIZE]
         selection = {"network": self._config.network, "node": self._config.node}
         stored = describe_storage(self._config.storage)
         height, width = self._grid
@@ -127,16 +125,25 @@ class GridExtractor:
         }
 
     def prepare(self, image: bytes) -> Prepared:
-        return prepare(image, self._steps)
+        return prepare(image, self.steps, self._config.window)
 
-    def extract(self, prepared: Sequence[Prepared]) -> list[Feature]:
+    def load(self, prepared: Sequence[Prepared]) -> "Tensor":
+        """Returns pictures as the network takes them (B, 3, S, S), normalized, on its device."""
         import torch
 
         pixels = torch.from_numpy(np.stack([image.pixels for image in prepared]))
         # (B, S, S, 3) seen as (B, 3, S, S) is already in channels-last order
         images = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
+        return images.sub_(self._mean).div_(self._std)
+
+    def forward(self, images: "Tensor") -> "Tensor":
+        """Runs the network alone; returns the node's map (B, C, H, W) or (B, C)."""
+        maps: Tensor = self._network(images)["map"]
+        return maps
+
+    def extract(self, prepared: Sequence[Prepared]) -> list[Feature]:
         with exact_arithmetic():
-            maps = self._network(images.sub_(self._mean).div_(self._std))["map"]
+            maps = self.forward(self.load(prepared))
             values = maps.flatten(2) if maps.ndim == 4 else maps.unsqueeze(2)
             cells = values.transpose(1, 2).contiguous()  # (B, H * W, C)
             try:
@@ -154,16 +161,6 @@ class GridExtractor:
         twin = copy.copy(self)
         twin._config = self._config.model_copy(update={"storage": "float32"})
         return twin
-
-
-def cell_boxes(grid: tuple[int, int], view: View) -> np.ndarray:
-    """Returns the boxes of the cells (H * W, 4) as fractions of the whole picture, row by row."""
-    height, width = grid
-    x1, y1, x2, y2 = view
-    across, down = np.linspace(x1, x2, width + 1), np.linspace(y1, y2, height + 1)
-    left, top = np.meshgrid(across[:-1], down[:-1])
-    right, bottom = np.meshgrid(across[1:], down[1:])
-    return np.stack([left, top, right, bottom], axis=-1).reshape(-1, 4).astype(np.float32)
 
 
 def _cut(name: str, node: str) -> "nn.Module":

@@ -15,6 +15,14 @@ import simplejpeg
 from PIL import Image
 
 from pipeline.errors import FeatureError
+from pipeline.vision.kind import is_dicom, is_video
+from pipeline.vision.window import (
+    AnyWindow,
+    Window,
+    apply_window,
+    decode_dicom,
+    describe_window,
+)
 
 Pixels = npt.NDArray[np.uint8]
 View = tuple[float, float, float, float]  # x1, y1, x2, y2 as fractions of width and height
@@ -33,15 +41,19 @@ _ORIENTATION_TAG = 0x0112
 _WHITE = (255, 255, 255, 255)
 
 
-def decode(payload: bytes) -> Pixels:
+def decode(payload: bytes, window: AnyWindow = None) -> Pixels:
     """Returns the picture as a viewer would show it, or raises FeatureError saying why not.
 
-    The rules are those of `DECODING`. Floating-point and 32-bit integer images are refused: they
-    do not say which value is white.
+    The rules are those of `DECODING`; a window is for DICOM and for 16-bit pictures. Floating-point
+    and 32-bit integer images are refused: they do not say which value is white.
     """
+    if is_dicom(payload):
+        return decode_dicom(payload, window)
+    if is_video(payload):
+        raise FeatureError("a video; set extractor.frames to {count: 8}, or to {rate: 1} a second")
     try:
         with Image.open(io.BytesIO(payload)) as image:
-            pixels = _rgb(image, payload)
+            pixels = _rgb(image, payload, window)
             return np.ascontiguousarray(_turn(pixels, _orientation(image)))
     except FeatureError:
         raise
@@ -146,26 +158,46 @@ class Prepared:
     view: View
 
 
-def prepare(payload: bytes, steps: tuple[Step, ...]) -> Prepared:
+def prepare(payload: bytes, steps: tuple[Step, ...], window: AnyWindow = None) -> Prepared:
     """Decodes an image and takes it through the steps; FeatureError if it cannot be decoded."""
-    pixels, view = decode(payload), (0.0, 0.0, 1.0, 1.0)
+    return preprocess(decode(payload, window), steps)
+
+
+def preprocess(pixels: Pixels, steps: tuple[Step, ...]) -> Prepared:
+    """Takes a picture through the steps."""
+    view: View = (0.0, 0.0, 1.0, 1.0)
     for step in steps:
         pixels, view = step(pixels, view)
     return Prepared(np.ascontiguousarray(pixels), view)
 
 
-def describe(steps: tuple[Step, ...]) -> list[dict[str, Any]]:
+def cell_boxes(grid: tuple[int, int], view: View) -> npt.NDArray[np.float32]:
+    """Returns the boxes of the cells (H * W, 4) as fractions of the whole picture, row by row."""
+    height, width = grid
+    x1, y1, x2, y2 = view
+    across, down = np.linspace(x1, x2, width + 1), np.linspace(y1, y2, height + 1)
+    left, top = np.meshgrid(across[:-1], down[:-1])
+    right, bottom = np.meshgrid(across[1:], down[1:])
+    return np.stack([left, top, right, bottom], axis=-1).reshape(-1, 4).astype(np.float32)
+
+
+def describe(steps: tuple[Step, ...], window: AnyWindow = None) -> list[dict[str, Any]]:
     """Returns the decoding rules and every step with its settings, as the card lists them."""
-    return [DECODING, *({"step": step.name, **asdict(step)} for step in steps)]
+    described = ({"step": step.name, **asdict(step)} for step in steps)
+    return [DECODING, *describe_window(window), *described]
 
 
-def _rgb(image: Image.Image, payload: bytes) -> Pixels:
+def _rgb(image: Image.Image, payload: bytes, window: AnyWindow) -> Pixels:
     if image.format == "JPEG" and image.mode in ("RGB", "L"):
         jpeg = _fast_jpeg(image, payload)
         if jpeg is not None:
             return jpeg
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        grey = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
+        values = np.asarray(image)
+        if isinstance(window, Window):
+            grey = apply_window(values, window)
+        else:
+            grey = (values.astype(np.uint32) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise FeatureError(

@@ -1,11 +1,14 @@
 """Features as a network computed them to the values that a sidecar stores."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.errors import FeatureError
-from pipeline.vision.feature import Feature, Quantized, part_layout
+from pipeline.vision.feature import Feature, Projection, Quantized, part_layout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +60,14 @@ def pack(values: "Tensor", storage: Storage) -> list[Feature]:
     return [_restored(Quantized(*pair)) for pair in packed]
 
 
+def pack_one(values: npt.NDArray[np.float32], storage: Storage) -> Feature:
+    """Maps the values (R, D) of one image to its feature without boxes."""
+    import torch
+
+    (packed,) = pack(torch.from_numpy(np.ascontiguousarray(values)).unsqueeze(0), storage)
+    return packed
+
+
 def _restored(quantized: Quantized) -> Feature:
     return Feature(quantized.restore(), boxes=None, quantized=quantized)
 
@@ -71,13 +82,40 @@ def _check_finite(stored: "Tensor", values: "Tensor", storage: Storage) -> None:
         )
 
 
-def measure_packing(exact: list[Feature], stored: list[Feature]) -> dict[str, Any]:
+def compare_storage(
+    exact: Sequence[Feature], projections: Mapping[str, Projection]
+) -> dict[str, dict[str, Any]]:
+    """Returns size and error of every form that float32 features could be stored in.
+
+    Forms with all their dimensions come first, then those that `projections` bring them to, which
+    are called by their names here.
+    """
+    found = {}
+    for name, projection in [("", None), *projections.items()]:
+        for storage in get_args(Storage):
+            stored = []
+            for feature in exact:
+                values = projection.project(feature.values) if projection else feature.values
+                packed = pack_one(values, storage)
+                stored.append(
+                    replace(
+                        feature,
+                        values=packed.values,
+                        quantized=packed.quantized,
+                        projection=projection,
+                    )
+                )
+            found[f"{name} {storage}".strip()] = measure_packing(exact, stored)
+    return found
+
+
+def measure_packing(exact: Sequence[Feature], stored: Sequence[Feature]) -> dict[str, Any]:
     """Compares what was stored of some images with the float32 values, as the card states it.
 
     `relative_rms` is that of the error over that of the values; `cosine` the mean over regions.
     """
     a, b = (
-        np.concatenate([feature.values.astype(np.float64) for feature in features])
+        np.concatenate([feature.as_computed().astype(np.float64) for feature in features])
         for features in (exact, stored)
     )
     length = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)

@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +13,10 @@ import numpy as np
 from pydantic import Field
 
 from pipeline import storage
-from pipeline.config import Config
 from pipeline.errors import ConfigError, FeatureError
 from pipeline.vision import weights
 from pipeline.vision.arithmetic import exact_arithmetic
 from pipeline.vision.feature import Feature, environment, extractor_name, identity
-from pipeline.vision.grid import cell_boxes
 from pipeline.vision.image import (
     CentreCrop,
     Prepared,
@@ -25,10 +25,12 @@ from pipeline.vision.image import (
     ResizeShortSide,
     ResizeShortSideBicubic,
     Step,
+    cell_boxes,
     describe,
     prepare,
 )
-from pipeline.vision.packing import Storage, describe_storage, pack, packing_parts
+from pipeline.vision.network import NetworkConfig
+from pipeline.vision.packing import describe_storage, pack, packing_parts
 
 _BILINEAR, _BICUBIC = 2, 3  # Pillow's numbers, which preprocessor_config.json uses
 
@@ -37,7 +39,15 @@ _BILINEAR, _BICUBIC = 2, 3  # Pillow's numbers, which preprocessor_config.json u
 _POOLING = ("pooler.", "head.")
 
 
-class PatchesConfig(Config):
+# Settings of a network by which no feature is computed: where it came from, how it was trained.
+_NOT_ARCHITECTURE = (
+    *("_", "architectures", "attn_implementation", "drop_path", "dropout", "dtype", "id2label"),
+    *("initializer", "label2id", "problem_type", "torch_dtype", "transformers_version"),
+    *("attention_probs_dropout", "hidden_dropout", "layerscale_value", "logit_scale_init"),
+)
+
+
+class PatchesConfig(NetworkConfig):
     """A ViT, DeiT, CLIP, SigLIP or DINOv2 in transformers' layout; of two towers, that of images.
 
     `network` is a folder or a name on the Hugging Face hub. `weights: random` takes only its
@@ -53,12 +63,11 @@ class PatchesConfig(Config):
     image_size: int | None = Field(default=None, ge=16, le=4096)  # null: the network's own
     # stretch: the whole picture; crop: the short side to image_size, then its middle
     fit: Literal["stretch", "crop"] = "stretch"
-    storage: Storage = "float16"
 
     def check(self) -> None:
-        """Raises ConfigError or FeatureError for what `build` would fail on, computing little."""
         import torch
 
+        super().check()
         _preprocessing(self)
         with torch.device("meta"):
             tower = _vision_tower(_random_model(self))
@@ -71,8 +80,7 @@ class PatchesConfig(Config):
                     f"{', '.join(sorted(found))}"
                 )
 
-    def build(self, device: str = "cpu") -> "PatchesExtractor":
-        """Loads the network, downloading what is not in transformers' cache."""
+    def load(self, device: str) -> "PatchesExtractor":
         return PatchesExtractor(self, device)
 
 
@@ -105,7 +113,7 @@ class PatchesExtractor:
                 f"extractor.image_size={self._image_size} is not a multiple of the network's "
                 f"patches of {patch_size} pixels"
             )
-        self._steps = _steps(config.fit, self._image_size, self._preprocessing["resample"])
+        self.steps = _steps(config.fit, self._image_size, self._preprocessing["resample"])
         self._per_side = self._image_size // patch_size
         self._options = {"output_hidden_states": True} if self._layer is not None else {}
         if "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
@@ -130,9 +138,9 @@ class PatchesExtractor:
             "mean": self._preprocessing["image_mean"],
             "std": self._preprocessing["image_std"],
         }
-        preprocessing = [*describe(self._steps), normalize]
+        preprocessing = [*describe(self.steps, config.window), normalize]
         selection = {
-            "model_type": self._tower.config.model_type,
+            "model": _architecture(self._tower.config),
             "layer": self._layer,
             "class_token": config.class_token,
         }
@@ -158,7 +166,7 @@ class PatchesExtractor:
         }
 
     def prepare(self, image: bytes) -> Prepared:
-        return prepare(image, self._steps)
+        return prepare(image, self.steps, self._config.window)
 
     def extract(self, prepared: Sequence[Prepared]) -> list[Feature]:
         import torch
@@ -226,6 +234,7 @@ def _preprocessing(config: PatchesConfig) -> dict[str, Any]:
     """Returns mean, deviation and filter of preprocessor_config.json."""
     from transformers.image_processing_base import ImageProcessingMixin
 
+    _check_reachable(config.network)
     try:
         found, _ = ImageProcessingMixin.get_image_processor_dict(config.network)
     except OSError as error:
@@ -293,6 +302,18 @@ def _vision_tower(model: Any) -> Any:
     return tower
 
 
+def _architecture(config: Any) -> dict[str, Any]:
+    """Returns the settings by which a network computes, and which its weights do not show.
+
+    Those that are the defaults of its model_type are left out, as transformers adds some.
+    """
+    return {"model_type": config.model_type} | {
+        name: value
+        for name, value in config.to_diff_dict().items()
+        if not name.startswith(_NOT_ARCHITECTURE) and not name.endswith("dropout")
+    }
+
+
 def _layer(config: PatchesConfig, tower: Any) -> int | None:
     """Returns the layer counted from the front, or raises ConfigError."""
     if config.layer is None:
@@ -305,6 +326,27 @@ def _layer(config: PatchesConfig, tower: Any) -> int | None:
             "-2, or null for the network's output"
         )
     return layer
+
+
+def _check_reachable(network: str) -> None:
+    """Raises FeatureError at once where the hub's client would try for a minute."""
+    from huggingface_hub import constants, errors, try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(network, "config.json")
+    except errors.HFValidationError:  # a path: transformers says what is wrong with it
+        return
+    if Path(network).exists() or isinstance(cached, str):
+        return
+    url = f"{constants.ENDPOINT}/{network}/resolve/main/config.json"
+    request = urllib.request.Request(url, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=weights.CONNECT_TIMEOUT_SECONDS):
+            return
+    except urllib.error.HTTPError:  # the hub is there: its client says what is wrong
+        return
+    except OSError as error:
+        raise _not_found(network, "model.safetensors", error) from error
 
 
 def _not_found(network: str, file: str, error: Exception) -> FeatureError:

@@ -1,18 +1,18 @@
 """Images to region features: the boxes a frozen detector finds, each with its box-head output."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from pipeline.config import Config
 from pipeline.errors import FeatureError
 from pipeline.vision import selection, weights
 from pipeline.vision.arithmetic import exact_arithmetic
-from pipeline.vision.detector import Detections, Detector, build, class_names
+from pipeline.vision.detector import Detections, Detector, Loaded, build, class_names
 from pipeline.vision.feature import (
     Feature,
     environment,
@@ -22,6 +22,7 @@ from pipeline.vision.feature import (
 )
 from pipeline.vision.grid import NORMALIZE
 from pipeline.vision.image import Prepared, ResizeWithin, describe, prepare
+from pipeline.vision.network import NetworkConfig
 from pipeline.vision.packing import Storage, describe_storage, pack, packing_parts
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 COCO_CLASSES = 91  # background and COCO's category numbers, as torchvision's detectors have them
 
 
-class DetectorConfig(Config):
+class DetectorConfig(NetworkConfig):
     """What `regions` and `segments` share: which detector, and which of its boxes.
 
     `min_regions: 36, max_regions: 36` gives every picture 36 regions, `10` and `100` the adaptive
@@ -38,6 +39,9 @@ class DetectorConfig(Config):
     bounds. A picture with fewer proposals than `min_regions` has fewer regions.
     """
 
+    kind: ClassVar[str]  # torchvision's, fasterrcnn or maskrcnn
+    type: str
+    network: str
     weights: str = "default"  # torchvision's best for the network, a file, or `random`
     num_classes: int = Field(default=COCO_CLASSES, ge=2)  # background included
     short_side: int = Field(default=800, ge=32, le=4096)  # pixels
@@ -49,7 +53,6 @@ class DetectorConfig(Config):
     max_regions: int = Field(default=36, ge=1)
     # proposal: the box that the feature is of; refined: as the box head corrects it
     boxes: Literal["proposal", "refined"] = "proposal"
-    storage: Storage = "float16"
 
     @model_validator(mode="after")
     def _bounds_fit(self) -> Self:
@@ -66,38 +69,50 @@ class DetectorConfig(Config):
         """What happens to the pixels before they are normalized."""
         return (ResizeWithin(self.short_side, self.long_side),)
 
+    def selection(self) -> dict[str, Any]:
+        """Returns all that decides which regions a picture has, and of what their features are.
+
+        A threshold that cannot change anything is not part of it.
+        """
+        elsewhere = {*NetworkConfig.model_fields, "type", "weights", "short_side", "long_side"}
+        if self.min_regions == self.max_regions:
+            elsewhere.add("score_threshold")
+        return self.model_dump(mode="json", exclude=elsewhere)
+
+    def check(self) -> None:
+        import torch
+
+        super().check()
+        with torch.device("meta"):
+            build(self.kind, self.network, self.num_classes, self.num_proposals)
+        weights.check(self.weights, self.network)
+
 
 class RegionsConfig(DetectorConfig):
     """A torchvision Faster R-CNN. Features are its box head's output, 1024 values a region."""
 
+    kind = "fasterrcnn"
     type: Literal["regions"] = "regions"
     network: str = "fasterrcnn_resnet50_fpn_v2"
 
-    def check(self) -> None:
-        """Raises ConfigError or FeatureError for what `build` would fail on, computing nothing."""
-        import torch
-
-        with torch.device("meta"):
-            build("fasterrcnn", self.network, self.num_classes, self.num_proposals)
-        weights.check(self.weights, self.network)
-
-    def build(self, device: str = "cpu") -> "RegionsExtractor":
-        """Loads the network, downloading `default` weights that are not in torch's cache."""
+    def load(self, device: str) -> "RegionsExtractor":
         return RegionsExtractor(self, device)
 
 
-class RegionsExtractor:
+class DetectorExtractor(ABC):
     """Computes (R, D) features of regions, the highest score first.
 
     With them go `labels` (R,), the likeliest class from 1 on, `scores` (R,), its probability, and
     `classes` (R, C), the probabilities of all classes, 0 being background.
     """
 
-    def __init__(self, config: RegionsConfig, device: str) -> None:
-        self._config = config
+    def __init__(self, config: DetectorConfig, device: str) -> None:
+        self._storage = config.storage
+        self._window = config.window
         self._device = device
-        self._detector = Detector(
-            "fasterrcnn",
+        self.steps = config.steps()
+        self.detector = Detector(
+            config.kind,
             config.network,
             config.weights,
             config.num_classes,
@@ -107,27 +122,93 @@ class RegionsExtractor:
 
     @property
     def name(self) -> str:
-        return extractor_name("regions", self.card()["identity"])
+        card = self.card()
+        return extractor_name(card["type"], card["identity"])
 
+    @abstractmethod
     def card(self) -> dict[str, Any]:
-        return detector_card(self._config, self._detector, self._detector.dim, self._device)
+        """What made the features."""
+
+    @abstractmethod
+    def _feature(self, loaded: Loaded) -> Feature:
+        """Returns the feature of one picture."""
 
     def prepare(self, image: bytes) -> Prepared:
-        return prepare(image, self._config.steps())
+        return prepare(image, self.steps, self._window)
+
+    def load(self, prepared: Sequence[Prepared]) -> list[Loaded]:
+        """Returns the pictures as the network takes them, one by one."""
+        return [self.detector.load(image.pixels) for image in prepared]
+
+    def forward(self, loaded: Sequence[Loaded]) -> list[Detections]:
+        """Runs the network alone."""
+        return [self.detector.detect(image) for image in loaded]
 
     def extract(self, prepared: Sequence[Prepared]) -> list[Feature]:
         with exact_arithmetic():
-            return [self._feature(image) for image in prepared]
+            try:
+                return [self._feature(self.detector.load(image.pixels)) for image in prepared]
+            except FeatureError as error:
+                raise FeatureError(f"{self.name}: {error}") from error
 
     def exact(self) -> Self:
         twin = copy.copy(self)
-        twin._config = self._config.model_copy(update={"storage": "float32"})
+        twin._storage = "float32"
         return twin
 
-    def _feature(self, image: Prepared) -> Feature:
-        found = self._detector.detect(image.pixels)
+    def _card(self, config: DetectorConfig, dim: int) -> dict[str, Any]:
+        """Returns the card for features of `dim` values."""
+        preprocessing = [
+            *describe(self.steps, config.window),
+            NORMALIZE,
+            {"step": "pad right and below with zeros", "multiple": 32},
+        ]
+        rule = {
+            "order": "by score, the highest first",
+            "rule": "bottom-up attention",
+            "batch_norm_epsilon": self.detector.batch_norm_epsilon,
+        } | config.selection()
+        stored = describe_storage(config.storage)
+        digest = self.detector.digest
+        parts = packing_parts(config.storage, dim) | {
+            "labels": part_layout("int32", "R"),
+            "scores": part_layout("float32", "R"),
+            "classes": part_layout("float16", "R", config.num_classes),
+        }
+        return {
+            "type": config.type,
+            "identity": identity(config.type, digest, preprocessing, rule, stored),
+            "config": config.model_dump(mode="json") | {"weights": self.detector.weights},
+            "weights": {"digest": digest, "random": config.weights == "random"},
+            "preprocessing": preprocessing,
+            "selection": rule,
+            "storage": stored,
+            "dtype": stored["dtype"],
+            "dim": dim,
+            "num_regions": config.max_regions,
+            "grid": None,
+            "boxes": "stored",
+            "parts": parts,
+            "class_names": class_names(config.network, config.num_classes),
+            "environments": [environment(self._device)],
+        }
+
+
+class RegionsExtractor(DetectorExtractor):
+    """Regions whose features are the box head's output."""
+
+    def __init__(self, config: RegionsConfig, device: str) -> None:
+        super().__init__(config, device)
+        self._config = config
+
+    def card(self) -> dict[str, Any]:
+        return self._card(self._config, self.detector.dim)
+
+    def _feature(self, loaded: Loaded) -> Feature:
+        found = self.detector.detect(loaded)
         kept = select(found, self._config)
-        return region_feature(self.name, found, kept, found.values[kept], self._config)
+        boxes = region_boxes(found, kept, self._config)
+        return region_feature(found, kept, found.values[kept], boxes, self._storage)
 
 
 def select(found: Detections, config: DetectorConfig) -> "Tensor":
@@ -148,60 +229,16 @@ def region_boxes(found: Detections, kept: "Tensor", config: DetectorConfig) -> "
 
 
 def region_feature(
-    name: str, found: Detections, kept: "Tensor", values: "Tensor", config: DetectorConfig
+    found: Detections, kept: "Tensor", values: "Tensor", boxes: "Tensor", storage: Storage
 ) -> Feature:
-    """Returns the values (R, D) of these proposals with boxes, labels, scores and classes."""
+    """Returns the values (R, D) and boxes (R, 4) of these proposals with labels and classes."""
     probabilities = found.probabilities[kept]
     labels, scores = selection.name_regions(probabilities)
-    boxes = selection.as_fractions(region_boxes(found, kept, config), *found.size)
-    try:
-        (packed,) = pack(values.unsqueeze(0), config.storage)
-    except FeatureError as error:
-        raise FeatureError(f"{name}: {error}") from error
+    (packed,) = pack(values.unsqueeze(0), storage)
     parts = {
         "labels": labels.int().cpu().numpy(),
         "scores": scores.cpu().numpy(),
         "classes": probabilities.half().cpu().numpy(),
     }
-    return replace(packed, boxes=boxes.cpu().numpy().astype(np.float32), parts=parts)
-
-
-def detector_card(
-    config: "RegionsConfig | Any", detector: Detector, dim: int, device: str
-) -> dict[str, Any]:
-    """Returns the card of an extractor whose config is a DetectorConfig with type and network."""
-    settings = config.model_dump(mode="json")
-    preprocessing = [
-        *describe(config.steps()),
-        NORMALIZE,
-        {"step": "pad right and below with zeros", "multiple": 32},
-    ]
-    not_selection = {"type", "weights", "short_side", "long_side", "storage"}
-    rule = {
-        "order": "by score, the highest first",
-        "rule": "bottom-up attention",
-        "batch_norm_epsilon": detector.batch_norm_epsilon,
-    } | {name: value for name, value in settings.items() if name not in not_selection}
-    stored = describe_storage(config.storage)
-    parts = packing_parts(config.storage, dim) | {
-        "labels": part_layout("int32", "R"),
-        "scores": part_layout("float32", "R"),
-        "classes": part_layout("float16", "R", config.num_classes),
-    }
-    return {
-        "type": config.type,
-        "identity": identity(config.type, detector.digest, preprocessing, rule, stored),
-        "config": settings | {"weights": detector.weights},
-        "weights": {"digest": detector.digest, "random": config.weights == "random"},
-        "preprocessing": preprocessing,
-        "selection": rule,
-        "storage": stored,
-        "dtype": stored["dtype"],
-        "dim": dim,
-        "num_regions": config.max_regions,
-        "grid": None,
-        "boxes": "stored",
-        "parts": parts,
-        "class_names": class_names(config.network, config.num_classes),
-        "environments": [environment(device)],
-    }
+    fractions = selection.as_fractions(boxes, *found.size).cpu().numpy().astype(np.float32)
+    return replace(packed, boxes=fractions, parts=parts)

@@ -1,21 +1,17 @@
 """Images to segment features: the regions of Mask R-CNN, each with its outline."""
 
-import copy
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from pipeline.vision import selection, weights
-from pipeline.vision.arithmetic import exact_arithmetic
-from pipeline.vision.detector import Detections, Detector, build
-from pipeline.vision.feature import Feature, Mask, extractor_name
-from pipeline.vision.image import Prepared, prepare
+from pipeline.vision import selection
+from pipeline.vision.detector import Detections, Loaded
+from pipeline.vision.feature import Feature, Mask
 from pipeline.vision.regions import (
     DetectorConfig,
-    detector_card,
+    DetectorExtractor,
     region_boxes,
     region_feature,
     select,
@@ -34,66 +30,33 @@ class SegmentsConfig(DetectorConfig):
     mask (256), or one after the other.
     """
 
+    kind = "maskrcnn"
     type: Literal["segments"] = "segments"
     network: str = "maskrcnn_resnet50_fpn_v2"
     boxes: Literal["proposal", "refined"] = "refined"  # as the mask head was trained
     pool: Literal["box", "mask", "both"] = "both"
     mask_side: int = Field(default=512, ge=16, le=4096)  # pixels, the longer side of the masks
 
-    def check(self) -> None:
-        """Raises ConfigError or FeatureError for what `build` would fail on, computing nothing."""
-        import torch
-
-        with torch.device("meta"):
-            build("maskrcnn", self.network, self.num_classes, self.num_proposals)
-        weights.check(self.weights, self.network)
-
-    def build(self, device: str = "cpu") -> "SegmentsExtractor":
-        """Loads the network, downloading `default` weights that are not in torch's cache."""
+    def load(self, device: str) -> "SegmentsExtractor":
         return SegmentsExtractor(self, device)
 
 
-class SegmentsExtractor:
-    """Computes (R, D) features with all that `regions` gives, and a mask for each region."""
+class SegmentsExtractor(DetectorExtractor):
+    """Regions with a mask for each, whose features are of the box, the mask, or both."""
 
     def __init__(self, config: SegmentsConfig, device: str) -> None:
+        super().__init__(config, device)
         self._config = config
-        self._device = device
-        self._detector = Detector(
-            "maskrcnn",
-            config.network,
-            config.weights,
-            config.num_classes,
-            config.num_proposals,
-            device,
-        )
-
-    @property
-    def name(self) -> str:
-        return extractor_name("segments", self.card()["identity"])
 
     def card(self) -> dict[str, Any]:
-        parts = {"box": self._detector.dim, "mask": MASK_LEVELS}
+        parts = {"box": self.detector.dim, "mask": MASK_LEVELS}
         dim = parts.get(self._config.pool, sum(parts.values()))
-        card = detector_card(self._config, self._detector, dim, self._device)
-        return card | {"segments": "COCO run-length code"}
+        return self._card(self._config, dim) | {"segments": "COCO run-length code"}
 
-    def prepare(self, image: bytes) -> Prepared:
-        return prepare(image, self._config.steps())
-
-    def extract(self, prepared: Sequence[Prepared]) -> list[Feature]:
-        with exact_arithmetic():
-            return [self._feature(image) for image in prepared]
-
-    def exact(self) -> Self:
-        twin = copy.copy(self)
-        twin._config = self._config.model_copy(update={"storage": "float32"})
-        return twin
-
-    def _feature(self, image: Prepared) -> Feature:
+    def _feature(self, loaded: Loaded) -> Feature:
         import torch
 
-        found = self._detector.detect(image.pixels)
+        found = self.detector.detect(loaded)
         kept = select(found, self._config)
         boxes = region_boxes(found, kept, self._config)
         maps, masks = self._masks(found, kept, boxes)
@@ -101,14 +64,14 @@ class SegmentsExtractor:
         chosen = values.get(self._config.pool)
         if chosen is None:
             chosen = torch.cat(list(values.values()), dim=1)
-        feature = region_feature(self.name, found, kept, chosen, self._config)
+        feature = region_feature(found, kept, chosen, boxes, self._storage)
         return replace(feature, masks=outlines(masks, boxes, found.size, self._config.mask_side))
 
     def _masks(
         self, found: Detections, kept: "Tensor", boxes: "Tensor"
     ) -> tuple["Tensor", "Tensor"]:
         """Returns the pyramid within each box (R, 256, H, W), and its masks (R, 1, 2H, 2W)."""
-        heads = self._detector.model.roi_heads
+        heads = self.detector.model.roi_heads
         maps = heads.mask_roi_pool(found.pyramid, [boxes], [found.padded_size])
         logits = heads.mask_predictor(heads.mask_head(maps))  # (R, C, 2H, 2W)
         labels, _ = selection.name_regions(found.probabilities[kept])

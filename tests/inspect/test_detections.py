@@ -24,7 +24,7 @@ NAMES = ["background", "cat", "dog"]
 
 
 def test_the_surest_region_is_tagged_and_none_over_another() -> None:
-    first, second = found(BATCH, 0, NAMES, None), found(BATCH, 1, NAMES, None)
+    first, second = found(BATCH, 0, NAMES, None, 4 / 3), found(BATCH, 1, NAMES, None, 4 / 3)
     assert first is not None
     assert second is not None
     assert [tag.text for tag in first.tags] == ["dog 0.90"]
@@ -35,8 +35,17 @@ def test_the_surest_region_is_tagged_and_none_over_another() -> None:
     assert NUM_TAGS > 1
 
 
+def test_tags_end_within_pictures_of_any_proportions() -> None:
+    tall = found(BATCH, 1, NAMES, None, 0.5)
+    wide = found(BATCH, 0, NAMES, None, 4.0)
+    assert tall is not None
+    assert wide is not None
+    assert tall.tags[0].left == 20  # a tag takes 80 % of so narrow a picture
+    assert wide.tags[0].top == 21  # and its height as much of so low a one
+
+
 def test_regions_without_labels_have_no_layers() -> None:
-    assert found(replace(BATCH, labels=None), 0, NAMES, None) is None
+    assert found(replace(BATCH, labels=None), 0, NAMES, None, 4 / 3) is None
 
 
 def test_masks_lie_over_each_other_the_surest_on_top() -> None:
@@ -44,7 +53,7 @@ def test_masks_lie_over_each_other_the_surest_on_top() -> None:
     bits[0, :, :4] = 1
     bits[1, :, 2:] = 1  # the surest
     masks = encode(np.asfortranarray(bits.transpose(1, 2, 0)))
-    layers = found(BATCH, 0, NAMES, masks)
+    layers = found(BATCH, 0, NAMES, masks, 4 / 3)
     assert layers is not None
     picture = Image.open(io.BytesIO(base64.b64decode(layers.masks.partition(",")[2])))
     pixels = np.asarray(picture.convert("RGBA"))

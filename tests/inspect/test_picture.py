@@ -1,11 +1,14 @@
 import io
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from pipeline.errors import FeatureError
-from pipeline.inspect.picture import picture, shared_ratio, thumbnail
+from pipeline.inspect.picture import picture, shared_ratio, still, thumbnail
+from pipeline.vision.window import Window
 from tests.inspect.conftest import png
+from tests.vision.video_files import dicom, level, video
 
 
 def test_a_thumbnail_is_a_small_jpeg_of_the_same_proportions() -> None:
@@ -34,3 +37,11 @@ def test_every_picture_of_a_gallery_fits_its_box_whole() -> None:
         assert height <= 100.001
         assert max(width, height) == pytest.approx(100)
     assert shared_ratio([]) == 1
+
+
+def test_a_video_is_shown_by_its_middle_frame_and_a_scan_by_a_window() -> None:
+    assert abs(float(still(video(9))[:, 16:].mean()) - level(4)) < 4
+    values = np.array([[0, 500, 1000]], np.int16)
+    stated = dicom(values, WindowCenter=500, WindowWidth=1000)
+    assert still(stated)[0, :, 0].tolist() == [0, 128, 255]
+    assert still(stated, Window(center=0, width=2))[0, :, 0].tolist() == [255, 255, 255]

@@ -10,17 +10,20 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline.data.dataset import FeatureBatch
+from pipeline.data.dataset import Dataset, FeatureBatch
 from pipeline.data.manifest import FEATURES, LIVE, REJECT, SAMPLES, Manifest
 from pipeline.data.sample import Dialog, Question, Round, Sample, Texts
 from pipeline.data.shard import ShardWriter
 from pipeline.errors import FeatureError, ManifestError
 from pipeline.inspect.preview import norms, write_preview
 from pipeline.vision.extract import ExtractConfig, extract
+from pipeline.vision.grid import GridConfig
 from pipeline.vision.segments import SegmentsConfig
+from pipeline.vision.video import FramesConfig
 from tests.inspect.conftest import HOSTILE, Page, png
 from tests.vision.photo_dataset import make_dataset as make_photos
 from tests.vision.photo_dataset import pictures
+from tests.vision.video_files import HEIGHT, WIDTH, level, video
 
 
 def texts(number: int) -> Texts:
@@ -210,3 +213,51 @@ def test_labels_scores_and_masks_of_a_detector_lie_over_its_pictures(tmp_path: P
         assert max(Image.open(io.BytesIO(payload)).size) == 24
     names = json.loads((tmp_path / "photos" / "features" / name / "card.json").read_text())
     assert any(f"{label} 0.0" in page.words() for label in names["class_names"][1:])
+
+
+def make_videos(url: str, lengths: Sequence[int]) -> None:
+    """Makes a dataset of mp4 videos of so many frames."""
+    rows: list[dict[str, object]] = []
+    with ShardWriter(f"{url}/shards/train") as writer:
+        for number, length in enumerate(lengths):
+            members = writer.write(
+                Sample(f"v{number}", {"mp4": video(length), "json": texts(number).to_json()})
+            )
+            place = {
+                f"{part}_{name}": getattr(members[suffix], name)
+                for part, suffix in (("image", "mp4"), ("texts", "json"))
+                for name in ("offset", "size")
+            }
+            known = {"key": f"v{number}", "split": "train", "state": LIVE, "suffix": "mp4"}
+            rows.append(row(SAMPLES, **known, **place, num_captions=2))
+    for entry in rows:
+        entry.update(shard=writer.shard.name, texts_shard=writer.shard.name)
+    Manifest.create(url).commit(pa.Table.from_pylist(rows, SAMPLES))
+
+
+def test_videos_are_shown_by_the_middle_one_of_their_extractors_frames(tmp_path: Path) -> None:
+    url = str(tmp_path / "videos")
+    make_videos(url, [9, 2])
+    config = GridConfig(
+        network="squeezenet1_0",
+        node="features.2",
+        weights="random",
+        image_size=32,
+        storage="int8",
+        frames=FramesConfig(count=3),
+    )
+    report = extract(url, config, ExtractConfig(actors=0))
+    batch = Dataset.open(url).split("train", report.extractor).features([0, 1])
+    assert batch.num_regions.tolist() == [3 * 36, 2 * 36]
+    html = Path(write_preview(url, str(tmp_path / "page.html"), 9, report.extractor)).read_text()
+    page = Page(html)
+    assert page.faults == []
+    drawn = [box for box in page.all("div") if "data-maps" in box]
+    assert [box["data-grid"] for box in drawn] == ["6,6", "6,6"]
+    shown = [image["src"] or "" for image in page.all("img") if "jpeg" in (image["src"] or "")]
+    brightness = []
+    for source in shown:
+        jpeg = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
+        assert jpeg.size == (WIDTH, HEIGHT)
+        brightness.append(float(np.asarray(jpeg)[:, 16:].mean()))
+    assert brightness == pytest.approx([level(4), level(1)], abs=4)

@@ -222,20 +222,25 @@ class TestOnActors:
         found = sidecars(tmp_path / "there", there.extractor)
         assert found == sidecars(tmp_path / "here", here.extractor)
 
-    def test_shard_of_a_killed_actor_is_done_again(self, tmp_path: Path) -> None:
+    def test_a_killed_actor_loses_its_shard_and_no_other(self, tmp_path: Path) -> None:
         images = pictures(24)
         make_dataset(str(tmp_path), images)
         killed: list[int] = []
+        finished: dict[Path, int] = {}
 
         def kill_one(progress: ExtractProgress) -> None:
             if progress.num_done and not killed:
                 killed.append(self._workers()[0])
                 os.kill(killed[0], signal.SIGKILL)
+                done = (tmp_path / "features").glob("pixels-*/*.tar")
+                finished.update((path, path.stat().st_mtime_ns) for path in done)
 
         report = extract(str(tmp_path), PIXELS, ExtractConfig(actors=1, batch_size=3), kill_one)
         assert len(killed) == 1
-        assert report.num_images == 24
+        assert (report.num_images, report.num_shards) == (24, 6)
         check_features(tmp_path, report, images)
+        assert 1 <= len(finished) < 6
+        assert {path: path.stat().st_mtime_ns for path in finished} == finished
 
     def test_error_in_an_actor_is_raised_as_it_is(self, tmp_path: Path) -> None:
         images = pictures(6)

@@ -205,7 +205,7 @@ def test_what_cannot_be_built_is_refused_beforehand(
 
 
 def test_values_beyond_float16_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    extractor = SQUEEZENET.build()
+    extractor = SQUEEZENET.load("cpu")
     large = torch.full((1, 512, 3, 3), 1e5)
     monkeypatch.setattr(extractor._network, "forward", lambda _: {"map": large})
     with pytest.raises(FeatureError, match=r"1e\+05 do not fit float16"):

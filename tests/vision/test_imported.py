@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,28 @@ def test_ids_are_matched_with_the_keys_they_would_have() -> None:
         match(["42", "000000000042"], keys, "here")
     with pytest.raises(FeatureError, match="first id is 'dog', a key is '000000000042'"):
         match(["dog"], keys, "here")
+
+
+@pytest.mark.parametrize("layout", ["bottom-up attention", "LXMERT", "npz", "openvqa", "VOLTA"])
+def test_every_published_layout_is_read_as_the_features_of_a_dataset(
+    tmp_path: Path, layout: str
+) -> None:
+    url = dataset(tmp_path, 5)
+    images = {f"{n:012d}": files.make(n) for n in range(5)}
+    location = {
+        "npz": lambda: files.write_uniter(tmp_path / "npz", images),
+        "openvqa": lambda: files.write_openvqa(tmp_path / "openvqa", images),
+        "VOLTA": lambda: files.write_volta(tmp_path / "f.h5", images),
+    }.get(layout, lambda: files.write_table(tmp_path / "f.tsv", images, layout))()
+    names = ["cat", "dog", "bird"]
+    report = import_features(url, location, "float32", names)
+    card = json.loads((Path(url) / "features" / report.extractor / "card.json").read_text())
+    assert card["class_names"] == names
+    split = Dataset.open(url).split("train", report.extractor)
+    batch = split.features(range(5))
+    tolerance = 1e-2 if layout == "npz" else 1e-6  # published as float16
+    for i, key in enumerate(split.keys):
+        made = images[key]
+        count = len(made.values)
+        np.testing.assert_allclose(batch.values[i, :count], made.values, rtol=tolerance)
+        np.testing.assert_allclose(batch.boxes[i, :count], made.fractions(), atol=1e-3)

@@ -3,7 +3,14 @@ import pytest
 import torch
 
 from pipeline.errors import FeatureError
-from pipeline.vision.packing import Storage, measure_packing, pack, packing_parts
+from pipeline.vision.feature import Projection
+from pipeline.vision.packing import (
+    Storage,
+    compare_storage,
+    measure_packing,
+    pack,
+    packing_parts,
+)
 
 # B=2, R=3, D=40: regions of very different strength, one of them all zero.
 VALUES = torch.from_numpy(
@@ -59,3 +66,17 @@ def test_the_error_is_relative_to_the_values() -> None:
     assert 1e-5 < halves["relative_rms"] < 5e-4 < rows["relative_rms"] < 0.01
     assert rows["cosine"] > 0.9999 > channels["cosine"]  # weak regions vanish beside strong ones
     assert (halves["bytes_per_image"], rows["bytes_per_image"]) == (240, 3 * 40 + 3 * 4)
+
+
+def test_every_form_of_storage_is_compared_with_what_was_computed() -> None:
+    exact = pack(VALUES, "float32")
+    projection = Projection(np.zeros(40, np.float32), np.eye(40, dtype=np.float32)[:30])
+    found = compare_storage(exact, {"first 30": projection})
+    assert list(found) == [
+        *("float32", "float16", "int8", "int8-per-channel", "first 30 float32"),
+        *("first 30 float16", "first 30 int8", "first 30 int8-per-channel"),
+    ]
+    assert found["float16"] == measure_packing(exact, pack(VALUES, "float16"))
+    assert found["first 30 float16"]["bytes_per_image"] == 3 * 30 * 2
+    lost = np.sqrt((VALUES[..., 30:] ** 2).sum() / (VALUES**2).sum())
+    assert found["first 30 float32"]["relative_rms"] == pytest.approx(float(lost), rel=1e-4)

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,35 @@ def test_identity_is_of_weights_that_matter_and_not_of_their_folder(
     assert copied.name == PatchesConfig(network=folders["vit"]).build().name
     without = [PatchesConfig(network=str(tmp_path / "without")).build() for _ in range(2)]
     assert without[0].name == without[1].name
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"num_attention_heads": 2}, False),
+        ({"hidden_act": "relu"}, False),
+        ({"layer_norm_eps": 1e-3}, False),
+        ({"hidden_dropout_prob": 0.3}, True),
+        ({"initializer_range": 0.5, "architectures": ["ViTForImageClassification"]}, True),
+    ],
+    ids=str,
+)
+def test_identity_is_of_settings_that_weights_do_not_show(
+    folders: dict[str, str], tmp_path: Path, change: dict[str, Any], same: bool
+) -> None:
+    shutil.copytree(folders["vit"], tmp_path / "changed")
+    document = json.loads((tmp_path / "changed" / "config.json").read_text())
+    (tmp_path / "changed" / "config.json").write_text(json.dumps(document | change))
+    changed = PatchesConfig(network=str(tmp_path / "changed")).build()
+    assert (changed.name == PatchesConfig(network=folders["vit"]).build().name) == same
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(FeatureError, match=r"model\.safetensors of 'some/vit' cannot be had"):
+        PatchesConfig(network="some/vit").check()
 
 
 def test_weights_that_lack_a_block_are_refused(folders: dict[str, str], tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_boxes_features_and_probabilities_are_those_of_torchvision(
     config = SMALL.model_copy(
         update={"network": network, "weights": str(tmp_path / "weights.pth"), "num_proposals": 20}
     )
-    extractor = config.build()
+    extractor = config.load("cpu")
     prepared = extractor.prepare(png(80, 64))  # a size that the resize leaves as it is
     seen: dict[str, Any] = {}
 
@@ -123,7 +123,7 @@ def test_boxes_features_and_probabilities_are_those_of_torchvision(
     remember("values", reference.roi_heads.box_head)
     remember("predicted", reference.roi_heads.box_predictor)
     with torch.inference_mode():
-        found = extractor._detector.detect(prepared.pixels)
+        found = extractor.detector.detect(extractor.detector.load(prepared.pixels))
         reference([torch.tensor(prepared.pixels).permute(2, 0, 1) / 255])
     torch.testing.assert_close(found.boxes, seen["proposals"][0][0], rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(found.values, seen["values"], rtol=1e-4, atol=1e-5)
@@ -166,6 +166,13 @@ def test_adaptive_regions_differ_in_number_and_fixed_ones_do_not(photos: list[by
 def test_identity_changes_with_whatever_changes_features(change: dict[str, Any]) -> None:
     changed = RegionsConfig.model_validate(SMALL.model_dump() | change)
     assert changed.build().name != SMALL.build().name
+
+
+def test_a_threshold_that_decides_nothing_does_not_change_the_identity() -> None:
+    fixed = [SMALL.model_copy(update={"score_threshold": share}) for share in (0.1, 0.4)]
+    assert fixed[0].build().name == fixed[1].build().name
+    adaptive = [config.model_copy(update={"max_regions": 9}) for config in fixed]
+    assert adaptive[0].build().name != adaptive[1].build().name
 
 
 def test_extractor_comes_back_from_its_card(extractor: Extractor) -> None:
@@ -211,8 +218,8 @@ def test_impossible_bounds_are_refused(change: dict[str, Any]) -> None:
 
 
 def test_weights_of_another_number_of_classes_are_refused(tmp_path: Path) -> None:
-    other = SMALL.model_copy(update={"num_classes": 9}).build()
+    other = SMALL.model_copy(update={"num_classes": 9}).load("cpu")
     path = tmp_path / "nine.pth"
-    torch.save(other._detector.model.state_dict(), path)
+    torch.save(other.detector.model.state_dict(), path)
     with pytest.raises(FeatureError, match=r"of another shape.*cls_score"):
         SMALL.model_copy(update={"weights": str(path)}).build()

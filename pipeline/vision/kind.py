@@ -1,0 +1,20 @@
+"""A part's first bytes to the kind of file that it is, where that decides how it is read."""
+
+ZIP = b"PK\x03\x04"
+_MATROSKA = b"\x1a\x45\xdf\xa3"  # of WebM too
+_MEDIA_AT, _MEDIA = 4, b"ftyp"  # of mp4 and QuickTime, and of pictures with these brands:
+_PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
+_DICOM_AT, _DICOM = 128, b"DICM"
+
+
+def is_video(payload: bytes) -> bool:
+    """Whether these are the bytes of an mp4, a WebM, or a folder of frames in a ZIP."""
+    if payload[_MEDIA_AT : _MEDIA_AT + len(_MEDIA)] == _MEDIA:
+        brand = payload[_MEDIA_AT + 4 : _MEDIA_AT + 8]
+        return brand not in _PICTURE_BRANDS
+    return payload.startswith((ZIP, _MATROSKA))
+
+
+def is_dicom(payload: bytes) -> bool:
+    """Whether these are the bytes of a DICOM file."""
+    return payload[_DICOM_AT : _DICOM_AT + len(_DICOM)] == _DICOM

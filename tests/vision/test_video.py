@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import check
+from pipeline.errors import ConfigError, FeatureError
+from pipeline.vision.video import FramesConfig, choose, read_frames
+from tests.vision.video_files import HEIGHT, WIDTH, folder, frame, level, turned, video
+
+EIGHT = FramesConfig(count=8)
+
+
+def numbers(payload: bytes, config: FramesConfig) -> list[tuple[float, int]]:
+    """Times of the frames that are read, and which ones they are by their brightness."""
+    return [
+        (seconds, round((float(pixels[:, 16:].mean()) - level(0)) / 6))
+        for seconds, pixels in read_frames(payload, config)
+    ]
+
+
+@pytest.mark.parametrize("form", ["mp4", "webm"])
+def test_a_count_takes_the_middle_of_equal_parts(form: str) -> None:
+    found = numbers(video(30, form=form), FramesConfig(count=3))
+    assert [number for _, number in found] == [5, 15, 25]
+    assert [seconds for seconds, _ in found] == pytest.approx([0.5, 1.5, 2.5], abs=2e-3)
+
+
+def test_a_rate_takes_the_frame_that_is_shown_at_each_time() -> None:
+    found = numbers(video(30), FramesConfig(rate=4))
+    assert [number for _, number in found] == [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27]
+    assert found[1][0] == pytest.approx(0.2)  # the frame's own time, not the one asked for
+
+
+@pytest.mark.parametrize("key_frame_every", [1, 4, 100])
+def test_frames_do_not_depend_on_where_key_frames_are(key_frame_every: int) -> None:
+    payload = video(30, key_frame_every=key_frame_every)
+    assert [number for _, number in numbers(payload, EIGHT)] == [1, 5, 9, 13, 16, 20, 24, 28]
+
+
+def test_a_frame_is_near_to_what_was_encoded_and_the_same_each_time() -> None:
+    payload = video(9)
+    (first, again) = (read_frames(payload, FramesConfig(count=1))[0][1] for _ in range(2))
+    assert first.shape == (HEIGHT, WIDTH, 3)
+    assert np.abs(first[:, 12:].astype(int) - frame(4)[:, 12:]).mean() < 3
+    np.testing.assert_array_equal(first, again)
+
+
+def test_a_turned_video_is_shown_upright() -> None:
+    ((_, pixels),) = read_frames(turned(video(3)), FramesConfig(count=1))
+    assert pixels.shape == (WIDTH, HEIGHT, 3)
+    assert pixels[:6].mean() > 200  # the bar on the left has come to the top
+    assert pixels[12:].mean() < 100
+
+
+def test_a_folder_of_frames_has_the_stated_rate() -> None:
+    config = FramesConfig(count=2, folder_rate=5)
+    assert numbers(folder(10), config) == [(0.4, 2), (1.4, 7)]
+    with pytest.raises(FeatureError, match=r"set extractor\.frames\.folder_rate"):
+        read_frames(folder(2), EIGHT)
+
+
+def test_a_short_video_gives_each_frame_once() -> None:
+    assert [number for _, number in numbers(video(3), EIGHT)] == [0, 1, 2]
+    assert [number for _, number in numbers(video(1), EIGHT)] == [0]
+
+
+@given(
+    gaps=st.lists(st.floats(0.01, 2), max_size=30),
+    count=st.integers(1, 20),
+)
+def test_chosen_frames_are_in_order_and_never_twice(gaps: list[float], count: int) -> None:
+    times = [0.0, *np.cumsum(gaps).tolist()]
+    for config in (FramesConfig(count=count), FramesConfig(rate=count / 4, most=4096)):
+        places = choose(times, config)
+        assert places == sorted(set(places))
+        assert 0 <= places[0] <= places[-1] < len(times)
+    assert len(choose(times, FramesConfig(count=count))) <= count
+
+
+def test_more_frames_than_allowed_are_refused() -> None:
+    with pytest.raises(
+        FeatureError, match=r"30 frames at 10 a second; extractor\.frames\.most is 20"
+    ):
+        read_frames(video(30), FramesConfig(rate=10, most=20))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_damaged_video_is_refused(share: float) -> None:
+    payload = video(20)
+    with pytest.raises(FeatureError, match="video"):
+        read_frames(payload[:8] + payload[8 : int(share * len(payload))], EIGHT)
+    with pytest.raises(FeatureError, match="folder of frames"):
+        read_frames(folder(3)[:90], FramesConfig(count=1, folder_rate=1))
+
+
+@pytest.mark.parametrize("settings", [{}, {"count": 3, "rate": 1.0}])
+def test_one_rule_is_given(settings: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="either count or rate"):
+        check(FramesConfig, settings, "recipe")

@@ -4,13 +4,14 @@ import contextlib
 import json
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pipeline import config, storage
-from pipeline.data.dataset import Dataset, Split, TextKind
+from pipeline.data.dataset import Dataset, TextKind
 from pipeline.data.loader import Loader
 from pipeline.data.order import Order
 from pipeline.data.vocabulary import load_tokenizer
@@ -21,7 +22,8 @@ from pipeline.objectives.base import Objective
 from pipeline.objectives.objective import ObjectivesConfig, by_stream
 from pipeline.objectives.stream import ObjectiveModel, StreamCollator
 from pipeline.training import model_folder
-from pipeline.training.spec import TrainingSpec
+from pipeline.training.evaluation import Evaluate, held_out_losses
+from pipeline.training.spec import Environment, TrainingSpec
 
 MODEL = "model"  # RUN/<phase>/model
 
@@ -56,12 +58,14 @@ class Assembly:
 
     `module` maps a micro-batch to (mean loss, {objective: detached mean loss}). `batches` maps
     (start step, rank, world size) to the rank's micro-batches of each step from there to the last.
-    `save` writes the model folder from fp32 weights named as in the module.
+    `save` writes the model folder from fp32 weights named as in the module. `evaluate` finds
+    figures of held-out data; None: there is none.
     """
 
     module: nn.Module
     batches: Batches
     save: Callable[[dict[str, Tensor]], None]
+    evaluate: Evaluate | None = None
 
 
 def assemble(spec: TrainingSpec) -> Assembly:
@@ -85,32 +89,26 @@ def assemble(spec: TrainingSpec) -> Assembly:
             card=spec.card,
         )
 
-    return Assembly(module, _batches(spec, objectives), save)
+    return Assembly(module, _batches(spec, objectives), save, _evaluation(spec))
 
 
-def _batches(spec: TrainingSpec, objectives: list[Objective]) -> Batches:
-    tokenizer = load_tokenizer(spec.tokenizer)
-    dataset = Dataset.open(spec.dataset, spec.dataset_version)
-    split = dataset.split(spec.split, spec.features)
-    for objective in objectives:
-        objective.open(dataset, spec.split)
-    collators = [
-        StreamCollator(sharing, tokenizer, spec.max_tokens, spec.answers, spec.blind)
-        for sharing in by_stream(objectives).values()
-    ]
-    loaders = {
-        kind: _loader(spec, split, kind, [o for o in objectives if o.stream.kind == kind])
-        for kind in dict.fromkeys(objective.stream.kind for objective in objectives)
-    }
+@dataclass(frozen=True)
+class _Feed:
+    """A split, as these objectives read it: a loader for each kind of text, whose steps agree."""
+
+    loaders: dict[TextKind, Loader]
+    collators: list[StreamCollator]
+    micro_batch_size: int
+    num_steps: int  # of an epoch of the smallest kind, at least one
 
     def batches(
-        start: int, rank: int, world_size: int
+        self, start: int, stop: int, rank: int, world_size: int
     ) -> Generator[list[stream.MicroBatch], None, None]:
-        size = spec.training.micro_batch_size
+        """Yields for each step in [start, stop) the rank's micro-batches."""
         with contextlib.ExitStack() as opened:
             sources = [
-                loader.batches(start, spec.training.steps, rank, world_size, size)
-                for loader in loaders.values()
+                loader.batches(start, stop, rank, world_size, self.micro_batch_size)
+                for loader in self.loaders.values()
             ]
             for source in sources:
                 opened.enter_context(contextlib.closing(source))
@@ -119,29 +117,71 @@ def _batches(spec: TrainingSpec, objectives: list[Objective]) -> Batches:
                     stream.MicroBatch(
                         {
                             collate.stream.name: collate(batches[collate.stream.kind])
-                            for collate in collators
+                            for collate in self.collators
                         }
                     )
                     for batches in (
-                        dict(zip(loaders, of_kinds, strict=True))
+                        dict(zip(self.loaders, of_kinds, strict=True))
                         for of_kinds in zip(*step, strict=True)
                     )
                 ]
 
+
+def _feed(spec: TrainingSpec, objectives: list[Objective], split_name: str) -> _Feed:
+    tokenizer = load_tokenizer(spec.tokenizer)
+    dataset = Dataset.open(spec.dataset, spec.dataset_version)
+    split = dataset.split(split_name, spec.features)
+    for objective in objectives:
+        objective.open(dataset, split_name)
+    collators = [
+        StreamCollator(sharing, tokenizer, spec.max_tokens, spec.answers, spec.blind)
+        for sharing in by_stream(objectives).values()
+    ]
+    training = spec.training
+    loaders: dict[TextKind, Loader] = {}
+    num_steps = []
+    for kind in dict.fromkeys(objective.stream.kind for objective in objectives):
+        order = Order(split, kind, spec.seed, training.shuffle_window_shards)
+        loaders[kind] = Loader(
+            split,
+            order,
+            global_batch_size=training.global_batch_size,
+            seed=spec.seed,
+            distractors=any(o.needs_distractors for o in objectives if o.stream.kind == kind),
+            group_by=kind if training.group_by_length else None,
+            threads=training.loader_threads,
+        )
+        num_steps.append(max(1, order.num_examples // training.global_batch_size))
+    return _Feed(loaders, collators, training.micro_batch_size, min(num_steps))
+
+
+def _batches(spec: TrainingSpec, objectives: list[Objective]) -> Batches:
+    feed = _feed(spec, objectives, spec.split)
+
+    def batches(
+        start: int, rank: int, world_size: int
+    ) -> Generator[list[stream.MicroBatch], None, None]:
+        return feed.batches(start, spec.training.steps, rank, world_size)
+
     return batches
 
 
-def _loader(
-    spec: TrainingSpec, split: Split, kind: TextKind, objectives: list[Objective]
-) -> Loader:
-    return Loader(
-        split,
-        Order(split, kind, spec.seed, spec.training.shuffle_window_shards),
-        global_batch_size=spec.training.global_batch_size,
-        seed=spec.seed,
-        distractors=any(objective.needs_distractors for objective in objectives),
-        threads=spec.training.loader_threads,
+def _evaluation(spec: TrainingSpec) -> Evaluate | None:
+    """Returns the held-out losses of the same objectives, over the same batches each time."""
+    if spec.held_out_split is None or spec.training.evaluate_every_steps is None:
+        return None
+    # objectives of its own: some open what they read of a split
+    feed = _feed(
+        spec, ObjectivesConfig.model_validate(spec.objectives).build(), spec.held_out_split
     )
+    num_steps = min(feed.num_steps, spec.training.evaluate_batches)
+
+    def evaluate(module: nn.Module, environment: Environment) -> dict[str, float]:
+        steps = feed.batches(0, num_steps, environment.rank, environment.world_size)
+        with contextlib.closing(steps):
+            return held_out_losses(module, chain.from_iterable(steps), environment)
+
+    return evaluate
 
 
 def _fresh_modules(spec: TrainingSpec, initial: str) -> Sequence[str]:

@@ -3,13 +3,16 @@
 A checkpoint is a folder `step-00001000` of safetensors files, one per rank, and a
 `manifest.json`, written last, that names every file with its size and digest and says in which
 file each tensor is. Each tensor is whole, in fp32, and in one file only. What else a step needs
-is arithmetic: the place in the data, the learning rate and the random numbers are functions of
-the step and the seed, so the step is the whole of the loader's and the scheduler's state.
+is the run's tally and arithmetic: the place in the data, the learning rate and the random numbers
+are functions of the step and the seed, so the step is the whole of the loader's and the
+scheduler's state.
 """
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +25,9 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.errors import CheckpointError, StorageError
+from pipeline.training.tally import Tally
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 _NAME = re.compile(r"step-(\d{8})")
@@ -46,7 +50,9 @@ class File:
 class Manifest:
     """What a checkpoint holds and who wrote it."""
 
-    step: int  # updates done
+    step: int  # steps done
+    written: float  # when the state was copied, in seconds since 1970
+    tally: Tally
     sequence: dict[str, Any]  # what the loss curve is a function of
     world_size: int
     zero_stage: int
@@ -76,58 +82,102 @@ def steps_in(folder: str) -> list[int]:
     return sorted(int(match[1]) for match in names if match)
 
 
-def save(folder: str, step: int, states: Iterator[tuple[str, Tensor]], writer: Writer) -> str:
-    """Writes a checkpoint that appears under its name whole or, on any failure, not at all.
+class Saving:
+    """A checkpoint on its way into its folder: written by a thread while training goes on.
 
-    Collective: every rank calls it with the same names in the same order. Returns the location.
-    Raises CheckpointError on every rank, naming the one that failed.
+    Making one is collective: every rank gives the same names in the same order, and goes on once
+    its part is copied. `finish` is collective too and publishes: the checkpoint appears under its
+    name whole or, on any failure, not at all.
     """
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    final = storage.join(folder, name_of(step))
-    # An object store has no rename; there the manifest, written last, is what publishes.
-    target = final + _PARTIAL if storage.is_local(final) else final
-    mine: dict[str, Tensor] = {}
-    owners: dict[str, int] = {}
-    written_bytes = [0] * world_size
-    for name, tensor in states:
-        owner = written_bytes.index(min(written_bytes))
-        written_bytes[owner] += tensor.nbytes
-        owners[name] = owner
-        if owner == rank:
-            mine[name] = tensor.detach().to("cpu", copy=True).contiguous()
 
-    def write() -> File:
-        return _write_tensors(storage.join(target, f"rank-{rank:05d}.safetensors"), mine)
+    def __init__(
+        self,
+        folder: str,
+        step: int,
+        states: Iterator[tuple[str, Tensor]],
+        tally: Tally,
+        writer: Writer,
+    ) -> None:
+        """Raises CheckpointError on every rank, naming the one that failed."""
+        began = time.perf_counter()
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.step = step
+        self.tally = tally
+        self.written = time.time()
+        self._writer = writer
+        self._final = storage.join(folder, name_of(step))
+        # An object store has no rename; there the manifest, written last, is what publishes.
+        self._target = self._final + (_PARTIAL if storage.is_local(folder) else "")
+        _on_all_ranks(
+            f"checkpoint {self._final}",
+            lambda: storage.remove(self._target) if rank == 0 else None,
+        )
+        mine: dict[str, Tensor] = {}
+        self._owners: dict[str, int] = {}
+        written_bytes = [0] * world_size
+        for name, tensor in states:
+            owner = written_bytes.index(min(written_bytes))
+            written_bytes[owner] += tensor.nbytes
+            self._owners[name] = owner
+            if owner == rank:
+                mine[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        self.seconds_copying = time.perf_counter() - began
+        self.seconds_writing = 0.0
+        thread = ThreadPoolExecutor(1, thread_name_prefix="write-checkpoint")
+        self._part: Future[File] = thread.submit(self._write, rank, mine)
+        thread.shutdown(wait=False)  # it ends by itself when the part is written
 
-    def publish(files: list[File]) -> None:
-        if rank:
-            return
+    def is_written(self) -> bool:
+        """Whether this rank's part is on the disk, or has failed to get there."""
+        return self._part.done()
+
+    def wait(self) -> None:
+        """Returns when this rank's thread has ended. Not collective, and publishes nothing."""
+        wait([self._part])
+
+    def finish(self) -> str:
+        """Waits for every rank's part and publishes; returns the location.
+
+        Raises CheckpointError on every rank, naming the one that failed.
+        """
+        what = f"checkpoint {self._final}"
+        rank = torch.distributed.get_rank()
+        try:
+            files = _on_all_ranks(what, self._part.result)
+            _on_all_ranks(what, lambda: self._publish(files) if rank == 0 else None)
+        except CheckpointError:
+            if rank == 0:
+                storage.remove(self._target)
+            raise
+        return self._final
+
+    def _write(self, rank: int, tensors: dict[str, Tensor]) -> File:
+        began = time.perf_counter()
+        location = storage.join(self._target, f"rank-{rank:05d}.safetensors")
+        with storage.publish(location, durable=True) as path:
+            save_file(tensors, path)
+            size_bytes, digest = path.stat().st_size, _digest(path)
+        self.seconds_writing = time.perf_counter() - began
+        return File(location.rsplit("/", 1)[-1], size_bytes, digest)
+
+    def _publish(self, files: list[File]) -> None:
         manifest = Manifest(
-            step=step,
-            sequence=writer.sequence,
-            world_size=world_size,
-            zero_stage=writer.zero_stage,
-            precision=writer.precision,
+            step=self.step,
+            written=self.written,
+            tally=self.tally,
+            sequence=self._writer.sequence,
+            world_size=len(files),
+            zero_stage=self._writer.zero_stage,
+            precision=self._writer.precision,
             files=tuple(files),
-            tensors={name: files[owner].name for name, owner in owners.items()},
+            tensors={name: files[owner].name for name, owner in self._owners.items()},
         )
         payload = json.dumps(asdict(manifest), indent=1).encode()
-        with storage.publish(storage.join(target, MANIFEST), durable=True) as path:
+        with storage.publish(storage.join(self._target, MANIFEST), durable=True) as path:
             path.write_bytes(payload)
-        if target != final:
-            storage.remove(final)
-            storage.local_path(target).rename(storage.local_path(final))
-
-    what = f"checkpoint {final}"
-    try:
-        _on_all_ranks(what, lambda: storage.remove(target) if rank == 0 else None)
-        files = _on_all_ranks(what, write)
-        _on_all_ranks(what, lambda: publish(files))
-    except CheckpointError:
-        if rank == 0:
-            storage.remove(target)
-        raise
-    return final
+        if self._target != self._final:
+            storage.remove(self._final)
+            storage.local_path(self._target).rename(storage.local_path(self._final))
 
 
 def newest(folder: str, cache: Path, damaged: Callable[[str], None]) -> Manifest | None:
@@ -168,7 +218,8 @@ def read_manifest(location: str) -> Manifest:
     try:
         document = json.loads(storage.read_bytes(where))
         files = tuple(File(**file) for file in document.pop("files"))
-        manifest = Manifest(files=files, **document)
+        tally = Tally(**document.pop("tally"))
+        manifest = Manifest(files=files, tally=tally, **document)
     except StorageError as error:
         raise CheckpointError(f"{location}: no manifest, so it was never finished") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -195,15 +246,19 @@ def reader(location: str, manifest: Manifest, cache: Path) -> ReadTensor:
     return read
 
 
-def prune(folder: str, keep: int, step: int) -> list[int]:
-    """Removes all but the last `keep` checkpoints up to `step`; returns the steps removed.
+def weights(manifest: Manifest, read: ReadTensor, averaged: bool) -> dict[str, Tensor]:
+    """Returns the module's state dict in fp32; `averaged` gives the weights' moving average.
 
-    Later ones are left alone: they are damaged, and the run will come to replace them.
+    A frozen parameter has no average, and is what it was.
     """
-    removed = [found for found in steps_in(folder) if found <= step][:-keep]
-    for old in removed:
-        storage.remove(storage.join(folder, name_of(old)))
-    return removed
+    found = {}
+    for tensor in manifest.tensors:
+        kind, name = tensor.split("/", 1)
+        if kind in ("weight", "buffer"):
+            average = f"average/{name}"
+            uses_average = averaged and kind == "weight" and average in manifest.tensors
+            found[name] = read(average if uses_average else tensor)
+    return found
 
 
 def remove_leftovers(folder: str) -> None:
@@ -223,13 +278,6 @@ def differences(mine: Mapping[str, Any], other: Mapping[str, Any], prefix: str =
         elif left != right:
             found.append(f"{prefix}{key}: {right!r} then, {left!r} now")
     return found
-
-
-def _write_tensors(location: str, tensors: dict[str, Tensor]) -> File:
-    with storage.publish(location, durable=True) as path:
-        save_file(tensors, path)
-        size_bytes, digest = path.stat().st_size, _digest(path)
-    return File(location.rsplit("/", 1)[-1], size_bytes, digest)
 
 
 def _digest(path: Path) -> str:

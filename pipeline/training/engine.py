@@ -2,14 +2,17 @@
 
 What is kept of a run is told in tensors that know no ZeRO stage and no world size: for each
 parameter its fp32 weight and AdamW's two moments, whole, by name. The names are
-`weight/<parameter>`, `exp_avg/<parameter>`, `exp_avg_sq/<parameter>` and `buffer/<buffer>`.
+`weight/<parameter>`, `exp_avg/<parameter>`, `exp_avg_sq/<parameter>`, `buffer/<buffer>` and, where
+a moving average is kept, `average/<parameter>`.
 
 Restoring reaches into optimizer internals of DeepSpeed 0.19.8, which has no public way to fill a
 state that no step has made yet; every stage is tested on that version, and it is pinned.
 """
 
+import contextlib
 import importlib
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -18,12 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import TrainingError
-from pipeline.training.optimizer import build_optimizer
+from pipeline.errors import ConfigError, TrainingError
+from pipeline.training.optimizer import AVERAGE, build_optimizer, freeze
 from pipeline.training.schedule import rate_factor
 from pipeline.training.spec import Environment, TrainingConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# What DeepSpeed's dynamic loss scaler goes by, which a run must go on with.
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Batch = Any  # what the module's forward takes: one micro-batch
 ReadTensor = Callable[[str], Tensor]
@@ -43,6 +50,7 @@ def engine_config(
         "gradient_accumulation_steps": config.accumulation_steps(environment.world_size),
         "gradient_clipping": 0.0 if config.zero_stage == 0 else config.clip_norm,
         "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
         "zero_optimization": {
             "stage": config.zero_stage,
             "reduce_bucket_size": bucket,
@@ -71,37 +79,48 @@ class Engine:
         environment: Environment,
         step: int = 0,
         restored: ReadTensor | None = None,
+        *,
+        skipped: int = 0,
+        loss_scale: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts at `step` updates done; `restored` then gives the tensors of `states` by name."""
-        deepspeed = _import_deepspeed(environment.device)
-        from torch.optim.lr_scheduler import LambdaLR
+        """Starts at `step` steps done, `skipped` of them without an update.
 
+        `restored` then gives the tensors of `states` by name, and `loss_scale` what
+        `loss_scale` returned. Raises ConfigError for what this machine cannot run.
+        """
+        deepspeed = _import_deepspeed(environment.device)
         if restored is not None:
             # Before ZeRO takes the weights: stage 3 does not refresh its low-precision copies.
             _load(module, restored)
         module.to(environment.device)
         count = sum(parameter.numel() for parameter in module.parameters())
         self.config = engine_config(config, environment, count)
+        _require_ability(self.config)
+        self.skipped = skipped  # steps whose update is not in the weights
+        self._step = step
+        self._training = config
+        self._kinds = (*MOMENTS, AVERAGE) if config.ema_decay is not None else MOMENTS
         self._accumulation = self.config["gradient_accumulation_steps"]
         self._stage = config.zero_stage
         self._clip_norm = config.clip_norm or float("inf")
-        optimizer = build_optimizer(module, config)
-        for group in optimizer.param_groups:
-            group["initial_lr"] = config.learning_rate  # LambdaLR asks for it when it starts late
+        freeze(module, config.freeze)
         self._engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=optimizer,
-            # A function of the step, so there is no scheduler state to keep.
-            lr_scheduler=lambda inner: LambdaLR(
-                inner, lambda done: rate_factor(config, done), last_epoch=step - 1
-            ),
+            optimizer=build_optimizer(module, config),
             dist_init_required=False,
             config=self.config,
         )
         self.device = torch.device(environment.device)
-        self.dtype = torch.bfloat16 if self.config["bf16"]["enabled"] else torch.float32
+        self.dtype = _DTYPES[config.resolved_precision(environment.device)]
+        self._make_state()
         if restored is not None:
-            self._restore(restored, step)
+            self._restore(restored)
+        if self.dtype == torch.float16:
+            # at the smallest scale DeepSpeed would end the process; what a run does is its policy's
+            self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+        if loss_scale is not None and self.loss_scale() is not None:  # fp16 then and now
+            for name, value in loss_scale.items():
+                setattr(self._engine.optimizer.loss_scaler, name, value)
 
     def advance(
         self, micro_batches: list[Batch]
@@ -109,30 +128,70 @@ class Engine:
         """Makes one update from this rank's micro-batches.
 
         Returns (loss, losses by objective) of each micro-batch, detached, and the norm of the
-        whole gradient before clipping.
+        whole gradient before clipping. If a loss on any rank or the gradient is not finite, the
+        norm is not finite either, no update is made, and `skipped` counts the step.
         """
         if len(micro_batches) != self._accumulation:
             raise TrainingError(
                 f"a step has {self._accumulation} micro-batches on each rank, "
                 f"found {len(micro_batches)}"
             )
+        rate = self.learning_rate()
+        for group in self._engine.basic_optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
         losses = []
         norm: Any = 0.0
         for index, batch in enumerate(micro_batches):
             loss, parts = self._engine(batch)
-            self._engine.backward(loss)
             losses.append((loss.detach(), parts))
+            # A loss of infinity may have a finite gradient; times NaN it has none on any rank.
+            whole = torch.stack([loss.detach(), *parts.values()]).isfinite().all()
+            self._engine.backward(loss * torch.where(whole, 1.0, math.nan))
             if self._stage == 0 and index == self._accumulation - 1:
                 # DeepSpeed would clip here as well, and throw the norm away.
-                norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), self._clip_norm)
+                parameters = self._engine.module.parameters()
+                norm = float(nn.utils.clip_grad_norm_(parameters, self._clip_norm))
+                if not math.isfinite(norm):
+                    self._engine.module.zero_grad(set_to_none=True)  # AdamW leaves these alone
             self._engine.step()
         if self._stage:
-            norm = self._engine.get_global_grad_norm()
-        return losses, float(norm)
+            norm = float(self._engine.get_global_grad_norm())  # infinite if no update was made
+        self._step += 1
+        self.skipped += not math.isfinite(norm)
+        return losses, norm
 
     def learning_rate(self) -> float:
-        """Returns the rate of the next update."""
-        return float(self._engine.get_lr()[0])
+        """Returns the rate of the next update, where no factor changes it."""
+        # A function of the step, so there is no scheduler state to keep.
+        return self._training.learning_rate * rate_factor(self._training, self._step)
+
+    def loss_scale(self) -> dict[str, float] | None:
+        """Returns the state of fp16's dynamic loss scale: plain numbers; None without one."""
+        if self.dtype != torch.float16 or not self._engine.optimizer.loss_scaler.dynamic:
+            return None
+        scaler = self._engine.optimizer.loss_scaler
+        return {name: getattr(scaler, name) for name in SCALER}
+
+    def can_lower_loss_scale(self) -> bool:
+        """Whether fp16's next step is made with less risk of too large a gradient."""
+        if self.loss_scale() is None:
+            return False
+        scaler = self._engine.optimizer.loss_scaler
+        return bool(scaler.cur_scale > scaler.min_scale)
+
+    @contextlib.contextmanager
+    def evaluating(self, averaged: bool) -> Iterator[nn.Module]:
+        """Yields the module in evaluation mode, with the moving average for weights if asked.
+
+        Inside, no gradients are recorded; afterwards training goes on as if nothing had been.
+        """
+        module: nn.Module = self._engine.module
+        module.eval()
+        try:
+            with torch.no_grad(), self._average_shown() if averaged else contextlib.nullcontext():
+                yield module
+        finally:
+            module.train()
 
     def states(self) -> Iterator[tuple[str, Tensor]]:
         """Yields every tensor of the state, whole and in fp32, in the same order on every rank.
@@ -143,19 +202,23 @@ class Engine:
         for name, parameter in self._engine.module.named_parameters():
             yield f"weight/{name}", self._weight(parameter)
             if parameter.requires_grad:
-                for moment in MOMENTS:
-                    yield f"{moment}/{name}", self._moment(parameter, moment)
+                for kind in self._kinds:
+                    yield f"{kind}/{name}", self._kept(parameter, kind)
         for name, buffer in _persistent_buffers(self._engine.module):
             yield f"buffer/{name}", buffer.detach()
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self, averaged: bool = False) -> dict[str, Tensor]:
         """Returns the module's state dict in fp32 on the CPU; every rank calls, rank 0 keeps it.
 
-        Other ranks get an empty dict.
+        `averaged` gives the weights' moving average. Other ranks get an empty dict.
         """
+        self._link_moments()
         weights = {}
         for name, parameter in self._engine.module.named_parameters():
-            weight = self._weight(parameter)
+            if averaged and parameter.requires_grad:
+                weight = self._kept(parameter, AVERAGE)
+            else:
+                weight = self._weight(parameter)
             if torch.distributed.get_rank() == 0:
                 weights[name] = weight.detach().cpu().clone()
         if torch.distributed.get_rank() == 0:
@@ -179,36 +242,72 @@ class Engine:
         whole: Tensor = safe_get_full_fp32_param(parameter)
         return whole.detach()
 
-    def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
+    def _kept(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """Returns a moment or the moving average of a parameter, whole."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         if self._stage == 0:
-            state = self._engine.basic_optimizer.state[parameter]
-            # a head that no objective of this phase uses is never updated, and has no state
-            return state[moment].detach() if state else torch.zeros_like(parameter)
-        whole: Tensor = safe_get_full_optimizer_state(parameter, moment)
+            kept: Tensor = self._engine.basic_optimizer.state[parameter][kind]
+            return kept.detach()
+        whole: Tensor = safe_get_full_optimizer_state(parameter, kind)
         return whole.detach()
 
-    def _restore(self, restored: ReadTensor, step: int) -> None:
+    @contextlib.contextmanager
+    def _average_shown(self) -> Iterator[None]:
+        """Puts the moving average into the weights that the forward pass reads."""
+        from deepspeed import zero
+
+        self._link_moments()
+        trainable = [p for p in self._engine.module.parameters() if p.requires_grad]
+        if self._stage < 3:
+            before = [parameter.detach().clone() for parameter in trainable]
+            for parameter in trainable:
+                parameter.copy_(self._kept(parameter, AVERAGE))
+            try:
+                yield
+            finally:
+                for parameter, weight in zip(trainable, before, strict=True):
+                    parameter.copy_(weight)
+            return
+
+        def show(read: Callable[[nn.Parameter], Tensor]) -> None:
+            for parameter in trainable:
+                whole = read(parameter)
+                with zero.GatheredParameters([parameter], modifier_rank=0):
+                    parameter.copy_(whole)
+
+        show(lambda parameter: self._kept(parameter, AVERAGE))
+        try:
+            yield
+        finally:
+            show(self._weight)  # the low-precision copies are these, rounded
+
+    def _make_state(self) -> None:
+        """Gives AdamW the state that it would make at its first update."""
         wrapper, inner = self._engine.optimizer, self._engine.basic_optimizer
         if self._stage == 3:
             partitions = list(wrapper.fp32_partitioned_groups_flat)
         else:
             partitions = [p for group in inner.param_groups for p in group["params"]]
-        for partition in partitions:  # AdamW makes its state at its first step; make it now
+        updates = float(self._step - self.skipped)
+        for partition in partitions:
             inner.state[partition] = {
-                "step": torch.tensor(float(step), device=partition.device),
+                "step": torch.tensor(updates, device=partition.device),
                 **{moment: torch.zeros_like(partition) for moment in MOMENTS},
             }
+            if AVERAGE in self._kinds:
+                inner.state[partition][AVERAGE] = partition.detach().clone()
+
+    def _restore(self, restored: ReadTensor) -> None:
         self._link_moments()
         for name, parameter in self._engine.module.named_parameters():
             if parameter.requires_grad:
-                for kind in ("weight", *MOMENTS):
+                for kind in ("weight", *self._kinds):
                     self._set(parameter, kind, restored(f"{kind}/{name}"))
         if self._stage in (1, 2):
-            wrapper.update_lp_params()
-        self._engine.global_steps = step
-        self._engine.micro_steps = step * self._accumulation
+            self._engine.optimizer.update_lp_params()
+        self._engine.global_steps = self._step
+        self._engine.micro_steps = self._step * self._accumulation
 
     def _link_moments(self) -> None:
         """Makes stages 1 and 2 find each parameter's moments in their flat partitions.
@@ -259,6 +358,24 @@ def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in module.named_buffers():
         if name in kept:
             yield name, buffer
+
+
+def _require_ability(config: Mapping[str, Any]) -> None:
+    """Refuses at once what would fail later, and less clearly."""
+    from deepspeed.accelerator import get_accelerator
+
+    if config["fp16"]["enabled"] and not get_accelerator().is_fp16_supported():
+        raise ConfigError(
+            "training.precision: fp16 needs a GPU, or a CPU that computes in halves; use bf16"
+        )
+    for key in ("offload_optimizer", "offload_param"):
+        offload = config["zero_optimization"].get(key) or {}
+        if offload.get("device") == "nvme":
+            raise ConfigError(
+                f"training.deepspeed.zero_optimization.{key}.device: nvme is not supported: what "
+                "DeepSpeed has swapped out is in no checkpoint of ours, and it needs async_io, "
+                "which is compiled at start; use device: cpu, or more ranks"
+            )
 
 
 def _merged(own: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:

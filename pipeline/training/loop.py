@@ -2,42 +2,43 @@
 
 A step is: take the micro-batches, forward and backward each, clip, update, log. Nothing random
 outlives a step: data and corruption are functions of the step, and dropout is seeded from
-(seed, step, rank) when the step begins. So the step number and the tensors of a checkpoint are
-all that a run is, and it goes on bit-identically on the same number of ranks.
+(seed, step, rank) when the step begins. So the step number, the tally and the tensors of a
+checkpoint are all that a run is, and it goes on bit-identically on the same number of ranks.
 """
 
 import contextlib
-import fcntl
 import json
 import math
-import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.errors import CheckpointError, StorageError, TrainingError
+from pipeline.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.training import checkpoint
 from pipeline.training.assembly import MODEL, Assembly, MicroBatch, assemble
 from pipeline.training.engine import Engine
+from pipeline.training.keeper import Keeper
+from pipeline.training.lease import IsLost, only_writer
 from pipeline.training.metrics_log import MetricsLog, read_metrics
 from pipeline.training.prefetch import Prefetch
 from pipeline.training.spec import Environment, TrainingResult, TrainingSpec
+from pipeline.training.tally import Tally
 
 CHECKPOINTS = "checkpoints"
 RESULT = "result.json"
-LOCK = ".lock"
 STOP = ".stop"
 
-SECONDS_TO_WAIT_FOR_LOCK = 60.0  # a killed driver's local cluster is gone after seven or so
+SECONDS_BETWEEN_LOOKS = 5.0  # for a request to stop in an object store; on a disk, every step
 
 
 def train(
@@ -49,16 +50,17 @@ def train(
 
     Collective: every rank calls it, inside a process group. A run that was finished before is
     reported and left as it is. Raises CheckpointError if the folder holds another run, and
-    TrainingError naming step, rank and objective if a loss is not finite.
+    TrainingError naming step, rank and objective if a loss is not finite and the config's policy
+    for that is, or comes to, the end of the run.
     """
     finished = finished_result(spec)
     if finished is not None:
         return finished
     with contextlib.ExitStack() as stack:
-        if environment.rank == 0:
-            stack.enter_context(_only_writer(spec.folder))
+        is_first = environment.rank == 0
+        is_lost = stack.enter_context(only_writer(spec.folder)) if is_first else _never
         dist.barrier()  # the others touch nothing before the folder is ours
-        return _Run(spec, environment, assembled(spec)).to_end()
+        return _Run(spec, environment, assembled, is_lost).to_end()
 
 
 def finished_result(spec: TrainingSpec) -> TrainingResult | None:
@@ -82,6 +84,11 @@ def clear_stop(folder: str) -> None:
     storage.remove(storage.join(folder, STOP))
 
 
+def _never() -> bool:
+    """What ranks after the first know of the folder being lost: the first tells them."""
+    return False
+
+
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Returns a 64-bit seed that is a function of all three."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
@@ -93,97 +100,196 @@ class _StepFigures:
 
     loss: float
     losses: dict[str, float]
-    grad_norm: float
+    grad_norm: float  # infinite if no update was made
     num_samples: int
     num_tokens: int
     num_places: int  # tokens, regions and their padding
     wait_seconds: float  # for data, averaged over ranks
     stop: bool
+    lost: bool  # the folder is another process's by now
+    written: bool  # the checkpoint under way is on every rank's disk
+    fault: str | None  # the figure that is not finite, and on which rank
 
 
 class _Run:
-    def __init__(self, spec: TrainingSpec, environment: Environment, assembly: Assembly) -> None:
+    engine: Engine
+    tally: Tally
+
+    def __init__(
+        self,
+        spec: TrainingSpec,
+        environment: Environment,
+        assembled: Callable[[TrainingSpec], Assembly],
+        is_lost: IsLost,
+    ) -> None:
         self.spec = spec
         self.config = spec.training
         self.environment = environment
-        self.assembly = assembly
-        self.checkpoints = storage.join(spec.folder, CHECKPOINTS)
         self.is_first = environment.rank == 0
+        self.is_lost = is_lost
+        self.next_look = 0.0
+        self.assembled = assembled
+        self.assembly = assembled(spec)
+        self.evaluate = self.assembly.evaluate
+        self.log: MetricsLog | None = None  # rank 0's
+        self.checkpoints = storage.join(spec.folder, CHECKPOINTS)
+        writer = checkpoint.Writer(
+            sequence=spec.sequence(),
+            zero_stage=self.config.zero_stage,
+            precision=self.config.resolved_precision(environment.device),
+        )
+        self.keeper = Keeper(self.checkpoints, self.config, writer, self._event)
 
     def to_end(self) -> TrainingResult:
-        damaged: list[str] = []
-        with tempfile.TemporaryDirectory(prefix="sightline-") as cache:
-            manifest, engine = self._start(Path(cache), damaged.append)
-        start = manifest.step if manifest else 0
+        config = self.config
+        if config.evaluate_every_steps is not None and self.evaluate is None:
+            raise ConfigError("training.evaluate_every_steps: this run has no held-out data")
         with contextlib.ExitStack() as stack:
-            stack.callback(engine.close)
-            log = (
-                stack.enter_context(MetricsLog(self.spec.folder, start)) if self.is_first else None
-            )
-            if log:
-                self._log_start(log, engine, manifest, damaged)
-            stopped_at = self._steps(engine, start, log)
-            if stopped_at is not None:
+            if self.is_first:
+                checkpoint.remove_leftovers(self.checkpoints)
+            damaged: list[str] = []
+            start = self._start(damaged.append)
+            stack.callback(self._close_engine)
+            if self.is_first:
+                self.keeper.look(start)
+                self.log = stack.enter_context(MetricsLog(self.spec.folder, start))
+            self._tell_start(start, damaged)
+            stack.callback(self.keeper.wait)
+            step, stopped = self._steps(start)
+            self.keeper.finish()
+            if stopped:
+                self._event("stopped", step=step)
                 loss = self._last_loss() if self.is_first else math.nan
-                return TrainingResult("stopped", stopped_at, self.config.steps, loss, None)
-            return self._finish(engine, log)
+                return TrainingResult("stopped", step, config.steps, loss, None)
+            return self._finish(step)
 
-    def _start(
-        self, cache: Path, damaged: Callable[[str], None]
-    ) -> tuple[checkpoint.Manifest | None, Engine]:
-        """Builds the engine, from the newest whole checkpoint if there is one."""
-        step = [-1]
-        if self.is_first:
-            checkpoint.remove_leftovers(self.checkpoints)
-            found = checkpoint.newest(self.checkpoints, cache, damaged)
-            step = [found.step if found else -1]
-        dist.broadcast_object_list(step)
-        module, config = self.assembly.module, self.config
-        if step[0] < 0:
-            return None, Engine(module, config, self.environment)
-        location = storage.join(self.checkpoints, checkpoint.name_of(step[0]))
-        manifest = checkpoint.read_manifest(location)
-        _require_same(self.spec, manifest.sequence, location)
-        read = checkpoint.reader(location, manifest, cache)
-        return manifest, Engine(module, config, self.environment, manifest.step, read)
+    def _close_engine(self) -> None:
+        self.engine.close()  # the run's last: a roll-back makes another
 
-    def _steps(self, engine: Engine, start: int, log: MetricsLog | None) -> int | None:
-        """Trains from `start` updates on; returns the step of a requested stop, or None."""
+    def _event(self, event: str, **facts: Any) -> None:
+        if self.log:
+            self.log.event(event, **facts)
+
+    def _start(self, damaged: Callable[[str], None], given_up: int | None = None) -> int:
+        """Builds the engine from the newest whole checkpoint, or anew if there is none.
+
+        Returns the checkpoint's step. Training goes on from there or, after a roll-back, from the
+        step `given_up`, without the updates between.
+        """
+        with tempfile.TemporaryDirectory(prefix="sightline-") as folder:
+            cache = Path(folder)
+            found = [0]
+            if self.is_first:
+                newest = checkpoint.newest(self.checkpoints, cache, damaged)
+                found = [newest.step if newest else 0]
+            dist.broadcast_object_list(found)
+            if not found[0]:
+                self._build(0, given_up, Tally(), None)
+            else:
+                location = storage.join(self.checkpoints, checkpoint.name_of(found[0]))
+                manifest = checkpoint.read_manifest(location)
+                _require_same(self.spec, manifest.sequence, location)
+                read = checkpoint.reader(location, manifest, cache)
+                self._build(manifest.step, given_up, manifest.tally, read)
+        return found[0]
+
+    def _build(
+        self, at: int, given_up: int | None, tally: Tally, read: checkpoint.ReadTensor | None
+    ) -> None:
+        step = at if given_up is None else given_up
+        self.tally = replace(tally, skipped=tally.skipped + step - at)
+        self.engine = Engine(
+            self.assembly.module,
+            self.config,
+            self.environment,
+            step,
+            read,
+            skipped=self.tally.skipped,
+            loss_scale=tally.loss_scale,
+        )
+
+    def _steps(self, start: int) -> tuple[int, bool]:
+        """Trains from `start` on; returns the last step, and whether a stop was requested."""
         config, environment = self.config, self.environment
         source = self.assembly.batches(start, environment.rank, environment.world_size)
         meter = _Meter()
+        step = start
         with Prefetch(source, config.prefetch_steps) as ahead:
-            for step in range(start + 1, config.steps + 1):
+            while step < config.steps and not self.tally.is_patience_spent(config):
+                step += 1
                 began = time.perf_counter()
                 micro_batches = ahead.take()
                 wait_seconds = time.perf_counter() - began
                 torch.manual_seed(step_seed(self.spec.seed, step, environment.rank))
+                engine = self.engine
                 rate = engine.learning_rate()
                 losses, norm = engine.advance(
                     [batch.to(engine.device, engine.dtype) for batch in micro_batches]
                 )
-                figures = self._gather(step, micro_batches, losses, norm, wait_seconds)
+                figures = self._gather(micro_batches, losses, norm, wait_seconds)
+                if figures.lost:
+                    raise TrainingError(f"{self.spec.folder}: another process trains here by now")
                 meter.add(figures)
-                if log and (step % config.log_every_steps == 0 or step == config.steps):
-                    log.step(meter.line(step, figures, rate))
-                due = step % config.checkpoint_every_steps == 0 or step == config.steps
-                if due or figures.stop:
-                    self._save(engine, step, log)
-                if figures.stop and step < config.steps:
-                    if log:
-                        log.event("stopped", step=step)
-                    return step
-        return None
+                if figures.fault is not None:
+                    self._not_finite(step, figures.fault)
+                else:
+                    self.tally = self.tally.after_update()
+                    self._report(step, figures, rate, meter)
+                if figures.written:
+                    self.keeper.finish()
+                last = step == config.steps or self.tally.is_patience_spent(config)
+                due = step % config.checkpoint_every_steps == 0
+                best = self.tally.is_best(step) and (
+                    config.keep_best or config.keep_best_checkpoints > 0
+                )
+                if due or best or last or figures.stop:
+                    self._save(step)
+                if figures.stop and not last:
+                    return step, True
+        return step, False
+
+    def _report(self, step: int, figures: _StepFigures, rate: float, meter: "_Meter") -> None:
+        """Evaluates and logs a step, where it is due."""
+        config = self.config
+        every = config.evaluate_every_steps
+        evaluates = every is not None and (step % every == 0 or step == config.steps)
+        logs = step % config.log_every_steps == 0 or step == config.steps
+        if not (evaluates or logs):
+            return
+        line = meter.line(step, figures, rate)
+        line["skipped_steps"] = self.engine.skipped
+        flops, device_flops = self.spec.flops_per_token, self.spec.device_flops
+        if flops is not None and device_flops is not None:
+            of_all_ranks = device_flops * self.environment.world_size
+            line["mfu"] = round(line["tokens_per_second"] * flops / of_all_ranks, 4)
+        scale = self.engine.loss_scale()
+        if scale is not None:
+            line["loss_scale"] = scale["cur_scale"]
+        if evaluates:
+            began = time.perf_counter()
+            found = self._evaluate()
+            self.tally = self.tally.after_evaluation(step, found, config)
+            line["evaluation"] = found
+            meter.leave_out(time.perf_counter() - began)
+        if self.log:
+            self.log.step(line)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Returns what rank 0 found, on every rank."""
+        assert self.evaluate is not None
+        with self.engine.evaluating(self.config.model_weights == "average") as module:
+            found = [self.evaluate(module, self.environment)]
+        dist.broadcast_object_list(found)
+        return dict(found[0])
 
     def _gather(
         self,
-        step: int,
         micro_batches: Sequence[MicroBatch],
         losses: list[tuple[Tensor, Any]],
         norm: float,
         wait_seconds: float,
     ) -> _StepFigures:
-        """Tells every rank what all of them did; raises TrainingError if a loss is not finite."""
+        """Tells every rank what all of them did."""
         names = sorted(losses[0][1])
         means = (
             torch.stack(
@@ -197,18 +303,14 @@ class _Run:
             sum(batch.num_tokens for batch in micro_batches),
             sum(batch.num_places for batch in micro_batches),
             wait_seconds,
-            self.is_first and storage.exists(storage.join(self.spec.folder, STOP)),
+            self._is_stop_requested(),
+            self.is_lost(),
+            self.keeper.is_written(),
         ]
         mine = torch.cat([means, means.new_tensor(counts)])
         ranks = [torch.empty_like(mine) for _ in range(self.environment.world_size)]
         dist.all_gather(ranks, mine)
         table = torch.stack(ranks).cpu().numpy()  # (rank, figure)
-        for rank, row in enumerate(table):
-            for name, value in zip(["loss", *names], row, strict=False):
-                if not math.isfinite(value):
-                    raise TrainingError(self._not_finite(step, f"rank {rank}: {name} is {value}"))
-        if not math.isfinite(norm):
-            raise TrainingError(self._not_finite(step, f"the gradient's norm is {norm}"))
         average = table.mean(axis=0)
         sums = table[:, len(names) + 1 :].sum(axis=0)
         return _StepFigures(
@@ -220,63 +322,122 @@ class _Run:
             num_places=int(sums[2]),
             wait_seconds=float(sums[3]) / len(table),
             stop=bool(sums[4]),
+            lost=bool(sums[5]),
+            written=int(sums[6]) == len(table),
+            fault=self._fault(["loss", *names], table, norm),
         )
 
-    def _not_finite(self, step: int, what: str) -> str:
-        return (
-            f"{self.spec.phase}, step {step}, {what}; try a lower learning_rate, a longer "
-            "warm-up or precision=fp32, and start from the last checkpoint"
+    def _is_stop_requested(self) -> bool:
+        now = time.monotonic()
+        if not self.is_first or now < self.next_look:
+            return False
+        if not storage.is_local(self.spec.folder):
+            self.next_look = now + SECONDS_BETWEEN_LOOKS
+        return storage.exists(storage.join(self.spec.folder, STOP))
+
+    def _fault(self, names: Sequence[str], table: NDArray[np.float64], norm: float) -> str | None:
+        for rank, row in enumerate(table):
+            for name, value in zip(names, row, strict=False):
+                if not math.isfinite(value):
+                    return f"rank {rank}: {name} is {value}"
+        if math.isfinite(norm) or self.engine.can_lower_loss_scale():
+            return None
+        return f"the gradient's norm is {norm}"
+
+    def _not_finite(self, step: int, fault: str) -> None:
+        """Does what the config says about it, or raises TrainingError."""
+        config = self.config
+        self.tally = self.tally.after_skip()
+        refusal = ""
+        if config.not_finite == "skip":
+            in_a_row = self.tally.skips_in_a_row
+            if in_a_row <= config.max_skips_in_a_row:
+                self._event("skipped", step=step, reason=fault, in_a_row=in_a_row)
+                return
+            refusal = f", and {in_a_row - 1} steps before it were skipped"
+        if config.not_finite == "roll_back":
+            if self.tally.roll_backs < config.max_roll_backs:
+                self._roll_back(step, fault)
+                return
+            refusal = f", and the run was rolled back {self.tally.roll_backs} times before"
+        self.keeper.finish()  # what came before is whole
+        raise TrainingError(
+            f"{self.spec.phase}, step {step}, {fault}{refusal}; try a lower learning_rate, a "
+            "longer warm-up or precision=fp32, and start from the last checkpoint"
         )
 
-    def _save(self, engine: Engine, step: int, log: MetricsLog | None) -> None:
-        if log:
-            log.flush()
-        began = time.perf_counter()
-        writer = checkpoint.Writer(
-            sequence=self.spec.sequence(),
-            zero_stage=self.config.zero_stage,
-            precision=self.config.resolved_precision(self.environment.device),
-        )
-        checkpoint.save(self.checkpoints, step, engine.states(), writer)
-        if log:
-            checkpoint.prune(self.checkpoints, self.config.keep_checkpoints, step)
-            log.event("checkpoint", step=step, seconds=round(time.perf_counter() - began, 3))
+    def _roll_back(self, step: int, fault: str) -> None:
+        """Returns to the last checkpoint; the batches since, up to this step's, are left out.
 
-    def _finish(self, engine: Engine, log: MetricsLog | None) -> TrainingResult:
+        So did PaLM after a spike of its loss (arXiv:2204.02311, 5.1): the batches harm only
+        together with the weights that met them, so going back alone would meet them again.
+        """
+        self.keeper.finish()
+        times = self.tally.roll_backs + 1
+        self.engine.close()
+        self.assembly = replace(self.assembly, module=self.assembled(self.spec).module)
+        damaged: list[str] = []
+        to_step = self._start(damaged.append, given_up=step)
+        self.tally = replace(self.tally, roll_backs=times)
+        for reason in damaged:
+            self._event("damaged-checkpoint", reason=reason)
+        self._event("rolled-back", step=step, reason=fault, to_step=to_step, times=times)
+
+    def _save(self, step: int) -> None:
+        if self.log:
+            self.log.flush()
+        self.tally = replace(
+            self.tally, skipped=self.engine.skipped, loss_scale=self.engine.loss_scale()
+        )
+        self.keeper.save(step, self.engine.states(), self.tally)
+
+    def _finish(self, step: int) -> TrainingResult:
         """Writes the model folder and, last, the file that says the run is complete."""
-        weights = engine.weights()
-        if log:
+        weights = self._final_weights(step)
+        if self.is_first:
             self.assembly.save(weights)
-            steps = self.config.steps
-            result = {"state": "finished", "step": steps, "steps": steps, "loss": self._last_loss()}
-            document = {"sequence": self.spec.sequence(), "result": result}
+            loss, steps = self._last_loss(), self.config.steps
+            document = {
+                "sequence": self.spec.sequence(),
+                "result": {"state": "finished", "step": step, "steps": steps, "loss": loss},
+                "tally": asdict(self.tally),
+            }
             payload = json.dumps(document, indent=1, ensure_ascii=False).encode()
             storage.write_bytes(storage.join(self.spec.folder, RESULT), payload)
-            log.event("finished", step=steps)
+            self._event("finished", step=step, best_step=self.tally.best_step)
         dist.barrier()
         finished = finished_result(self.spec)
         assert finished is not None
         return replace(finished, already_finished=False)
 
-    def _last_loss(self) -> float:
-        return float(read_metrics(self.spec.folder)[-1]["loss"])
+    def _final_weights(self, step: int) -> dict[str, Tensor]:
+        """Returns the weights of the model folder on rank 0, as the config wants them."""
+        averaged = self.config.model_weights == "average"
+        best = self.tally.best_step
+        if not self.config.keep_best or best is None or best == step:
+            return self.engine.weights(averaged)
+        if not self.is_first:
+            return {}
+        location = storage.join(self.checkpoints, checkpoint.name_of(best))
+        with tempfile.TemporaryDirectory(prefix="sightline-") as cache:
+            manifest = checkpoint.verify(location, Path(cache))
+            read = checkpoint.reader(location, manifest, Path(cache))
+            return checkpoint.weights(manifest, read, averaged)
 
-    def _log_start(
-        self,
-        log: MetricsLog,
-        engine: Engine,
-        manifest: checkpoint.Manifest | None,
-        damaged: list[str],
-    ) -> None:
+    def _last_loss(self) -> float:
+        lines = read_metrics(self.spec.folder)
+        return float(lines[-1]["loss"]) if lines else math.nan  # not one step was finite
+
+    def _tell_start(self, start: int, damaged: list[str]) -> None:
         for reason in damaged:
-            log.event("damaged-checkpoint", reason=reason)
-        log.event(
-            "resumed" if manifest else "started",
-            step=manifest.step if manifest else 0,
+            self._event("damaged-checkpoint", reason=reason)
+        self._event(
+            "resumed" if start else "started",
+            step=start,
             steps=self.config.steps,
             world_size=self.environment.world_size,
             device=self.environment.device,
-            engine=engine.config,
+            engine=self.engine.config,
         )
 
 
@@ -297,6 +458,10 @@ class _Meter:
         self._num_tokens += figures.num_tokens
         self._wait_seconds += figures.wait_seconds
 
+    def leave_out(self, seconds: float) -> None:
+        """Takes out of the next line's rates what was not training."""
+        self._began += seconds
+
     def line(self, step: int, figures: _StepFigures, rate: float) -> dict[str, Any]:
         """Returns the line of a step: its own losses, and rates since the last line."""
         seconds = max(time.perf_counter() - self._began, 1e-9)
@@ -305,7 +470,8 @@ class _Meter:
             "loss": figures.loss,
             "losses": figures.losses,
             "lr": rate,
-            "grad_norm": figures.grad_norm,
+            # none if fp16's loss scale was too high
+            "grad_norm": figures.grad_norm if math.isfinite(figures.grad_norm) else None,
             "padding_fraction": 1 - figures.num_tokens / max(figures.num_places, 1),
             "samples_per_second": round(self._num_samples / seconds, 3),
             "tokens_per_second": round(self._num_tokens / seconds, 3),
@@ -323,29 +489,3 @@ def _require_same(spec: TrainingSpec, sequence: dict[str, Any], where: str) -> N
             f"{where} belongs to another run; it differs in {'; '.join(found)}. "
             "Remove the folder, or choose another"
         )
-
-
-@contextlib.contextmanager
-def _only_writer(folder: str) -> Iterator[None]:
-    """Keeps every other process out of a run's folder; the lock ends with this process.
-
-    Waits a while first: the workers of a killed driver live a few seconds longer than it does.
-    """
-    path = storage.local_path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-    try:
-        deadline = time.monotonic() + SECONDS_TO_WAIT_FOR_LOCK
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TrainingError(f"{folder}: another process is training here") from None
-                time.sleep(0.2)
-            except OSError as error:
-                raise StorageError(f"{folder}: cannot be locked: {error}") from error
-        yield
-    finally:
-        os.close(descriptor)

@@ -8,8 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from pipeline import storage
 from pipeline.errors import StorageError
@@ -17,51 +16,47 @@ from pipeline.errors import StorageError
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 
+SECONDS_BETWEEN_WRITES = 5.0  # to an object store, and a second more for each megabyte
+
 
 class MetricsLog:
     """The writer of a run's figures: rank 0 opens it, at the step that the run continues from.
 
-    Lines of later steps are cut off: those steps will be made again. A line is handed to the
-    operating system whole, so that a killed process leaves at most one torn line, the last.
+    Lines of later steps are cut off: those steps will be made again. On a disk, a line is handed
+    to the operating system whole, so that a killed process leaves at most one torn line, the
+    last. In an object store nothing can be appended to: there the log is written anew every few
+    seconds, and a killed process takes its last lines with it; none from before a `flush`.
     """
 
     def __init__(self, folder: str, step: int) -> None:
-        root = _local(folder)
-        root.mkdir(parents=True, exist_ok=True)
-        metrics, events = root / METRICS, root / EVENTS
-        metrics.touch()
-        os.truncate(metrics, _size_up_to(metrics, step))
-        if events.exists():
-            os.truncate(events, _size_of_lines(events))
-        self._metrics = os.open(metrics, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        self._events = os.open(events, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
+        metrics, events = (storage.join(folder, name) for name in (METRICS, EVENTS))
+        kept = (end for line, end in _lines(metrics) if line["step"] <= step)
+        self._metrics = _open(metrics, max(kept, default=0))
+        self._events = _open(events, max((end for _, end in _lines(events)), default=0))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._metrics)
-        os.close(self._events)
+        self._metrics.close()
+        self._events.close()
 
     def step(self, line: Mapping[str, Any]) -> None:
         """Appends a step's figures."""
-        _append(self._metrics, line)
+        self._metrics.append(_encoded(line))
 
     def event(self, event: str, **facts: Any) -> None:
         """Appends what happened, with the time."""
-        _append(self._events, {"event": event, "time": time.time(), **facts})
+        self._events.append(_encoded({"event": event, "time": time.time(), **facts}))
 
     def flush(self) -> None:
         """Returns when all lines are on the disk: before a checkpoint that comes after them."""
-        os.fsync(self._metrics)
+        self._metrics.flush()
 
 
 def read_metrics(folder: str) -> list[dict[str, Any]]:
     """Returns the steps' figures; a torn last line is left out."""
-    path = _local(folder) / METRICS
-    if not path.exists():
-        return []
-    return [line for line, _ in _lines(path)]
+    return [line for line, _ in _lines(storage.join(folder, METRICS))]
 
 
 class Follower:
@@ -69,18 +64,19 @@ class Follower:
 
     def __init__(self, folder: str, name: str) -> None:
         """Starts after the lines that are there already."""
-        self._path = _local(folder) / name
-        self._offset = self._path.stat().st_size if self._path.exists() else 0
+        self._location = storage.join(folder, name)
+        self._offset = self._size_bytes()
 
     def new_lines(self) -> list[dict[str, Any]]:
         """Returns the whole lines appended since the last call."""
-        if not self._path.exists():
+        size_bytes = self._size_bytes()
+        self._offset = min(self._offset, size_bytes)  # cut back by a run that continues
+        if size_bytes == self._offset:
             return []
-        if self._path.stat().st_size < self._offset:  # cut back by a run that continues
-            self._offset = self._path.stat().st_size
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            appended = file.read()
+        try:
+            appended = storage.read_range(self._location, self._offset, size_bytes - self._offset)
+        except StorageError:  # cut back since its size was asked for; the next call sees that
+            return []
         whole = appended[: appended.rfind(b"\n") + 1]
         self._offset += len(whole)
         lines = []
@@ -93,38 +89,84 @@ class Follower:
                 continue
         return lines
 
+    def _size_bytes(self) -> int:
+        status = storage.file_status(self._location)
+        return status.size_bytes if status else 0
 
-def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+
+class _Log(Protocol):
+    def append(self, line: bytes) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _LocalLog:
+    def __init__(self, location: str, size_bytes: int) -> None:
+        path = storage.local_path(location)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.truncate(path, size_bytes)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+
+    def append(self, line: bytes) -> None:
+        os.write(self._descriptor, line)
+
+    def flush(self) -> None:
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class _StoredLog:
+    def __init__(self, location: str, size_bytes: int) -> None:
+        self._location = location
+        kept = storage.read_bytes(location)[:size_bytes] if size_bytes else b""
+        self._payload = bytearray(kept)
+        self._write()
+
+    def append(self, line: bytes) -> None:
+        self._payload += line
+        self._is_written = False
+        if time.monotonic() > self._due:
+            self._write()
+
+    def flush(self) -> None:
+        if not self._is_written:
+            self._write()
+
+    def close(self) -> None:
+        self.flush()
+
+    def _write(self) -> None:
+        storage.write_bytes(self._location, bytes(self._payload))
+        self._is_written = True
+        self._due = time.monotonic() + SECONDS_BETWEEN_WRITES + len(self._payload) / 1e6
+
+
+def _open(location: str, size_bytes: int) -> _Log:
+    """Opens a log for appending after its first bytes."""
+    log = _LocalLog if storage.is_local(location) else _StoredLog
+    return log(location, size_bytes)
+
+
+def _lines(location: str) -> Iterator[tuple[dict[str, Any], int]]:
     """Yields each whole line with the offset after it, up to a torn one; raises StorageError."""
+    if not storage.exists(location):
+        return
     offset = 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if not raw.endswith(b"\n"):
-                return
-            offset += len(raw)
-            try:
-                line = json.loads(raw)
-            except ValueError as error:
-                raise StorageError(f"{path}, line {number}: not JSON: {error}") from error
-            yield line, offset
+    for number, raw in enumerate(storage.read_bytes(location).splitlines(keepends=True), start=1):
+        if not raw.endswith(b"\n"):
+            return
+        offset += len(raw)
+        try:
+            line = json.loads(raw)
+        except ValueError as error:
+            raise StorageError(f"{location}, line {number}: not JSON: {error}") from error
+        yield line, offset
 
 
-def _size_up_to(path: Path, step: int) -> int:
-    size_bytes = 0
-    for line, end in _lines(path):
-        if line["step"] > step:
-            break
-        size_bytes = end
-    return size_bytes
-
-
-def _size_of_lines(path: Path) -> int:
-    return max((end for _, end in _lines(path)), default=0)
-
-
-def _append(descriptor: int, line: Mapping[str, Any]) -> None:
-    os.write(descriptor, json.dumps(line, ensure_ascii=False).encode() + b"\n")
-
-
-def _local(folder: str) -> Path:
-    return storage.local_path(folder)
+def _encoded(line: Mapping[str, Any]) -> bytes:
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"

@@ -10,7 +10,7 @@ from pipeline.config import Config
 from pipeline.data.loader import BatchConfig
 from pipeline.errors import ConfigError
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 _OWN_DEEPSPEED_KEYS = {  # DeepSpeed's name -> the key of ours that decides it
     "train_batch_size": "global_batch_size",
@@ -19,8 +19,8 @@ _OWN_DEEPSPEED_KEYS = {  # DeepSpeed's name -> the key of ours that decides it
     "gradient_clipping": "clip_norm",
     "optimizer": "learning_rate, betas, epsilon and weight_decay",
     "scheduler": "warmup_steps and decay",
-    "bf16": "precision",
-    "fp16": "precision",
+    "bf16.enabled": "precision",
+    "fp16.enabled": "precision",
     "data_types": "precision",
     "zero_optimization.stage": "zero_stage",
 }
@@ -31,16 +31,41 @@ class TrainingConfig(BatchConfig):
 
     steps: PositiveInt
     learning_rate: PositiveFloat = 1e-4  # the peak, reached at the end of the warm-up
+    # Patterns of parameter names, as of files (`*.answer_head.*`). A name that several match takes
+    # the factor of the last of them.
+    learning_rate_factors: dict[str, PositiveFloat] = Field(default_factory=dict)
+    freeze: tuple[str, ...] = ()  # patterns of parameters that are not trained
     warmup_steps: int = Field(default=0, ge=0)
     decay: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: float = Field(default=0.01, ge=0)  # not applied to norms and biases
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: PositiveFloat = 1e-8
     clip_norm: float = Field(default=1.0, ge=0)  # 0: gradients are not clipped
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    # auto: bf16 on a GPU, fp32 on a CPU
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)  # per step; None: no moving average
+    # What a step does whose loss or gradient is not a finite number: `stop` ends the run, `skip`
+    # makes no update, `roll_back` returns to the last checkpoint and trains on without any of the
+    # batches since.
+    not_finite: Literal["stop", "skip", "roll_back"] = "stop"
+    max_skips_in_a_row: PositiveInt = 5
+    max_roll_backs: PositiveInt = 3
     zero_stage: Literal[0, 1, 2, 3] = 1
+    evaluate_every_steps: PositiveInt | None = None  # on the held-out data; None: never
+    evaluate_batches: PositiveInt = 50  # at most so many global batches of it, always the same
+    best_by: str = "loss"  # the evaluated figure that tells a better model
+    best_is: Literal["lowest", "highest"] = "lowest"
+    patience: PositiveInt | None = None  # evaluations without a better one that end the run
+    # The weights of the model folder: of the last step or of the best evaluation; as trained, or
+    # their moving average. What is evaluated is the same as what is written.
+    keep_best: bool = False
+    model_weights: Literal["trained", "average"] = "trained"
     checkpoint_every_steps: PositiveInt = 500
+    # A checkpoint is removed when none of these wants it.
     keep_checkpoints: int = Field(default=2, ge=2)  # two: a damaged one needs one to fall back to
+    keep_best_checkpoints: int = Field(default=0, ge=0)  # by `best_by`, of those evaluated
+    keep_every_steps: PositiveInt | None = None  # those at multiples of it
+    keep_every_hours: PositiveFloat | None = None  # the first, and each so long after one kept
     log_every_steps: PositiveInt = 1
     loader_threads: PositiveInt = 2
     prefetch_steps: PositiveInt = 4  # steps collated ahead of the one that trains
@@ -58,8 +83,19 @@ class TrainingConfig(BatchConfig):
             )
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is more than steps={self.steps}")
-        if self.zero_stage == 0 and self.precision == "bf16":
-            raise ValueError(zero_0_bf16_refusal())
+        if self.zero_stage == 0 and self.precision in ("bf16", "fp16"):
+            raise ValueError(zero_0_refusal(self.precision))
+        if self.model_weights == "average" and self.ema_decay is None:
+            raise ValueError("model_weights=average needs an average to write: set ema_decay")
+        for key in ("patience", "keep_best", "keep_best_checkpoints"):
+            if getattr(self, key) and self.evaluate_every_steps is None:
+                raise ValueError(f"{key} goes by evaluations: set evaluate_every_steps")
+        for key, stage in (("offload_optimizer", 1), ("offload_param", 3)):
+            if key in self.deepspeed.get("zero_optimization", {}) and self.zero_stage < stage:
+                raise ValueError(
+                    f"deepspeed.zero_optimization.{key} has no effect with "
+                    f"zero_stage={self.zero_stage}; use {stage} or more"
+                )
         for key, ours in _OWN_DEEPSPEED_KEYS.items():
             node: Any = self.deepspeed
             for part in key.split("."):
@@ -74,17 +110,17 @@ class TrainingConfig(BatchConfig):
             return self.precision
         if device.startswith("cuda"):
             if self.zero_stage == 0:
-                raise ConfigError(f"precision=auto on a GPU: {zero_0_bf16_refusal()}")
+                raise ConfigError(f"precision=auto on a GPU: {zero_0_refusal('bf16')}")
             return "bf16"
         return "fp32"
 
 
-def zero_0_bf16_refusal() -> str:
-    """Says why ZeRO stage 0 is not run in bf16."""
+def zero_0_refusal(precision: str) -> str:
+    """Says why ZeRO stage 0 is run in fp32 only."""
     return (
-        "zero_stage=0 with precision=bf16 is refused: DeepSpeed then updates with an optimizer "
-        "that strays from fp32 by 2e-2 in five steps; use zero_stage=1 (it costs no more on one "
-        "rank) or precision=fp32"
+        f"zero_stage=0 with precision={precision} is refused: DeepSpeed then updates with another "
+        "optimizer, which in bf16 strays from fp32 by 2e-2 in five steps; use zero_stage=1 (it "
+        "costs no more on one rank) or precision=fp32"
     )
 
 
@@ -100,6 +136,7 @@ class TrainingSpec(Config):
     dataset: str
     dataset_version: int
     split: str = "train"
+    held_out_split: str | None = None  # what is evaluated on while training
     features: str | None  # the extractor's folder name; None: text only
     family: str
     model: dict[str, Any]
@@ -111,6 +148,10 @@ class TrainingSpec(Config):
     blind: bool = False  # the twin that never sees an image
     seed: int = Field(default=0, ge=0)
     training: TrainingConfig
+    # For the fraction of the device's arithmetic that the model makes use of (MFU): operations per
+    # token of one step, forward and backward, and what one rank's device can make in a second.
+    flops_per_token: PositiveFloat | None = None
+    device_flops: PositiveFloat | None = None
     # what the model folder records beside the weights
     card: dict[str, Any] = Field(default_factory=dict)
 
@@ -124,17 +165,32 @@ class TrainingSpec(Config):
         """Returns what the loss curve is a function of, for comparing two runs.
 
         Absent are the settings that may change between a run and its continuation: where it
-        lies, how it is spread over ranks, how often it saves and logs.
+        lies, how it is spread over ranks, how often it saves and logs, what it does if a loss is
+        not finite.
         """
         spec = self.model_dump(mode="json")
-        for name in ("phase", "folder", "tokenizer", "initial", "card"):
+        for name in (
+            "phase",
+            "folder",
+            "tokenizer",
+            "initial",
+            "card",
+            "flops_per_token",
+            "device_flops",
+        ):
             del spec[name]
         for name in (
             "micro_batch_size",
             "precision",
             "zero_stage",
+            "not_finite",
+            "max_skips_in_a_row",
+            "max_roll_backs",
             "checkpoint_every_steps",
             "keep_checkpoints",
+            "keep_best_checkpoints",
+            "keep_every_steps",
+            "keep_every_hours",
             "log_every_steps",
             "loader_threads",
             "prefetch_steps",
@@ -162,6 +218,6 @@ class TrainingResult:
     state: Literal["finished", "stopped"]
     step: int
     steps: int
-    loss: float  # of the last step, averaged over the global batch
+    loss: float  # of the last step logged, averaged over the global batch
     model_folder: str | None  # None while the run is not finished
     already_finished: bool = False  # True: the run was complete before, nothing was done

@@ -3,11 +3,12 @@
 The data of a step is a function of (seed, step, place in the global batch), as the loader's is.
 """
 
+import math
 import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -15,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline import storage
 from pipeline.errors import FeatureError
 from pipeline.training.assembly import Assembly
+from pipeline.training.evaluation import Evaluate, held_out_losses
 from pipeline.training.loop import train
 from pipeline.training.spec import Environment, TrainingConfig, TrainingSpec
 
@@ -119,9 +122,8 @@ def stand_in(spec: TrainingSpec, on_step: OnStep | None = None) -> Assembly:
             yield parts
 
     def save(weights: dict[str, Tensor]) -> None:
-        folder = Path(spec.folder) / "model"
-        folder.mkdir(exist_ok=True)
-        save_file(weights, folder / "model.safetensors")
+        location = storage.join(spec.folder, "model", "model.safetensors")
+        storage.write_bytes(location, safetensors.torch.save(weights))
 
     return Assembly(StandIn(), batches, save)
 
@@ -131,6 +133,45 @@ def without_dropout(spec: TrainingSpec, on_step: OnStep | None = None) -> Assemb
     assembly = stand_in(spec, on_step)
     assembly.module.dropout.p = 0.0  # type: ignore[union-attr]
     return assembly
+
+
+@dataclass(frozen=True)
+class Poisoned:
+    """Assembles the stand-in with NaN for a target in some steps of some rank."""
+
+    steps: tuple[int, ...]
+    rank: int = 0
+
+    def __call__(self, spec: TrainingSpec, on_step: OnStep | None = None) -> Assembly:
+        assembly = stand_in(spec, on_step)
+
+        def batches(
+            start: int, rank: int, world_size: int
+        ) -> Generator[list[StandInBatch], None, None]:
+            made: Any = assembly.batches(start, rank, world_size)
+            for step, parts in enumerate(made, start=start + 1):
+                if step in self.steps and rank == self.rank:
+                    parts[-1].targets[0, 0] = math.nan
+                yield parts
+
+        return replace(assembly, batches=batches)
+
+
+def evaluated(
+    spec: TrainingSpec, on_step: OnStep | None = None, evaluate: Evaluate | None = None
+) -> Assembly:
+    """The stand-in with an evaluation: its losses on rows that no step trains on."""
+
+    def held_out(module: nn.Module, environment: Environment) -> Mapping[str, float]:
+        places = range(environment.rank, 12, environment.world_size)
+        rows = torch.stack([_row(99, 0, place) for place in places])
+        batches = (
+            StandInBatch(part[:, :FEATURES], part[:, FEATURES:], len(part), len(part), 1)
+            for part in torch.split(rows, 4)
+        )
+        return held_out_losses(module, batches, environment)
+
+    return replace(stand_in(spec, on_step), evaluate=evaluate or held_out)
 
 
 def _row(seed: int, step: int, place: int) -> Tensor:
@@ -179,10 +220,18 @@ def train_and_die(
     """Kills the process of one rank, as kill -9 does, as it begins a step."""
 
     def on_step(begun: int, of_rank: int) -> None:
+        wait_for_writers()
         if (begun, of_rank) == (step, victim):
             os.kill(os.getpid(), 9)
 
     train_rank(rank, spec, partial(assembled, on_step=on_step))
+
+
+def wait_for_writers() -> None:
+    """Returns when no checkpoint of this process is being written; the next step publishes it."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("write-checkpoint"):
+            thread.join()
 
 
 def train_until(rank: int, spec: TrainingSpec, seconds: float) -> None:

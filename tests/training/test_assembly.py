@@ -121,6 +121,22 @@ def test_every_rank_starts_from_the_same_weights(data: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("alone")
+def test_held_out_losses_are_found_while_training(data: Path, tmp_path: Path) -> None:
+    """Here of the training split itself, which is what the tiny dataset has features for."""
+    training = {"steps": 6, "global_batch_size": 12, "micro_batch_size": 3}
+    spec = make_spec(
+        data, tmp_path, held_out_split="train", training=training | {"evaluate_every_steps": 3}
+    )
+    train(spec, HERE)
+    found = [line["evaluation"] for line in read_metrics(spec.folder) if "evaluation" in line]
+    assert [set(line) for line in found] == [{"loss", "mlm", "itm", "lm"}] * 2
+    assert found[0]["loss"] == pytest.approx(sum(found[0][name] for name in ("mlm", "itm", "lm")))
+    plain = make_spec(data, tmp_path / "plain", training=training)
+    train(plain, HERE)
+    assert read_metrics(plain.folder)[-1]["loss"] == read_metrics(spec.folder)[-1]["loss"]
+
+
+@pytest.mark.usefixtures("alone")
 def test_a_model_is_pretrained_saved_and_fine_tuned(data: Path, tmp_path: Path) -> None:
     pretrain = make_spec(data, tmp_path / "pretrain", card={"phase": "pretrain"})
     assert train(pretrain, HERE).model_folder == str(tmp_path / "pretrain" / "model")

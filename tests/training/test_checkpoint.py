@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pipeline.errors import CheckpointError
 from pipeline.training import checkpoint
-from pipeline.training.checkpoint import Writer
+from pipeline.training.checkpoint import Saving, Writer
+from pipeline.training.tally import Tally
 
 WRITER = Writer(sequence={"seed": 1}, zero_stage=1, precision="fp32")
 
@@ -24,7 +25,7 @@ def states(step: int) -> Iterator[tuple[str, Tensor]]:
 
 def save(folder: Path, *steps: int) -> None:
     for step in steps:
-        checkpoint.save(str(folder), step, states(step), WRITER)
+        Saving(str(folder), step, states(step), Tally(skipped=step % 2), WRITER).finish()
 
 
 def newest(folder: Path) -> tuple[int | None, list[str]]:
@@ -133,10 +134,42 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_is_reached_again(tmp_pat
     assert newest(tmp_path) == (6, [])
 
 
-def test_the_last_few_are_kept_and_later_ones_are_not_counted(tmp_path: Path) -> None:
-    save(tmp_path, 1, 2, 3, 4, 9)
-    assert checkpoint.prune(str(tmp_path), keep=2, step=4) == [1, 2]
-    assert checkpoint.steps_in(str(tmp_path)) == [3, 4, 9]
+def test_nothing_appears_before_it_is_finished_and_later_changes_are_not_in_it(
+    tmp_path: Path,
+) -> None:
+    tensor = torch.zeros(5)
+    saving = Saving(str(tmp_path), 3, iter([("weight/a", tensor)]), Tally(), WRITER)
+    tensor += 1
+    saving.wait()
+    assert saving.is_written()
+    assert newest(tmp_path) == (None, [])
+    location = saving.finish()
+    manifest = checkpoint.verify(location, tmp_path)
+    assert checkpoint.reader(location, manifest, tmp_path)("weight/a").tolist() == [0.0] * 5
+
+
+def test_the_tally_comes_back_with_the_tensors(tmp_path: Path) -> None:
+    tally = Tally(skipped=2, evaluation={"loss": 0.1}, best=0.1, loss_scale={"cur_scale": 2.0})
+    Saving(str(tmp_path), 3, states(3), tally, WRITER).finish()
+    assert checkpoint.read_manifest(str(tmp_path / "step-00000003")).tally == tally
+
+
+def test_the_weights_are_read_with_the_average_where_there_is_one(tmp_path: Path) -> None:
+    def averaged() -> Iterator[tuple[str, Tensor]]:
+        yield from states(3)
+        yield "average/a", torch.zeros(2, 3)
+        yield "weight/frozen", torch.ones(1)
+
+    location = Saving(str(tmp_path), 3, averaged(), Tally(), WRITER).finish()
+    manifest = checkpoint.read_manifest(location)
+    read = checkpoint.reader(location, manifest, tmp_path)
+    for is_average, figure in ((False, 3.0), (True, 0.0)):
+        found = checkpoint.weights(manifest, read, is_average)
+        assert {name: tensor.flatten()[0].item() for name, tensor in found.items()} == {
+            "a": figure,
+            "n": 3,
+            "frozen": 1,
+        }
 
 
 def test_two_runs_are_told_apart_by_the_keys_they_differ_in() -> None:

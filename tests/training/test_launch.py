@@ -1,11 +1,17 @@
+import contextlib
+import json
 import os
+import random
+import secrets
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +21,12 @@ from pipeline import config
 from pipeline.errors import ConfigError, FeatureError, TrainingError
 from pipeline.training import launch
 from pipeline.training.launch import ClusterConfig
-from pipeline.training.loop import finished_result, train
+from pipeline.training.loop import finished_result
 from pipeline.training.metrics_log import read_metrics
-from pipeline.training.spec import Environment, TrainingResult, TrainingSpec
+from pipeline.training.spec import TrainingSpec
 from tests.training import stand_in
-from tests.training.stand_in import make_spec, train_on
+from tests.training.driver import SEVERAL_NODES, STEPS
+from tests.training.stand_in import make_spec, train_on, unhurried
 from tests.training.test_loop import curve, events
 
 PROCESS = ClusterConfig(runner="process")
@@ -27,7 +34,7 @@ TWO_WORKERS = ClusterConfig(workers=2)
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def wait_until(reached: Callable[[], bool], seconds: float = 120) -> None:
+def wait_until(reached: Callable[[], bool], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not reached():
         assert time.monotonic() < deadline
@@ -38,20 +45,12 @@ def steps_logged(spec: TrainingSpec) -> int:
     return len(read_metrics(spec.folder))
 
 
-def train_stand_ins(specs: Sequence[TrainingSpec], here: Environment) -> list[TrainingResult]:
-    return [train(spec, here, stand_in.unhurried) for spec in specs]
-
-
 @pytest.mark.usefixtures("alone")
 class TestInThisProcess:
-    @pytest.fixture(autouse=True)
-    def _stand_ins(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(launch, "_train_each", train_stand_ins)
-
     def test_a_phase_is_trained_and_told_of(self, tmp_path: Path) -> None:
         spec = make_spec(tmp_path / "run")
         told: list[dict[str, Any]] = []
-        result = launch.launch(spec, PROCESS, told.append)
+        result = launch.launch(spec, PROCESS, told.append, unhurried)
         assert (result.state, result.step) == ("finished", 8)
         assert [line["step"] for line in told if "loss" in line] == list(range(1, 9))
         assert {line["event"] for line in told if "event" in line} == {
@@ -63,8 +62,8 @@ class TestInThisProcess:
 
     def test_a_finished_phase_says_so(self, tmp_path: Path) -> None:
         spec = make_spec(tmp_path / "run")
-        launch.launch(spec, PROCESS, print)
-        assert launch.launch(spec, PROCESS, print).already_finished
+        launch.launch(spec, PROCESS, print, unhurried)
+        assert launch.launch(spec, PROCESS, print, unhurried).already_finished
         # before Ray or anything else is started, so any cluster will do
         assert launch.launch(spec, ClusterConfig(address="10.0.0.1:1"), print).already_finished
 
@@ -78,7 +77,7 @@ class TestInThisProcess:
         before = signal.getsignal(signal.SIGTERM)
         thread = threading.Thread(target=terminate)
         thread.start()
-        result = launch.launch(spec, PROCESS, print)
+        result = launch.launch(spec, PROCESS, print, unhurried)
         thread.join()
         assert result.state == "stopped"
         assert 4 <= result.step < 200
@@ -139,14 +138,17 @@ class TestOnRay:
     def _stand_ins(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(launch, "_on_ray_worker", stand_in.ray_worker)
 
-    def test_a_run_whose_worker_is_killed_ends_as_the_unbroken_one(self, tmp_path: Path) -> None:
-        unbroken = make_spec(tmp_path / "unbroken", steps=30)
-        train_on(2, unbroken)
-        spec = make_spec(tmp_path / "run", steps=30)
+    @pytest.mark.parametrize("victims", [(1,), (0, 1)], ids=["one", "all"])
+    def test_a_run_whose_workers_are_killed_ends_as_the_unbroken_one(
+        self, victims: tuple[int, ...], unbroken: TrainingSpec, tmp_path: Path
+    ) -> None:
+        spec = make_spec(tmp_path / "run", steps=STEPS)
+        step = random.Random(len(victims)).randint(5, 30)
 
         def kill() -> None:
-            wait_until(lambda: steps_logged(spec) >= 11)
-            os.kill(int((tmp_path / "run" / "pid-1").read_text()), signal.SIGKILL)
+            wait_until(lambda: steps_logged(spec) >= step)
+            for rank in victims:
+                os.kill(int((tmp_path / "run" / f"pid-{rank}").read_text()), signal.SIGKILL)
 
         thread = threading.Thread(target=kill)
         thread.start()
@@ -168,19 +170,186 @@ class TestOnRay:
         assert len(events(bad, "started")) == 1
         assert not (tmp_path / "good" / "ray").exists()
 
+    def test_its_figures_are_shown_to_prometheus(self, tmp_path: Path) -> None:
+        import ray
+
+        launch.launch(make_spec(tmp_path / "birds" / "pretrain"), TWO_WORKERS, print)
+        node = ray.nodes()[0]
+        page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        shown: list[str] = []
+
+        def look() -> bool:
+            with urllib.request.urlopen(page, timeout=10) as answer:
+                text = answer.read().decode()
+            shown[:] = [line for line in text.splitlines() if 'run="birds"' in line]
+            return len(shown) >= 8
+
+        wait_until(look, seconds=60)
+        step = next(line for line in shown if line.startswith("ray_sightline_training_step{"))
+        assert 'phase="pretrain"' in step
+        assert step.endswith(" 8.0")
+
+
+def drive(*arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "tests.training.driver", *arguments]
+    # Ray would kill a rank for what other processes of a busy machine take
+    environment = os.environ | {"RAY_memory_monitor_refresh_ms": "0"}
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def wait_for_step(driver: "subprocess.Popen[str]", spec: TrainingSpec, step: int) -> None:
+    wait_until(lambda: steps_logged(spec) >= step or driver.poll() is not None)
+    assert driver.poll() is None
+
+
+def ended(driver: "subprocess.Popen[str]", seconds: float = 300) -> str:
+    """Returns the last line that a driver printed; it must have succeeded."""
+    try:
+        output, _ = driver.communicate(timeout=seconds)
+    finally:
+        driver.kill()
+    assert driver.returncode == 0
+    return output.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> TrainingSpec:
+    spec = make_spec(tmp_path_factory.mktemp("unbroken") / "run", steps=STEPS)
+    train_on(2, spec)
+    return spec
+
+
+@pytest.fixture
+def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ray's processes of a test's own cluster know each other by."""
+    path = tmp_path / "token"
+    path.touch(mode=0o600)
+    path.write_text(secrets.token_hex(32))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+
 
 @pytest.mark.slow
-def test_a_run_whose_driver_is_killed_is_gone_on_with_by_the_same_command(tmp_path: Path) -> None:
-    unbroken, spec = (make_spec(tmp_path / name, steps=40) for name in ("unbroken", "run"))
-    train_on(2, unbroken)
-    command = [sys.executable, "-m", "tests.training.driver", spec.folder]
-    first = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
-    wait_until(lambda: steps_logged(spec) >= 14)
+def test_a_run_whose_driver_is_killed_is_gone_on_with_by_the_same_command(
+    unbroken: TrainingSpec, tmp_path: Path
+) -> None:
+    spec = make_spec(tmp_path / "run", steps=STEPS)
+    step = random.Random(3).randint(10, 30)
+    first = drive(spec.folder)
+    wait_for_step(first, spec, step)
     first.kill()
     first.wait()
-    second = subprocess.run(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True, timeout=200
-    )
-    assert second.stdout.splitlines()[-1] == "finished"
-    assert events(spec, "resumed")[0]["step"] >= 12
+    assert ended(drive(spec.folder)) == "finished"
+    assert 0 < events(spec, "resumed")[0]["step"] <= step + 3
+    assert curve(spec) == curve(unbroken)
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_told_to_stop_leaves_a_checkpoint_and_is_gone_on_with(
+    unbroken: TrainingSpec, tmp_path: Path
+) -> None:
+    spec = make_spec(tmp_path / "run", steps=STEPS)
+    step = random.Random(4).randint(10, 30)
+    first = drive(spec.folder)
+    wait_for_step(first, spec, step)
+    first.terminate()
+    assert ended(first) == "stopped"
+    (stopped,) = events(spec, "stopped")
+    assert step <= stopped["step"] < STEPS
+    assert ended(drive(spec.folder)) == "finished"
+    assert events(spec, "resumed")[0]["step"] == stopped["step"]
+    assert curve(spec) == curve(unbroken)
+
+
+class Head:
+    """A `ray start --head` of a test's own, which listens on this machine only."""
+
+    def __init__(self, folder: Path) -> None:
+        environment = os.environ | {
+            "RAY_TMPDIR": str(folder),  # else it would tell the whole machine of itself
+            "RAY_memory_monitor_refresh_ms": "0",
+        }
+        with (
+            socket.create_server(("127.0.0.1", 0)) as first,
+            socket.create_server(("127.0.0.1", 0)) as second,
+        ):
+            port, client_port = (server.getsockname()[1] for server in (first, second))
+        self.address = f"127.0.0.1:{port}"
+        options = [
+            f"--port={port}",
+            "--node-ip-address=127.0.0.1",
+            f"--temp-dir={folder}",
+            "--num-cpus=2",
+            "--include-dashboard=false",
+            f"--ray-client-server-port={client_port}",
+            "--disable-usage-stats",
+            "--block",
+        ]
+        ray = Path(sys.executable).with_name("ray")
+        self._process = subprocess.Popen(
+            [ray, "start", "--head", *options],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        wait_until(self._answers)
+
+    def _answers(self) -> bool:
+        assert self._process.poll() is None
+        host, port = self.address.split(":")
+        try:
+            socket.create_connection((host, int(port)), 1).close()
+        except OSError:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """Kills every process of the head at once, as a machine that is switched off."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("token")
+def test_a_run_whose_ray_head_is_killed_is_gone_on_with_on_the_next_one(
+    unbroken: TrainingSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # so 127.0.0.1 means itself
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "20")  # it would wait a minute
+    spec = make_spec(tmp_path / "run", steps=STEPS)
+    step = random.Random(5).randint(10, 30)
+    statuses: list[int] = []
+    for _ in range(2):
+        with tempfile.TemporaryDirectory(prefix="sl-", dir="/tmp", ignore_cleanup_errors=True) as f:
+            head = Head(Path(f))
+            try:
+                driver = drive(spec.folder, head.address)
+                if not statuses:
+                    wait_for_step(driver, spec, step)
+                    head.kill()
+                output, _ = driver.communicate(timeout=300)
+                statuses.append(driver.returncode)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    head.kill()
+    assert statuses[0] != 0
+    assert (statuses[1], output.splitlines()[-1]) == (0, "finished")
+    assert events(spec, "resumed")[-1]["step"] > 0
+    assert curve(spec) == curve(unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("token")
+def test_a_run_that_loses_a_node_goes_on_with_another(
+    unbroken: TrainingSpec, tmp_path: Path
+) -> None:
+    spec = make_spec(tmp_path / "run", steps=STEPS)
+    told = json.loads(ended(drive(spec.folder, SEVERAL_NODES)))
+    assert told["states"] == ["finished"]
+    assert len(set(told["before"])) == 2
+    (resumed,) = events(spec, "resumed")
+    assert resumed["world_size"] == 2
     assert curve(spec) == curve(unbroken)

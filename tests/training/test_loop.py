@@ -1,6 +1,6 @@
 import json
 import math
-from collections.abc import Generator
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,23 +8,28 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.errors import CheckpointError, TrainingError
-from pipeline.training import loop
+from pipeline import storage
+from pipeline.errors import CheckpointError, ConfigError, TrainingError
+from pipeline.training import checkpoint, lease, loop
 from pipeline.training.assembly import Assembly
+from pipeline.training.engine import Engine
 from pipeline.training.loop import finished_result, request_stop, step_seed, train
 from pipeline.training.metrics_log import read_metrics
 from pipeline.training.spec import Environment, TrainingSpec
 from tests.training.stand_in import (
+    Poisoned,
+    evaluated,
     in_processes,
     make_spec,
     stand_in,
     train_and_die,
     train_on,
     train_until,
+    wait_for_writers,
     without_dropout,
 )
 
@@ -45,12 +50,13 @@ def losses(spec: TrainingSpec) -> list[float]:
 
 
 def events(spec: TrainingSpec, name: str) -> list[dict[str, Any]]:
-    lines = (Path(spec.folder) / "events.jsonl").read_text().splitlines()
+    lines = storage.read_bytes(storage.join(spec.folder, "events.jsonl")).splitlines()
     return [event for event in map(json.loads, lines) if event["event"] == name]
 
 
 def weights(spec: TrainingSpec) -> dict[str, list[float]]:
-    tensors = load_file(Path(spec.folder) / "model" / "model.safetensors")
+    location = storage.join(spec.folder, "model", "model.safetensors")
+    tensors = safetensors.torch.load(storage.read_bytes(location))
     return {name: tensor.tolist() for name, tensor in tensors.items()}
 
 
@@ -86,16 +92,61 @@ def test_a_run_killed_at_any_moments_ends_as_the_unbroken_one(tmp_path: Path) ->
 
 
 def test_a_run_goes_on_with_other_ranks_and_stages_within_rounding(tmp_path: Path) -> None:
-    steady = make_spec(tmp_path / "steady", steps=9)
+    settings: dict[str, Any] = {"steps": 9, "ema_decay": 0.9, "model_weights": "average"}
+    steady = make_spec(tmp_path / "steady", **settings)
     train_on(2, steady, without_dropout)
     elastic = tmp_path / "elastic"
-    first, second, third = (make_spec(elastic, steps=9, zero_stage=stage) for stage in (1, 3, 2))
-    in_processes(2, train_and_die, first, 1, 4, without_dropout)
-    in_processes(1, train_and_die, second, 0, 7, without_dropout)
+    first, second, third = (make_spec(elastic, zero_stage=stage, **settings) for stage in (1, 3, 2))
+    in_processes(2, train_and_die, first, 1, 5, without_dropout)
+    in_processes(1, train_and_die, second, 0, 8, without_dropout)
     train_on(2, third, without_dropout)
     resumed = [(event["step"], event["world_size"]) for event in events(third, "resumed")]
     assert resumed == [(3, 1), (6, 2)]
     assert losses(third) == pytest.approx(losses(steady), abs=1e-6)
+    for name, values in weights(steady).items():
+        assert np.allclose(weights(third)[name], values, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("policy", ["skip", "roll_back"])
+def test_a_run_with_a_step_that_is_not_finite_resumes_bit_by_bit(
+    tmp_path: Path, stage: int, policy: str
+) -> None:
+    poisoned = Poisoned((5,), rank=1)
+    settings: dict[str, Any] = {"steps": 10, "zero_stage": stage, "not_finite": policy}
+    unbroken, broken = (make_spec(tmp_path / name, **settings) for name in ("unbroken", "broken"))
+    train_on(2, unbroken, poisoned)
+    in_processes(2, train_and_die, broken, 0, 9, poisoned)  # the checkpoint of step 6 counts one
+    train_on(2, broken, poisoned)
+    assert [event["step"] for event in events(broken, "resumed")] == [6]
+    assert curve(broken) == curve(unbroken)
+    assert [line["step"] for line in curve(broken)] == [1, 2, 3, 4, 6, 7, 8, 9, 10]
+    assert weights(broken) == weights(unbroken)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")]
+)
+def test_an_averaged_and_evaluated_run_resumes_bit_by_bit(
+    tmp_path: Path, stage: int, precision: str
+) -> None:
+    settings: dict[str, Any] = {
+        "zero_stage": stage,
+        "precision": precision,
+        "ema_decay": 0.9,
+        "model_weights": "average",
+        "evaluate_every_steps": 2,
+        "keep_best": True,
+        "learning_rate_factors": {"hidden.*": 0.3},
+        "freeze": ["unused.*"],
+    }
+    unbroken, broken = (make_spec(tmp_path / name, **settings) for name in ("unbroken", "broken"))
+    train_on(2, unbroken, evaluated)
+    in_processes(2, train_and_die, broken, 1, 6, evaluated)
+    train_on(2, broken, evaluated)
+    assert len(events(broken, "resumed")) == 1
+    assert curve(broken) == curve(unbroken)
+    assert weights(broken) == weights(unbroken)
 
 
 @pytest.mark.usefixtures("alone")
@@ -121,6 +172,17 @@ class TestAlone:
             assert line["padding_fraction"] == 0.5
             assert line["grad_norm"] > 0
         assert [round(line["lr"] / 0.02, 4) for line in lines[:3]] == [0.5, 1.0, 1.0]
+
+    def test_the_use_made_of_the_device_is_logged_where_both_figures_are_known(
+        self, tmp_path: Path
+    ) -> None:
+        spec = make_spec(tmp_path / "run").model_copy(update={"flops_per_token": 5e3})
+        known = spec.model_copy(update={"device_flops": 1e6, "folder": str(tmp_path / "known")})
+        train(spec, HERE, stand_in)
+        train(known, HERE, stand_in)
+        assert all("mfu" not in line for line in read_metrics(spec.folder))
+        for line in read_metrics(known.folder):
+            assert line["mfu"] == pytest.approx(line["tokens_per_second"] * 5e3 / 1e6, abs=1e-4)
 
     def test_only_every_so_many_steps_are_logged_and_the_last(self, tmp_path: Path) -> None:
         spec = make_spec(tmp_path / "run", log_every_steps=3)
@@ -175,24 +237,197 @@ class TestAlone:
 
     def test_a_loss_that_is_not_finite_is_named_and_never_saved(self, tmp_path: Path) -> None:
         spec = make_spec(tmp_path / "run")
-
-        def poisoned(spec: TrainingSpec) -> Assembly:
-            assembly = stand_in(spec)
-
-            def batches(*where: int) -> Generator[Any, None, None]:
-                made: Any
-                for step, made in enumerate(assembly.batches(*where), start=1):
-                    if step == 5:
-                        made[2].targets.fill_(math.nan)
-                    yield made
-
-            return replace(assembly, batches=batches)
-
         with pytest.raises(TrainingError, match="pretrain, step 5, rank 0: loss is nan"):
-            train(spec, HERE, poisoned)
+            train(spec, HERE, Poisoned((5,)))
         assert [line["step"] for line in read_metrics(spec.folder)] == [1, 2, 3, 4]
         kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
         assert kept == ["step-00000003"]
+
+    def test_a_run_may_go_on_under_another_policy_than_it_stopped_with(
+        self, tmp_path: Path
+    ) -> None:
+        spec = make_spec(tmp_path / "run")
+        with pytest.raises(TrainingError, match="step 5"):
+            train(spec, HERE, Poisoned((5,)))
+        train(make_spec(tmp_path / "run", not_finite="skip"), HERE, Poisoned((5,)))
+        assert [line["step"] for line in read_metrics(spec.folder)] == [1, 2, 3, 4, 6, 7, 8]
+
+    def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run(
+        self, tmp_path: Path
+    ) -> None:
+        settings: dict[str, Any] = {"not_finite": "skip", "max_skips_in_a_row": 2}
+        spec = make_spec(tmp_path / "run", **settings)
+        assert train(spec, HERE, Poisoned((2, 4, 5))).state == "finished"
+        lines = read_metrics(spec.folder)
+        assert [(line["step"], line["skipped_steps"]) for line in lines] == [
+            (1, 0),
+            (3, 1),
+            (6, 3),
+            (7, 3),
+            (8, 3),
+        ]
+        assert [event["step"] for event in events(spec, "skipped")] == [2, 4, 5]
+        assert "loss is nan" in events(spec, "skipped")[0]["reason"]
+        spec = make_spec(tmp_path / "worse", **settings)
+        with pytest.raises(TrainingError, match=r"step 6, .* and 2 steps before it were skipped"):
+            train(spec, HERE, Poisoned((4, 5, 6)))
+
+    def test_a_roll_back_leaves_out_what_came_after_the_checkpoint(self, tmp_path: Path) -> None:
+        spec = make_spec(tmp_path / "run", not_finite="roll_back")
+        train(spec, HERE, Poisoned((5,)))
+        (event,) = events(spec, "rolled-back")
+        assert (event["step"], event["to_step"], event["times"]) == (5, 3, 1)
+        lines = read_metrics(spec.folder)
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 6, 7, 8]
+        assert [line["skipped_steps"] for line in lines] == [0, 0, 0, 0, 2, 2, 2]
+        # the same by hand: the state of step 3, then the batches and the rates of 6, 7 and 8
+        assembly = stand_in(spec)
+        engine = Engine(assembly.module, spec.training, HERE)
+        for step, batches in enumerate(assembly.batches(0, 0, 1), start=1):
+            if step == 4:
+                kept = {name: tensor.clone() for name, tensor in engine.states()}
+                engine.close()
+                module = stand_in(spec).module
+                engine = Engine(module, spec.training, HERE, 5, kept.__getitem__, skipped=2)
+            if step in (4, 5):
+                continue
+            torch.manual_seed(step_seed(spec.seed, step, 0))
+            engine.advance(list(batches))
+        expected = {name: tensor.tolist() for name, tensor in engine.weights().items()}
+        engine.close()
+        assert weights(spec) == expected
+
+    def test_too_many_roll_backs_end_the_run(self, tmp_path: Path) -> None:
+        spec = make_spec(tmp_path / "run", not_finite="roll_back", max_roll_backs=2)
+        with pytest.raises(TrainingError, match=r"step 7, .* was rolled back 2 times before"):
+            train(spec, HERE, Poisoned((2, 5, 7)))
+        assert [event["to_step"] for event in events(spec, "rolled-back")] == [0, 3]
+
+    def test_a_run_is_evaluated_and_says_what_it_found(self, tmp_path: Path) -> None:
+        spec = make_spec(tmp_path / "run", evaluate_every_steps=3, log_every_steps=2)
+        train(spec, HERE, evaluated)
+        found = {line["step"]: line.get("evaluation", {}) for line in read_metrics(spec.folder)}
+        assert [step for step, figures in found.items() if figures] == [3, 6, 8]
+        assert list(found) == [2, 3, 4, 6, 8]
+        assert found[3]["loss"] == pytest.approx(found[3]["sq"] + 0.3 * found[3]["abs"])
+        assert found[8]["loss"] < found[3]["loss"]
+
+    def test_evaluating_changes_nothing_in_training(self, tmp_path: Path) -> None:
+        plain, spec = (
+            make_spec(tmp_path / name, ema_decay=0.5, evaluate_every_steps=every)
+            for name, every in (("plain", None), ("run", 1))
+        )
+        average = spec.training.model_copy(update={"model_weights": "average"})
+        spec = spec.model_copy(update={"training": average})
+        train(plain, HERE, evaluated)
+        train(spec, HERE, evaluated)
+        assert losses(spec) == losses(plain)
+
+    def test_the_best_model_is_written_and_waiting_for_a_better_one_ends(
+        self, tmp_path: Path
+    ) -> None:
+        found = iter([3.0, 1.0, 2.0, math.nan, 0.5])
+        settings: dict[str, Any] = {
+            "steps": 12,
+            "evaluate_every_steps": 2,
+            "keep_best": True,
+            "patience": 2,
+            "checkpoint_every_steps": 3,
+        }
+        spec = make_spec(tmp_path / "run", **settings)
+        result = train(spec, HERE, partial(evaluated, evaluate=lambda *_: {"loss": next(found)}))
+        assert (result.state, result.step, result.steps) == ("finished", 8, 12)
+        kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+        assert kept == ["step-00000004", "step-00000006", "step-00000008"]
+        manifest = checkpoint.read_manifest(str(tmp_path / "run" / "checkpoints" / kept[0]))
+        read = checkpoint.reader(
+            str(tmp_path / "run" / "checkpoints" / kept[0]), manifest, tmp_path
+        )
+        best = checkpoint.weights(manifest, read, averaged=False)
+        assert weights(spec) == {name: tensor.tolist() for name, tensor in best.items()}
+        assert train(spec, HERE, stand_in).already_finished
+
+    def test_the_best_few_are_kept_wherever_they_are_found(self, tmp_path: Path) -> None:
+        found = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0])
+        spec = make_spec(
+            tmp_path / "run",
+            evaluate_every_steps=1,
+            keep_best_checkpoints=1,
+            checkpoint_every_steps=3,
+        )
+        train(spec, HERE, partial(evaluated, evaluate=lambda *_: {"loss": next(found)}))
+        kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+        assert kept == ["step-00000002", "step-00000006", "step-00000008"]
+
+    def test_a_run_whose_patience_was_spent_before_it_died_ends_at_once(
+        self, tmp_path: Path
+    ) -> None:
+        spec = make_spec(tmp_path / "run", evaluate_every_steps=1, patience=1)
+        found = iter([1.0, 2.0])
+
+        def refuse(_: dict[str, Tensor]) -> None:
+            raise InterruptedError
+
+        def dying(spec: TrainingSpec) -> Assembly:
+            assembly = evaluated(spec, evaluate=lambda *_: {"loss": next(found)})
+            return replace(assembly, save=refuse)
+
+        with pytest.raises(InterruptedError):
+            train(spec, HERE, dying)
+        result = train(spec, HERE, partial(evaluated, evaluate=lambda *_: {"loss": 0.0}))
+        assert (result.state, result.step) == ("finished", 2)
+
+    def test_an_evaluation_without_the_figure_that_decides_is_refused(self, tmp_path: Path) -> None:
+        spec = make_spec(tmp_path / "run", evaluate_every_steps=2, best_by="recall")
+        with pytest.raises(ConfigError, match=r"found 'recall', .* gives abs, loss, sq"):
+            train(spec, HERE, evaluated)
+        spec = make_spec(tmp_path / "other", evaluate_every_steps=2)
+        with pytest.raises(ConfigError, match="no held-out data"):
+            train(spec, HERE, stand_in)
+
+    def test_an_fp16_run_that_died_goes_on_with_its_loss_scale(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from deepspeed.accelerator import get_accelerator
+
+        # torch computes in halves on any CPU, though DeepSpeed says that this one cannot
+        monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+        settings: dict[str, Any] = {
+            "steps": 14,
+            "precision": "fp16",
+            "deepspeed": {
+                "fp16": {"initial_scale_power": 22, "loss_scale_window": 3, "hysteresis": 1}
+            },
+        }
+        whole, spec = (make_spec(tmp_path / name, **settings) for name in ("whole", "run"))
+        train(whole, HERE, stand_in)
+        with pytest.raises(InterruptedError):
+            train(spec, HERE, partial(stand_in, on_step=interrupt_at(11)))
+        train(spec, HERE, stand_in)
+        assert [event["step"] for event in events(spec, "resumed")] == [9]
+        assert curve(spec) == curve(whole)
+        lines = read_metrics(spec.folder)
+        assert lines[-1]["skipped_steps"] == [line["grad_norm"] for line in lines].count(None) > 0
+        assert len({line["loss_scale"] for line in lines}) > 2
+
+    def test_the_model_may_be_the_average_of_the_weights(self, tmp_path: Path) -> None:
+        settings: dict[str, Any] = {"ema_decay": 0.75, "model_weights": "average"}
+        spec = make_spec(tmp_path / "run", checkpoint_every_steps=1, keep_checkpoints=9, **settings)
+        train(spec, HERE, stand_in)
+        average = {
+            name: tensor.clone() for name, tensor in stand_in(spec).module.state_dict().items()
+        }
+        for step in range(1, 9):
+            location = str(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
+            manifest = checkpoint.read_manifest(location)
+            now = checkpoint.weights(
+                manifest, checkpoint.reader(location, manifest, tmp_path), averaged=False
+            )
+            for name, tensor in now.items():
+                average[name] = torch.lerp(average[name], tensor, 0.25)
+        for name, values in weights(spec).items():
+            assert torch.allclose(torch.tensor(values), average[name], atol=1e-6)
+        assert weights(spec)["out.weight"] != now["out.weight"].tolist()
 
     def test_another_runs_folder_is_refused_with_the_keys_that_differ(self, tmp_path: Path) -> None:
         train(make_spec(tmp_path / "run"), HERE, stand_in)
@@ -203,10 +438,44 @@ class TestAlone:
         with pytest.raises(CheckpointError, match=r"training.learning_rate: 0.02 then, 0.5 now"):
             train(other, HERE, stand_in)
 
+    def test_a_run_in_an_object_store_ends_as_one_on_a_disk(
+        self, tmp_path: Path, object_store: str
+    ) -> None:
+        whole = make_spec(tmp_path / "whole", not_finite="roll_back")
+        train(whole, HERE, Poisoned((5,)))
+        spec = make_spec(f"{object_store}/run", not_finite="roll_back")
+        with pytest.raises(InterruptedError):
+            train(spec, HERE, partial(Poisoned((5,)), on_step=interrupt_at(8)))
+        request_stop(spec.folder)
+        assert train(spec, HERE, Poisoned((5,))).step == 7
+        loop.clear_stop(spec.folder)
+        result = train(spec, HERE, Poisoned((5,)))
+        assert (result.state, result.step) == ("finished", 8)
+        assert [event["step"] for event in events(spec, "resumed")] == [6, 7]
+        assert curve(spec) == curve(whole)
+        assert weights(spec) == weights(whole)
+        kept = storage.list_names(f"{spec.folder}/checkpoints")
+        assert kept == ["step-00000007", "step-00000008"]
+        assert train(spec, HERE, stand_in).already_finished
+
+    def test_a_run_whose_folder_was_taken_over_ends(
+        self, object_store: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(lease, "SECONDS_BETWEEN_BEATS", 0.05)
+        spec = make_spec(f"{object_store}/run", steps=200)
+
+        def take_over(step: int, _: int) -> None:
+            if step == 3:
+                storage.write_bytes(f"{spec.folder}/.lock-00000002", b"another")
+            time.sleep(0.02)
+
+        with pytest.raises(TrainingError, match="another process trains here by now"):
+            train(spec, HERE, partial(stand_in, on_step=take_over))
+
     def test_a_second_process_is_kept_out(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(loop, "SECONDS_TO_WAIT_FOR_LOCK", 0.3)
+        monkeypatch.setattr(lease, "SECONDS_TO_WAIT", 0.3)
         spec = make_spec(tmp_path / "run")
 
         def meddle(step: int, _: int) -> None:
@@ -219,6 +488,7 @@ class TestAlone:
 
 def interrupt_at(step: int) -> Any:
     def on_step(made: int, _: int) -> None:
+        wait_for_writers()
         if made == step:
             raise InterruptedError
 

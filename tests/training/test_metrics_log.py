@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import storage
 from pipeline.errors import StorageError
+from pipeline.training import metrics_log
 from pipeline.training.metrics_log import METRICS, Follower, MetricsLog, read_metrics
 
 
@@ -67,3 +69,34 @@ def test_events_carry_their_name_and_time(tmp_path: Path) -> None:
         log.event("checkpoint", step=3)
     (event,) = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
     assert (event["event"], event["step"], event["time"] > 0) == ("checkpoint", 3, True)
+
+
+def test_a_log_in_an_object_store_is_whole_when_flushed_and_cut_back_like_one_on_a_disk(
+    object_store: str,
+) -> None:
+    follower = Follower(object_store, METRICS)
+    with MetricsLog(object_store, 0) as log:
+        for step in (1, 2, 3):
+            log.step({"step": step})
+        assert read_metrics(object_store) == []  # not each line is a write
+        log.flush()
+        assert [line["step"] for line in follower.new_lines()] == [1, 2, 3]
+        log.step({"step": 4})
+        log.event("finished")
+    assert [line["step"] for line in follower.new_lines()] == [4]
+    with MetricsLog(object_store, 2) as log:
+        assert follower.new_lines() == []
+        log.step({"step": 3})
+    assert [line["step"] for line in follower.new_lines()] == [3]
+    assert [line["step"] for line in read_metrics(object_store)] == [1, 2, 3]
+    payload = storage.read_bytes(storage.join(object_store, "events.jsonl"))
+    assert [json.loads(line)["event"] for line in payload.splitlines()] == ["finished"]
+
+
+def test_a_log_in_an_object_store_is_written_every_so_often_by_itself(
+    object_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics_log, "SECONDS_BETWEEN_WRITES", 0.0)
+    with MetricsLog(object_store, 0) as log:
+        log.step({"step": 1})
+        assert len(read_metrics(object_store)) == 1

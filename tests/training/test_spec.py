@@ -29,7 +29,18 @@ def test_a_global_batch_that_ranks_cannot_share_is_refused_with_the_numbers() ->
         ({"micro_batch_size": 7}, "not a multiple of micro_batch_size=7"),
         ({"warmup_steps": 11}, "more than steps=10"),
         ({"zero_stage": 0, "precision": "bf16"}, "use zero_stage=1"),
+        ({"zero_stage": 0, "precision": "fp16"}, "use zero_stage=1"),
         ({"zero_stage": 4}, "zero_stage"),
+        (
+            {"deepspeed": {"zero_optimization": {"offload_param": {"device": "cpu"}}}},
+            "no effect with zero_stage=1; use 3 or more",
+        ),
+        ({"model_weights": "average"}, "set ema_decay"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"patience": 3}, "patience goes by evaluations: set evaluate_every_steps"),
+        ({"keep_best": True}, "keep_best goes by evaluations"),
+        ({"not_finite": "ignore"}, "not_finite"),
+        ({"deepspeed": {"fp16": {"enabled": True}}}, "decided by precision"),
         ({"keep_checkpoints": 1}, "keep_checkpoints"),
         ({"deepspeed": {"train_batch_size": 8}}, "decided by global_batch_size"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "decided by zero_stage"),
@@ -60,4 +71,6 @@ def test_a_run_is_the_same_however_it_is_spread_and_another_with_another_rate() 
     run = make_spec("here").sequence()
     spread = make_spec("there", zero_stage=3, micro_batch_size=4, checkpoint_every_steps=1)
     assert spread.sequence() == run
+    assert make_spec("here", not_finite="skip", keep_every_hours=1).sequence() == run
+    assert make_spec("here", freeze=["*.bias"]).sequence() != run
     assert make_spec("here", learning_rate=1e-5).sequence() != run

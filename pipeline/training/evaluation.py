@@ -1,0 +1,44 @@
+"""Held-out batches to the figures that tell a better model from a worse one."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipeline.errors import TrainingError
+from pipeline.training.spec import Environment
+
+if TYPE_CHECKING:
+    from pipeline.training.assembly import MicroBatch
+
+# Every rank calls it with the module in evaluation mode; what rank 0 returns is what counts.
+Evaluate = Callable[[nn.Module, Environment], Mapping[str, float]]
+
+
+def held_out_losses(
+    module: nn.Module, batches: Iterable["MicroBatch"], environment: Environment
+) -> dict[str, float]:
+    """Returns the mean `loss`, and that of each objective, over the samples of all ranks.
+
+    Collective: each rank gives its own part of the samples, in as many batches as the others
+    (ZeRO stage 3 gathers the weights for each), and at least one.
+    """
+    dtype = next(module.parameters()).dtype
+    device = torch.device(environment.device)
+    totals: dict[str, torch.Tensor] = {}
+    num_samples = 0
+    for batch in batches:
+        loss, parts = module(batch.to(device, dtype))
+        num_samples += batch.num_samples
+        for name, mean in {"loss": loss, **parts}.items():
+            total = totals.get(name, torch.zeros((), dtype=torch.float64, device=device))
+            totals[name] = total + mean.double() * batch.num_samples
+    if not totals:
+        raise TrainingError(f"rank {environment.rank}: it has no held-out samples to evaluate on")
+    names = sorted(totals)
+    sums = torch.stack([*(totals[name] for name in names), torch.tensor(num_samples).to(loss)])
+    dist.all_reduce(sums)
+    means = (sums[:-1] / sums[-1]).tolist()
+    return dict(zip(names, means, strict=True))

@@ -1,0 +1,51 @@
+"""A run's checkpoints to those that it can do without."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pipeline.training.spec import TrainingConfig
+
+SECONDS_PER_HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A published checkpoint as retention sees it."""
+
+    step: int
+    written: float  # seconds since 1970
+    figure: float | None  # `best_by` of the evaluation after its step, if there was one
+
+
+def superfluous(checkpoints: Iterable[Kept], config: TrainingConfig) -> list[int]:
+    """Returns the steps, in rising order, of the checkpoints that no rule of the config wants."""
+    rising = sorted(checkpoints, key=lambda kept: kept.step)
+    wanted = {kept.step for kept in rising[-config.keep_checkpoints :]}
+    wanted.update(_best(rising, config))
+    if config.keep_every_steps is not None:
+        wanted.update(kept.step for kept in rising if kept.step % config.keep_every_steps == 0)
+    if config.keep_every_hours is not None:
+        wanted.update(_spaced(rising, config.keep_every_hours * SECONDS_PER_HOUR))
+    return [kept.step for kept in rising if kept.step not in wanted]
+
+
+def _best(rising: Sequence[Kept], config: TrainingConfig) -> list[int]:
+    """The best few by their evaluations; the model that is written may come from the best."""
+    count = max(config.keep_best_checkpoints, int(config.keep_best))
+    sign = 1 if config.best_is == "lowest" else -1
+    evaluated = [
+        (sign * kept.figure, kept.step)
+        for kept in rising
+        if kept.figure is not None and math.isfinite(kept.figure)
+    ]
+    return [step for _, step in sorted(evaluated)[:count]]
+
+
+def _spaced(rising: Sequence[Kept], seconds: float) -> list[int]:
+    """The first, and then each that was written long enough after the one chosen before it."""
+    chosen: list[Kept] = []
+    for kept in rising:
+        if not chosen or kept.written - chosen[-1].written >= seconds:
+            chosen.append(kept)
+    return [kept.step for kept in chosen]

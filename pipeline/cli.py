@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Annotated, ParamSpec
+from typing import Annotated, Literal, ParamSpec
 
 import typer
 from rich.console import Console
@@ -42,7 +42,7 @@ data_app = typer.Typer(
     help="Look at a dataset and look after it: info, rejects, preview, diff, verify, compact.",
 )
 job_app = typer.Typer(no_args_is_help=True, help="Look after submitted jobs: status, logs, stop.")
-bench_app = typer.Typer(no_args_is_help=True, help="Measure side by side: model.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure side by side, in one run.")
 app.add_typer(data_app, name="data")
 app.add_typer(job_app, name="job")
 app.add_typer(bench_app, name="bench")
@@ -338,6 +338,40 @@ def data_diff(
     )
 
 
+@data_app.command("import-features")
+@reported
+def data_import_features(
+    dataset: DatasetUrl,
+    published: Annotated[
+        str, typer.Argument(metavar="FILES", help="A .tsv, an .h5, or a folder of .npz.")
+    ],
+    stored: Annotated[
+        Literal["float32", "float16", "int8", "int8-per-channel"],
+        typer.Option("--storage", help="float32 keeps every bit."),
+    ] = "float16",
+    class_names: Annotated[str, typer.Option(help="A file with a class a line, from 0 on.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Give a dataset features that somebody has published, unchanged.
+
+    Reads bottom-up attention's, LXMERT's, UNITER's, OpenVQA's and VOLTA's files. What it prints
+    last is what a recipe needs under `features.extractor` to train on them.
+    """
+    from pipeline import storage
+    from pipeline.vision.imported import import_features
+
+    names = storage.read_bytes(class_names).decode().splitlines() if class_names else []
+    done = import_features(dataset, published, stored, names)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(done), ensure_ascii=False))
+        return
+    typer.echo(
+        f"{done.extractor}: {done.num_images:,} images imported, {done.num_unchanged:,} unchanged, "
+        f"{done.num_missing:,} samples without, {done.num_unused:,} published ones unused\n"
+        f"features.extractor: {json.dumps(done.card['config'])}"
+    )
+
+
 @data_app.command("verify")
 @reported
 def data_verify(dataset: DatasetUrl, version: Version = None, as_json: AsJson = False) -> int:
@@ -416,42 +450,45 @@ def version() -> None:
     typer.echo(__version__)
 
 
-@bench_app.command("model")
-@reported
-def bench_model(
-    size: Annotated[str, typer.Option(help="base (BERT's) or tiny.")] = "base",
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's.")] = None,
-    rounds: Annotated[int, typer.Option(help="How often each is timed.")] = 3,
-    batch_size: Annotated[int, typer.Option(help="Samples in a batch.")] = 16,
-    captions: Annotated[
-        str | None,
-        typer.Option(help="Take text lengths from COCO annotations or a caption a line."),
-    ] = None,
-    compiled: Annotated[
-        bool, typer.Option("--compiled", help="Also time ours through torch.compile.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Train and write beside transformers' models: times, ratios, and what makes them."""
-    from pipeline import config
-    from pipeline.bench import model
+BENCH_VERBS = {
+    "ingest": "Write shards beside GNU tar, img2dataset and webdataset: processor time per byte.",
+    "loader": "Read features and images beside the machine's limit, webdataset and litdata.",
+    "extract": "Compute features beside the network's bare forward pass and Ray Data.",
+    "model": "Train and write beside transformers' models: times, ratios, and what makes them.",
+    "train": "Train beside a bare torch loop: steps, start-up, two workers, a checkpoint's cost.",
+}
 
-    settings = {
-        "size": size,
-        "dtype": dtype,
-        "threads": threads,
-        "rounds": rounds,
-        "batch_size": batch_size,
-        "captions": captions,
-        "compiled": compiled,
-    }
-    output = console if as_json else Console()
-    result = model.run(
-        config.check(model.ModelBenchConfig, settings, "bench model"),
-        show=lambda comparison: comparison.print(output),
-    )
-    if as_json:
-        typer.echo(json.dumps(result.to_json(), ensure_ascii=False))
-    else:
-        output.print(result.made_with(), highlight=False, soft_wrap=True)
+
+def _add_bench_verb(name: str, description: str) -> None:
+    @reported
+    def verb(
+        settings: Annotated[
+            list[str] | None,
+            typer.Argument(metavar="[KEY=VALUE]…", help="Settings by key, as `rounds=5`."),
+        ] = None,
+        print_settings: Annotated[
+            bool, typer.Option("--print-settings", help="Print every setting and do nothing.")
+        ] = False,
+        as_json: AsJson = False,
+    ) -> None:
+        from pipeline import config
+        from pipeline.bench.benches import BENCHES
+
+        bench = BENCHES[name]
+        document = config.overridden({}, settings or [])
+        resolved = config.check(bench.config, document, f"bench {name}")
+        if print_settings:
+            typer.echo(config.to_yaml(resolved), nl=False)
+            return
+        output = console if as_json else Console()
+        result = bench.run(resolved, lambda comparison: comparison.print(output))
+        if as_json:
+            typer.echo(json.dumps(result.to_json(), ensure_ascii=False))
+        else:
+            output.print(result.made_with(), highlight=False, soft_wrap=True)
+
+    bench_app.command(name, help=description)(verb)
+
+
+for _name, _description in BENCH_VERBS.items():
+    _add_bench_verb(_name, _description)

@@ -35,9 +35,7 @@ def load(config: type[ConfigT], location: str, overrides: Sequence[str] = ()) ->
         raise ConfigError(
             f"{location}: expected a mapping of keys, found {type(document).__name__}"
         )
-    for override in overrides:
-        document = _override(document, override)
-    return check(config, document, location)
+    return check(config, overridden(document, overrides), location)
 
 
 def check(config: type[ConfigT], document: Mapping[str, Any], where: str) -> ConfigT:
@@ -52,6 +50,13 @@ def check(config: type[ConfigT], document: Mapping[str, Any], where: str) -> Con
 def to_yaml(config: Config) -> str:
     """Returns the config with every default filled in, as YAML that `load` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def overridden(document: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns plain data with `dotted.key=value` put in, one after the other."""
+    for override in overrides:
+        document = _override(document, override)
+    return document
 
 
 def _override(document: dict[str, Any], override: str) -> dict[str, Any]:

@@ -29,7 +29,8 @@ ORDER = [
 ONLY_IN = {
     "deepspeed": {"pipeline/training/engine.py"},
     "ray": {
-        "pipeline/data/ingest.py",
+        "pipeline/bench/extract.py",
+        "pipeline/data/shard_tasks.py",
         "pipeline/stages/submit.py",
         "pipeline/training/launch.py",
         "pipeline/vision/extract.py",
@@ -95,8 +96,10 @@ def test_models_know_torch_only() -> None:
 
 
 def test_data_knows_no_torch() -> None:
+    scaling = {"images.py", "image_pixels.py"}  # by torch's kernel, five times as fast as Pillow's
     for path in python_files("pipeline/data"):
-        assert "torch" not in {module.split(".")[0] for module in imported_modules(path)}, path
+        roots = {module.split(".")[0] for module in imported_modules(path)}
+        assert "torch" not in roots or path.name in scaling, path
 
 
 def test_jobs_are_imported_by_nothing_but_tests() -> None:

@@ -57,8 +57,7 @@ def run(recipe: Recipe, progress: StageProgress) -> Outcome:
     has_blind = recipe.training.blind_twin and is_model(blind_folder)
     parts = {
         "code": EVALUATE_VERSION,
-        "inputs": inputs.identity(),
-        "split": recipe.dataset.validation_split,
+        "inputs": inputs.identity(recipe.dataset.validation_split),
         "benchmarks": recipe.benchmarks.model_dump(mode="json"),
         "model": _card_of(folder),
         "blind": _card_of(blind_folder) if has_blind else None,

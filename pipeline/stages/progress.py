@@ -1,6 +1,7 @@
 """Live progress of a stage, on stderr: a bar on a terminal, a line now and then in a log."""
 
 import time
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
@@ -42,17 +43,26 @@ class StageProgress:
     def __enter__(self) -> Self:
         if self._live:
             self._bar.start()
-        self._row = self._bar.add_task(self._stage, total=None, figures="")
+        self._begin(self._stage)
         return self
 
     def update(self, done: int, total: int, figures: str = "", phase: str = "") -> None:
         """Shows `done` of `total` units and a short text of figures, as `loss 1.23`."""
         name = phase or self._stage
-        self._bar.update(self._row, completed=done, total=total, figures=figures, description=name)
+        if name != self._name:
+            self._bar.remove_task(self._row)  # its clock and pace are not those of the next phase
+            self._begin(name)
+        self._bar.update(self._row, completed=done, total=total, figures=figures)
         now = time.monotonic()
         if not self._live and now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self._console.print(f"{name}: {done}/{total}  {figures}", highlight=False)
+            left = self._bar.tasks[0].time_remaining
+            when = "" if left is None else f"  left {timedelta(seconds=round(left))}"
+            self._console.print(f"{name}: {done}/{total}  {figures}{when}", highlight=False)
+
+    def _begin(self, name: str) -> None:
+        self._name = name
+        self._row = self._bar.add_task(name, total=None, figures="")
 
     def note(self, text: str) -> None:
         """Leaves a line above the bar."""

@@ -7,12 +7,12 @@ from typing import Any
 from pipeline import storage
 from pipeline.data.dataset import Dataset, Split
 from pipeline.data.vocabulary import build_tokenizer, load_tokenizer
-from pipeline.errors import ConfigError, PipelineError, StageError, StoppedError
+from pipeline.errors import ConfigError, PipelineError, StageError, StoppedError, TrainingError
 from pipeline.objectives.objective import ObjectivesConfig
 from pipeline.recipe import Recipe
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, once
-from pipeline.training.launch import launch_all
+from pipeline.training.launch import launch_all, read_spec
 from pipeline.training.model_folder import is_model
 from pipeline.training.spec import TrainingConfig, TrainingSpec
 from pipeline.vision.feature import extractor_name
@@ -53,10 +53,11 @@ class DataInputs:
     def split(self, name: str) -> Split:
         return self.dataset.split(name, self.features)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, *splits: str) -> dict[str, Any]:
+        """Says what there is to learn from in these splits, wherever and in which version."""
         return {
             "dataset": self.dataset.url,
-            "version": self.dataset.version,
+            "content": {split: self.dataset.content(split) for split in splits},
             "features": self.features,
         }
 
@@ -70,7 +71,7 @@ def pretrain(recipe: Recipe, progress: StageProgress) -> Outcome:
     answers = _answers(recipe, inputs) if "qa" in objectives.settings() else ()
     parts = {
         "code": PRETRAIN_VERSION,
-        "inputs": inputs.identity(),
+        "inputs": inputs.identity(recipe.dataset.train_split),
         "answers": list(answers),
         "teachers": {key: _content(place) for key, place in objectives.locations().items()},
         "model": recipe.model.model_dump(mode="json"),
@@ -102,7 +103,7 @@ def finetune(recipe: Recipe, progress: StageProgress) -> Outcome:
     initial = _pretrained(recipe)
     parts = {
         "code": FINETUNE_VERSION,
-        "inputs": inputs.identity(),
+        "inputs": inputs.identity(recipe.dataset.train_split),
         "model": recipe.model.model_dump(mode="json"),
         "initial": _content(initial) if initial else None,
         "benchmarks": recipe.benchmarks.model_dump(mode="json"),
@@ -176,6 +177,8 @@ def _spec(
     initial: str | None,
     answers: Sequence[str],
 ) -> TrainingSpec:
+    folder = storage.absolute(storage.join(recipe.run, phase))
+    version = _version(folder, inputs)
     tokenizer = storage.absolute(storage.join(recipe.run, "tokenizer"))
     config = recipe.model.config(
         vocab_size=len(load_tokenizer(tokenizer)),
@@ -184,10 +187,11 @@ def _spec(
     )
     return TrainingSpec(
         phase=phase,
-        folder=storage.absolute(storage.join(recipe.run, phase)),
+        folder=folder,
         dataset=inputs.dataset.url,
-        dataset_version=inputs.dataset.version,
+        dataset_version=version,
         split=recipe.dataset.train_split,
+        held_out_split=recipe.dataset.validation_split,
         features=inputs.features,
         family=recipe.model.family,
         model=config.model_dump(mode="json"),
@@ -204,13 +208,29 @@ def _spec(
             "family": recipe.model.family,
             "phase": phase,
             "max_tokens": recipe.model.max_tokens,
-            "data": inputs.identity() | {"split": recipe.dataset.train_split},
+            "data": {
+                "dataset": inputs.dataset.url,
+                "version": version,
+                "split": recipe.dataset.train_split,
+                "features": inputs.features,
+            },
             "extractor": inputs.extractor,
             "objectives": objectives.settings(),
             "training": training.model_dump(mode="json"),
             "seed": recipe.training.seed,
         },
     )
+
+
+def _version(folder: str, inputs: DataInputs) -> int:
+    """Returns the manifest version to train on: of an unfinished run that with which it began.
+
+    A later version may hold the same samples in another order.
+    """
+    try:
+        return read_spec(folder).dataset_version
+    except TrainingError:
+        return inputs.dataset.version
 
 
 def _check_fits(spec: TrainingSpec, split: Split, workers: int) -> None:
@@ -238,7 +258,7 @@ def _prepare_tokenizer(recipe: Recipe, inputs: DataInputs) -> None:
     folder = storage.join(recipe.run, "tokenizer")
     given = recipe.model.tokenizer
     parts = {
-        "dataset": inputs.identity() if given is None else None,
+        "dataset": inputs.identity(recipe.dataset.train_split) if given is None else None,
         "given": given,
         "vocab_size": recipe.model.vocab_size,
     }

@@ -20,17 +20,22 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from pipeline import storage
 from pipeline.config import Config
-from pipeline.errors import ConfigError, PipelineError, TrainingError
+from pipeline.errors import ConfigError, PipelineError, StorageError, TrainingError
 from pipeline.training.spec import Environment, TrainingResult, TrainingSpec
 
-Progress = Callable[[dict[str, Any]], None]
+if TYPE_CHECKING:
+    from pipeline.training.assembly import Assembly
 
+Progress = Callable[[dict[str, Any]], None]
+Assembled = Callable[[TrainingSpec], "Assembly"]
+
+SPEC = "spec.json"  # RUN/<phase>/spec.json: what the phase is, for those who read its folder
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_CONNECT = 5.0
 
@@ -92,16 +97,34 @@ def start_ray(cluster: ClusterConfig) -> None:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
-def launch(spec: TrainingSpec, cluster: ClusterConfig, on_progress: Progress) -> TrainingResult:
+def resources(cluster: ClusterConfig) -> dict[str, float]:
+    """Returns what the cluster has now, as `CPU` and `GPU`; starts or joins it."""
+    start_ray(cluster)
+    import ray
+
+    found: dict[str, float] = ray.cluster_resources()
+    return found
+
+
+def launch(
+    spec: TrainingSpec,
+    cluster: ClusterConfig,
+    on_progress: Progress,
+    assembled: Assembled | None = None,
+) -> TrainingResult:
     """Trains one phase; see launch_all."""
-    return launch_all([spec], cluster, on_progress)[0]
+    return launch_all([spec], cluster, on_progress, assembled)[0]
 
 
 def launch_all(
-    specs: Sequence[TrainingSpec], cluster: ClusterConfig, on_progress: Progress
+    specs: Sequence[TrainingSpec],
+    cluster: ClusterConfig,
+    on_progress: Progress,
+    assembled: Assembled | None = None,
 ) -> list[TrainingResult]:
     """Trains phases one after another on the same ranks, which start and import only once.
 
+    `assembled` builds a phase's parts on a rank; left out, it is the one of every run.
     `on_progress` is called, from a thread of this process, with each new line of a phase's metrics
     (they have `loss`) and events (they have `event`), and the phase's name as `phase`. SIGTERM
     makes the phase that is training write a checkpoint and leave; its result says `stopped`, and
@@ -115,29 +138,54 @@ def launch_all(
     finished = [finished_result(spec) for spec in specs]
     if all(finished):
         return [result for result in finished if result is not None]
-    if os.environ.get("RANK", "0") != "0":  # under torchrun, one of the ranks tells
-
-        def on_progress(line: dict[str, Any]) -> None:
-            pass
-
-    with _following(specs, on_progress), _stopping_on_sigterm(specs):
+    listeners: list[Progress] = []
+    if os.environ.get("RANK", "0") == "0":  # under torchrun, one of the ranks tells
+        listeners.append(on_progress)
+        for spec in specs:
+            _record(spec)
+    if cluster.runner == "ray":
+        start_ray(cluster)
+        listeners.append(_gauges(specs[0].folder.rsplit("/", 2)[-2]))
+    with _following(specs, listeners), _stopping_on_sigterm(specs):
         if cluster.runner == "process":
-            return _run_here(specs, cluster)
-        return _run_on_ray(specs, cluster)
+            return _run_here(specs, cluster, assembled)
+        return _run_on_ray(specs, cluster, assembled)
 
 
-def _train_each(specs: Sequence[TrainingSpec], environment: Environment) -> list[TrainingResult]:
+def read_spec(folder: str) -> TrainingSpec:
+    """Returns what a phase's folder holds a run of; raises TrainingError if nobody has told."""
+    try:
+        return TrainingSpec.model_validate_json(storage.read_bytes(storage.join(folder, SPEC)))
+    except (StorageError, ValidationError) as error:
+        raise TrainingError(f"{folder}: {SPEC} does not say what was trained: {error}") from error
+
+
+def _record(spec: TrainingSpec) -> None:
+    """Leaves the spec in its folder, unless another run is there, which the ranks will refuse."""
+    with contextlib.suppress(TrainingError):  # there is none, or one that nobody can use
+        if read_spec(spec.folder).sequence() != spec.sequence():
+            return
+    location = storage.join(spec.folder, SPEC)
+    storage.write_bytes(location, spec.model_dump_json(indent=1).encode())
+
+
+def _train_each(
+    specs: Sequence[TrainingSpec], environment: Environment, assembled: Assembled | None
+) -> list[TrainingResult]:
+    from pipeline.training.assembly import assemble
     from pipeline.training.loop import train
 
     results = []
     for spec in specs:
-        results.append(train(spec, environment))
+        results.append(train(spec, environment, assembled or assemble))
         if results[-1].state == "stopped":
             break
     return results
 
 
-def _run_here(specs: Sequence[TrainingSpec], cluster: ClusterConfig) -> list[TrainingResult]:
+def _run_here(
+    specs: Sequence[TrainingSpec], cluster: ClusterConfig, assembled: Assembled | None
+) -> list[TrainingResult]:
     import torch
     import torch.distributed as dist
 
@@ -170,14 +218,15 @@ def _run_here(specs: Sequence[TrainingSpec], cluster: ClusterConfig) -> list[Tra
         )
         # Not before: DeepSpeed remembers the group, and later phases of a command use it again.
         atexit.register(dist.destroy_process_group)
-    return _train_each(specs, Environment(rank, world_size, local_rank, device))
+    return _train_each(specs, Environment(rank, world_size, local_rank, device), assembled)
 
 
-def _run_on_ray(specs: Sequence[TrainingSpec], cluster: ClusterConfig) -> list[TrainingResult]:
+def _run_on_ray(
+    specs: Sequence[TrainingSpec], cluster: ClusterConfig, assembled: Assembled | None
+) -> list[TrainingResult]:
     from pipeline.training.loop import finished_result
 
     finished_before = {spec.folder for spec in specs if finished_result(spec)}
-    start_ray(cluster)
     from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -199,7 +248,10 @@ def _run_on_ray(specs: Sequence[TrainingSpec], cluster: ClusterConfig) -> list[T
     state = storage.join(specs[0].folder, "ray")
     trainer = TorchTrainer(
         _on_ray_worker,
-        train_loop_config={"specs": [spec.model_dump(mode="json") for spec in specs]},
+        train_loop_config={
+            "specs": [spec.model_dump(mode="json") for spec in specs],
+            "assembled": assembled,
+        },
         torch_config=TorchConfig(
             backend="nccl" if cluster.gpus_per_worker else "gloo",
             timeout_s=_timeout_seconds(specs),
@@ -236,7 +288,8 @@ def _on_ray_worker(config: dict[str, Any]) -> None:
         local_rank=context.get_local_rank(),
         device=str(ray.train.torch.get_device()),
     )
-    _train_each([TrainingSpec.model_validate(spec) for spec in config["specs"]], environment)
+    specs = [TrainingSpec.model_validate(spec) for spec in config["specs"]]
+    _train_each(specs, environment, config["assembled"])
 
 
 def _results(specs: Sequence[TrainingSpec], finished_before: set[str]) -> list[TrainingResult]:
@@ -292,9 +345,35 @@ def _timeout_seconds(specs: Sequence[TrainingSpec]) -> int:
     return max(spec.training.timeout_seconds for spec in specs)
 
 
+def _gauges(run: str) -> Progress:
+    """Returns what shows a run's newest figures to Prometheus, through Ray's own metrics."""
+    from ray.util.metrics import Gauge
+
+    gauges = {
+        name: Gauge(f"sightline_training_{name}", description, tag_keys=("run", "phase"))
+        for name, description in _GAUGES.items()
+    }
+    last: dict[str, dict[str, Any]] = {}
+
+    def show(line: dict[str, Any]) -> None:
+        if "loss" not in line:
+            return
+        phase = line["phase"]
+        before, last[phase] = last.get(phase), line
+        shown = dict(line)
+        if before is not None and line["step"] > before["step"]:
+            steps = line["step"] - before["step"]
+            shown["step_seconds"] = (line["time"] - before["time"]) / steps
+        for name, gauge in gauges.items():
+            if name in shown:
+                gauge.set(shown[name], tags={"run": run, "phase": phase})
+
+    return show
+
+
 @contextlib.contextmanager
-def _following(specs: Sequence[TrainingSpec], on_progress: Progress) -> Iterator[None]:
-    """Calls `on_progress` from a thread with the lines that the phases log inside the block."""
+def _following(specs: Sequence[TrainingSpec], listeners: Sequence[Progress]) -> Iterator[None]:
+    """Calls the listeners from a thread with the lines that the phases log inside the block."""
     from pipeline.training.metrics_log import EVENTS, METRICS, Follower
 
     logs = [
@@ -304,7 +383,8 @@ def _following(specs: Sequence[TrainingSpec], on_progress: Progress) -> Iterator
     def look() -> None:
         for phase, log in logs:
             for line in log.new_lines():
-                on_progress({"phase": phase, **line})
+                for listener in listeners:
+                    listener({"phase": phase, **line})
 
     def look_until_done() -> None:
         while not done.wait(SECONDS_BETWEEN_LOOKS):
@@ -345,6 +425,17 @@ def _stopping_on_sigterm(specs: Sequence[TrainingSpec]) -> Iterator[None]:
             clear_stop(spec.folder)
 
 
+_GAUGES = {
+    "step": "Updates done",
+    "loss": "Loss of the last logged step, over the global batch",
+    "lr": "Learning rate",
+    "grad_norm": "Norm of the gradient before clipping",
+    "samples_per_second": "Samples trained on, over all ranks",
+    "tokens_per_second": "Real tokens and regions trained on, over all ranks",
+    "step_seconds": "Time from one step to the next",
+    "data_wait_fraction": "Share of the time in which ranks waited for data",
+    "mfu": "Share of the devices' best rate of computing that was useful",
+}
 _RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray looks at its ranks every two seconds; a start and an end wait for a few such looks.

@@ -15,8 +15,8 @@ def test_ratios_are_those_of_its_own_figures(
     captions = tmp_path / "captions.txt"
     captions.write_text("a dog runs over a green field\na cat\ntwo birds sit on a wall\n")
     threads = torch.get_num_threads()
-    arguments = ["--size", "tiny", "--rounds", "2", "--batch-size", "3", "--threads", "1"]
-    assert run_job(["bench", "model", *arguments, "--captions", str(captions), "--json"]) == 0
+    settings = ["size=tiny", "rounds=2", "batch_size=3", "threads=1", f"captions={captions}"]
+    assert run_job(["bench", "model", *settings, "--json"]) == 0
     assert torch.get_num_threads() == threads
     found = json.loads(capsys.readouterr().out)
     assert found["settings"]["size"] == "tiny"
@@ -35,16 +35,21 @@ def test_ratios_are_those_of_its_own_figures(
         assert parts == pytest.approx(figures["total"])
         assert figures["total"] == pytest.approx(comparison["ratios"]["ours"])
         assert figures["loss_difference"] < 1e-4
+        unfused = figures["default_optimizer_seconds"] - figures["optimizer_seconds"]
+        seconds = comparison["seconds"]
+        assert figures["total_with_default_optimizer"] == pytest.approx(
+            (seconds["transformers"] + unfused) / (seconds["ours"] + unfused)
+        )
 
 
 def test_it_runs_in_bf16_and_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--size", "tiny", "--rounds", "1", "--batch-size", "2", "--dtype", "bf16"]
-    assert run_job(["bench", "model", *arguments]) == 0
+    settings = ["size=tiny", "rounds=1", "batch_size=2", "dtype=bf16"]
+    assert run_job(["bench", "model", *settings]) == 0
     shown = capsys.readouterr().out
     for part in ("training step, VisualBERT", "generation of 20 tokens", "kernels", "dtype bf16"):
         assert part in shown
 
 
 def test_a_wrong_option_is_refused_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_job(["bench", "model", "--size", "huge"]) == 64
+    assert run_job(["bench", "model", "size=huge"]) == 64
     assert "size" in capsys.readouterr().err

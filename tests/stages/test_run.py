@@ -8,6 +8,9 @@ from rich.console import Console
 
 from pipeline import config
 from pipeline.cli import run_job
+from pipeline.data.compact import compact
+from pipeline.data.dataset import Dataset
+from pipeline.data.retention import Retention
 from pipeline.errors import StageError
 from pipeline.recipe import Recipe
 from pipeline.stages.run import STAGES, run_stages
@@ -66,8 +69,6 @@ def test_a_second_run_does_nothing(finished: Path) -> None:
 def test_predict_answers_and_captions(
     finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from pipeline.data.dataset import Dataset
-
     image = tmp_path / "photo.jpg"
     image.write_bytes(Dataset.open(str(finished / "data")).split("validation").image(0))
     run = str(finished / "run")
@@ -93,9 +94,27 @@ def test_another_learning_rate_runs_only_what_depends_on_it(finished: Path) -> N
     }
 
 
+def test_what_changes_no_training_sample_trains_nothing_again(finished: Path) -> None:
+    rate = "training.finetune.learning_rate=1e-4"
+    for number in (13, 14):
+        more = [rate, f"dataset.source.validation_scenes={number}"]
+        assert states(finished, *more) == {
+            "ingest": "done",
+            "extract": "done",
+            "pretrain": "up to date",
+            "finetune": "up to date",
+            "evaluate": "done",
+            "report": "done",
+        }
+    before = Dataset.open(str(finished / "data")).version
+    compact(str(finished / "data"), Retention(last_versions=1))
+    assert Dataset.open(str(finished / "data")).version > before  # small shards became one
+    assert set(states(finished, *more).values()) == {"up to date"}
+
+
 def test_a_vanished_model_is_made_again(finished: Path) -> None:
     (finished / "run" / "model" / "sightline.json").unlink()
-    overrides = ["training.finetune.learning_rate=1e-4"]
+    overrides = ["training.finetune.learning_rate=1e-4", "dataset.source.validation_scenes=14"]
     assert states(finished, *overrides)["finetune"] == "done"
 
 

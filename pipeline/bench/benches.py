@@ -1,0 +1,24 @@
+"""A bench's name to what it measures and which settings it takes."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from pipeline.bench import extract, ingest, loader, model, train
+from pipeline.bench.result import Comparison, Result
+from pipeline.config import Config
+
+
+class Bench(NamedTuple):
+    """`run(config, show)` gives `show` each comparison when it is made."""
+
+    config: type[Config]
+    run: Callable[[Any, Callable[[Comparison], None]], Result]
+
+
+BENCHES = {
+    "ingest": Bench(ingest.IngestBenchConfig, ingest.run),
+    "loader": Bench(loader.LoaderBenchConfig, loader.run),
+    "extract": Bench(extract.ExtractBenchConfig, extract.run),
+    "model": Bench(model.ModelBenchConfig, model.run),
+    "train": Bench(train.TrainBenchConfig, train.run),
+}

@@ -1,0 +1,539 @@
+"""A recipe to what its training will take: bytes, samples, steps and hours, before it starts.
+
+What depends on the data is told of the dataset as it lies there; what cannot be known yet is named
+as unknown. It builds the run's tokenizer, which the run wants anyway, trains a few steps in
+RUN/check, which is removed, and writes nothing else.
+"""
+
+import contextlib
+import itertools
+import os
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from pipeline import storage
+from pipeline.data.dataset import Split
+from pipeline.data.vocabulary import load_tokenizer
+from pipeline.errors import ConfigError, FeatureError, ManifestError, StoppedError
+from pipeline.models import families
+from pipeline.objectives.objective import ObjectivesConfig
+from pipeline.recipe import Recipe
+from pipeline.stages import train
+from pipeline.stages.preflight import preflight
+from pipeline.stages.progress import StageProgress
+from pipeline.training.assembly import MicroBatch, assemble
+from pipeline.training.launch import ClusterConfig, launch_all, resources
+from pipeline.training.memory import FP32_BYTES, state_bytes
+from pipeline.training.optimizer import freeze
+from pipeline.training.spec import Environment, TrainingConfig, TrainingSpec
+
+FOLDER = "check"  # RUN/check, while it lasts
+WARM_UP_STEPS, TIMED_STEPS = 2, 5
+STAGES = (0, 1, 2, 3)
+GB = 1e9
+WAIT_WORTH_TELLING = 0.1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a rank has. None is unknown."""
+
+    device: str  # of the recipe: cpu or cuda
+    name: str
+    bytes_per_rank: int | None
+    workers: int
+
+
+@dataclass(frozen=True)
+class Data:
+    """What one phase reads. `examples` and `epochs` are by kind of text."""
+
+    samples: int
+    shards: int
+    examples: Mapping[str, int]
+    epochs: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a few real steps have shown."""
+
+    seconds_per_step: float
+    data_wait_fraction: float
+    tokens_per_sample: float  # real tokens and regions
+    checkpoint_seconds: float  # to write one, while training goes on
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one phase will take. None is unknown; stages are ZeRO's, None where refused."""
+
+    name: str
+    steps: int
+    samples_per_step: int
+    accumulation_steps: int
+    zero_stage: int
+    precision: str
+    parameters: int
+    trained_parameters: int
+    state_bytes: Mapping[str, int | None]  # by stage, on the device
+    offloaded_bytes: int
+    checkpoint_bytes: int
+    activation_bytes: int | None = None  # of one micro-batch, kept from forward to backward
+    data: Data | None = None
+    measured: Measured | None = None
+
+    @property
+    def hours(self) -> float | None:
+        if self.measured is None:
+            return None
+        return self.steps * self.measured.seconds_per_step / 3600
+
+    def bytes_at(self, stage: int) -> int | None:
+        """Returns all that a rank's device holds at a stage, as far as it is known."""
+        found = self.state_bytes[str(stage)]
+        return None if found is None else found + (self.activation_bytes or 0)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `sightline check` has found; a recipe that cannot be run has raised instead."""
+
+    recipe: str
+    machine: Machine
+    phases: tuple[Phase, ...]
+    unknown: tuple[str, ...]
+    advice: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        phases = [{**asdict(phase), "hours": phase.hours} for phase in self.phases]
+        return {**asdict(self), "phases": phases}
+
+    def print(self, output: Console) -> None:
+        for phase in self.phases:
+            output.print(_memory_table(self.machine, phase))
+            for line in _lines(phase):
+                output.print(f"  {line}", highlight=False, soft_wrap=True)
+            output.print()
+        hours = [phase.hours for phase in self.phases if phase.hours is not None]
+        if len(hours) == len(self.phases):
+            output.print(
+                f"Training takes about {_duration(sum(hours))} on this machine as it is now."
+            )
+        for reason in self.unknown:
+            output.print(f"Unknown: {reason}", style="yellow", highlight=False, soft_wrap=True)
+        for line in self.advice:
+            output.print(f"Note: {line}", highlight=False, soft_wrap=True)
+
+
+def check(recipe: Recipe, console: Console) -> Report:
+    """Looks at a recipe before a long run, with real steps where the data is there.
+
+    Raises ConfigError naming the key, what was found and what to do for settings with which the
+    run could not be made.
+    """
+    preflight(recipe)
+    machine = _machine(recipe.cluster)
+    unknown: list[str] = []
+    if machine.bytes_per_rank is None:
+        unknown.append(f"the memory of {machine.name}; compare the bytes with it yourself")
+    try:
+        inputs = train.DataInputs.open(recipe)
+    except (ManifestError, FeatureError) as error:
+        unknown.append(
+            f"samples, epochs, activations and hours: {error}; run `sightline ingest` and "
+            "`sightline extract` with this recipe first"
+        )
+        phases = _phases_without_data(recipe, machine, unknown)
+    else:
+        phases = _phases_of_data(recipe, inputs, machine)
+    for phase in phases:
+        _require_memory(machine, phase)
+    _require_disk(recipe, phases)
+    lacking = _lacking(recipe.cluster)
+    if lacking:
+        unknown.append(f"hours: {lacking}")
+    elif any(phase.data for phase in phases):
+        phases = _timed(recipe, inputs, phases, console)
+    advice = tuple(line for phase in phases for line in _advice(recipe, machine, phase))
+    return Report(recipe.name, machine, tuple(phases), tuple(unknown), advice)
+
+
+def activation_bytes(module: nn.Module, batch: MicroBatch, dtype: torch.dtype) -> int:
+    """Returns what a forward pass on the CPU keeps for the backward pass, weights aside."""
+    module = module.to(dtype)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss, _ = module(batch.to(torch.device("cpu"), dtype))
+    del loss  # until now it kept all of them alive, so that no address came twice
+    return sum(kept.values())
+
+
+def _phases_of_data(recipe: Recipe, inputs: train.DataInputs, machine: Machine) -> list[Phase]:
+    phases = []
+    for spec in phase_specs(recipe, inputs):
+        split = inputs.split(spec.split)
+        train._check_fits(spec, split, recipe.cluster.workers)
+        assembly = assemble(spec)
+        phase = _phase(spec.phase, spec.training, machine, assembly.module)
+        with contextlib.closing(assembly.batches(0, 0, machine.workers)) as batches:
+            micro_batch = next(batches)[0]
+        dtype = DTYPES[spec.training.resolved_precision(machine.device)]
+        phase = replace(
+            phase,
+            activation_bytes=activation_bytes(assembly.module, micro_batch, dtype),
+            data=_data(spec, split),
+        )
+        phases.append(phase)
+    return phases
+
+
+def _phases_without_data(recipe: Recipe, machine: Machine, unknown: list[str]) -> list[Phase]:
+    """Tells what the recipe alone decides, with as many words and answers as it allows."""
+    try:
+        dim = recipe.features.extractor.build("cpu").card()["dim"]
+    except FeatureError as error:
+        unknown.append(f"parameters and bytes: {error}")
+        return []
+    given, vqa = recipe.model.tokenizer, recipe.benchmarks.vqa
+    sizes = recipe.model.config(
+        vocab_size=len(load_tokenizer(given)) if given else recipe.model.vocab_size,
+        feature_dim=dim,
+        num_answers=vqa.max_answers if vqa else 0,
+    )
+    trainings = {"pretrain": recipe.training.pretrain, "finetune": recipe.training.finetune}
+    phases = []
+    for name, training in trainings.items():
+        if training is not None:
+            with torch.device("meta"):
+                module = nn.ModuleDict({"model": families.build(sizes)})
+            phases.append(_phase(name, training, machine, module))
+    return phases
+
+
+def _phase(name: str, training: TrainingConfig, machine: Machine, module: nn.Module) -> Phase:
+    freeze(module, training.freeze)
+    parameters = list(module.parameters())
+    num_parameters = sum(parameter.numel() for parameter in parameters)
+    num_trained = sum(p.numel() for p in parameters if p.requires_grad)
+    rank = Environment(0, machine.workers, 0, machine.device)
+    by_stage: dict[str, int | None] = {}
+    offloaded = 0
+    for stage in STAGES:
+        changed = training.model_copy(update={"zero_stage": stage})
+        refused = stage == 0 and changed.resolved_precision(machine.device) != "fp32"
+        if refused:
+            by_stage[str(stage)] = None
+            continue
+        found = state_bytes(changed, rank, num_parameters, num_trained)
+        by_stage[str(stage)] = found.device
+        if stage == training.zero_stage:
+            offloaded = found.offloaded
+    copies = 2 + (training.ema_decay is not None)
+    return Phase(
+        name=name,
+        steps=training.steps,
+        samples_per_step=training.global_batch_size,
+        accumulation_steps=training.accumulation_steps(machine.workers),
+        zero_stage=training.zero_stage,
+        precision=training.resolved_precision(machine.device),
+        parameters=num_parameters,
+        trained_parameters=num_trained,
+        state_bytes=by_stage,
+        offloaded_bytes=offloaded,
+        checkpoint_bytes=FP32_BYTES * (num_parameters + copies * num_trained),
+    )
+
+
+def phase_specs(recipe: Recipe, inputs: train.DataInputs) -> list[TrainingSpec]:
+    """Returns the phases that training will have; none starts from what another has yet to make."""
+    train._prepare_tokenizer(recipe, inputs)
+    answers = train._answers(recipe, inputs)
+    initial = recipe.model.initial
+    specs = []
+    if recipe.training.pretrain is not None and recipe.objectives is not None:
+        asked = answers if "qa" in recipe.objectives.settings() else ()
+        pretrain = ("pretrain", recipe.training.pretrain, recipe.objectives, initial, asked)
+        specs.append(train._spec(recipe, inputs, *pretrain))
+    objectives = recipe.benchmarks.objectives()
+    for phase in ("finetune", *(["blind"] if recipe.training.blind_twin else [])):
+        finetune = (phase, recipe.training.finetune, objectives, initial, answers)
+        specs.append(train._spec(recipe, inputs, *finetune))
+    return specs
+
+
+def _data(spec: TrainingSpec, split: Split) -> Data:
+    objectives = ObjectivesConfig.model_validate(spec.objectives).build()
+    kinds = dict.fromkeys(objective.stream.kind for objective in objectives)
+    examples = {str(kind): int(split.counts(kind).sum()) for kind in kinds}
+    taken = spec.training.steps * spec.training.global_batch_size
+    return Data(
+        samples=split.num_samples,
+        shards=len(split.shard_starts) - 1,
+        examples=examples,
+        epochs={kind: round(taken / number, 2) for kind, number in examples.items()},
+    )
+
+
+def _timed(
+    recipe: Recipe, inputs: train.DataInputs, phases: list[Phase], console: Console
+) -> list[Phase]:
+    """Trains a few steps of every phase, just as the run will, in a folder that is removed."""
+    folder = storage.join(recipe.run, FOLDER)
+    steps = WARM_UP_STEPS + TIMED_STEPS
+    changes = {
+        "steps": steps,
+        "warmup_steps": 0,
+        "log_every_steps": 1,
+        "checkpoint_every_steps": steps,
+        "evaluate_every_steps": None,
+        "patience": None,
+        "keep_best": False,
+        "keep_best_checkpoints": 0,
+    }
+    specs = [
+        spec.model_copy(
+            update={
+                "folder": storage.absolute(storage.join(folder, spec.phase)),
+                "training": spec.training.model_copy(update=changes),
+            }
+        )
+        for spec in phase_specs(recipe, inputs)
+    ]
+    lines: dict[str, list[dict[str, Any]]] = {spec.phase: [] for spec in specs}
+    storage.remove(folder)
+    try:
+        with StageProgress(console, "check") as progress:
+
+            def follow(line: dict[str, Any]) -> None:
+                lines[line["phase"]].append(line)
+                if "loss" in line:
+                    progress.update(line["step"], steps, phase=f"check {line['phase']}")
+
+            results = launch_all(specs, recipe.cluster, follow)
+    finally:
+        storage.remove(folder)
+    if any(result.state == "stopped" for result in results):
+        raise StoppedError("the check was told to stop; it leaves nothing behind")
+    return [replace(phase, measured=_measured(lines[phase.name])) for phase in phases]
+
+
+def _measured(lines: list[dict[str, Any]]) -> Measured:
+    logged = [line for line in lines if "loss" in line]
+    times = [line["time"] for line in logged[WARM_UP_STEPS - 1 :]]
+    counted = logged[WARM_UP_STEPS:]
+    rate = statistics.fmean(line["samples_per_second"] for line in counted)
+    return Measured(
+        seconds_per_step=statistics.median(
+            after - before for before, after in itertools.pairwise(times)
+        ),
+        data_wait_fraction=statistics.fmean(line["data_wait_fraction"] for line in counted),
+        tokens_per_sample=statistics.fmean(line["tokens_per_second"] for line in counted) / rate,
+        checkpoint_seconds=max(
+            line["seconds_written"] for line in lines if line.get("event") == "checkpoint"
+        ),
+    )
+
+
+def _machine(cluster: ClusterConfig) -> Machine:
+    """Returns what a rank has; raises ConfigError if GPUs are wanted here that are not here."""
+    wanted = cluster.workers * cluster.gpus_per_worker
+    if cluster.address is not None:
+        what = "GPUs" if wanted else "machines"
+        name = f"the {what} at {cluster.address}"
+        return Machine("cuda" if wanted else "cpu", name, None, cluster.workers)
+    if not wanted:
+        return Machine("cpu", "this machine", host_bytes() // cluster.workers, cluster.workers)
+    here = torch.cuda.device_count()
+    if wanted > here:
+        raise ConfigError(
+            f"cluster.gpus_per_worker: {cluster.workers} workers want {wanted} GPUs, and this "
+            f"machine has {here}; use 0 or fewer workers, or give the address of a cluster"
+        )
+    found = torch.cuda.get_device_properties(0)
+    return Machine("cuda", found.name, found.total_memory, cluster.workers)
+
+
+def host_bytes() -> int:
+    """Returns this machine's memory, or what its container may use of it."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.exists() else "max"
+    return whole if allowed == "max" else min(whole, int(allowed))
+
+
+def _lacking(cluster: ClusterConfig) -> str:
+    """Says what ranks need and a cluster has not, so that a start would wait; or nothing."""
+    if cluster.address is None:
+        return ""
+    needed = {
+        "CPU": cluster.workers * cluster.cpus_per_worker,
+        "GPU": cluster.workers * cluster.gpus_per_worker,
+    }
+    found = resources(cluster)
+    short = [
+        f"{number} {name}s are wanted and {found.get(name, 0):g} are there"
+        for name, number in needed.items()
+        if found.get(name, 0) < number
+    ]
+    if not short:
+        return ""
+    return f"{cluster.address}: {' and '.join(short)}; a run would wait for more nodes"
+
+
+def _require_memory(machine: Machine, phase: Phase) -> None:
+    """Refuses what the device cannot hold, naming the first stage that it can."""
+    needed = phase.bytes_at(phase.zero_stage)
+    if machine.bytes_per_rank is None or needed is None or needed <= machine.bytes_per_rank:
+        return
+    sizes = {stage: phase.bytes_at(stage) for stage in STAGES}
+    fitting = [
+        stage
+        for stage, size in sizes.items()
+        if stage > phase.zero_stage and size is not None and size <= machine.bytes_per_rank
+    ]
+    state = phase.state_bytes[str(phase.zero_stage)] or 0
+    if fitting:
+        advice = f"zero_stage={fitting[0]} fits"
+    elif state < machine.bytes_per_rank:
+        advice = "a smaller micro_batch_size fits"
+    else:
+        advice = (
+            "use more workers with zero_stage=3, a smaller model, or "
+            "deepspeed.zero_optimization.offload_optimizer"
+        )
+    raise ConfigError(
+        f"training.{phase.name}: a rank would hold {needed / GB:.1f} GB with "
+        f"zero_stage={phase.zero_stage}, and {machine.name} has "
+        f"{machine.bytes_per_rank / GB:.1f} GB for each of {machine.workers}; {advice}"
+    )
+
+
+def _require_disk(recipe: Recipe, phases: list[Phase]) -> None:
+    """Refuses a run whose checkpoints would fill the disk."""
+    folder = storage.local_path(recipe.run).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    needed = 0
+    for phase in phases:
+        training = (
+            recipe.training.pretrain if phase.name == "pretrain" else recipe.training.finetune
+        )
+        assert training is not None
+        # one more is written before the oldest is removed; the model folder is fp32
+        kept = training.keep_checkpoints + training.keep_best_checkpoints + 1
+        needed += kept * phase.checkpoint_bytes + FP32_BYTES * phase.parameters
+    if needed > free:
+        raise ConfigError(
+            f"run: its checkpoints and models take up to {needed / GB:.1f} GB, and {folder} has "
+            f"{free / GB:.1f} GB left; use another folder, or a smaller keep_checkpoints"
+        )
+
+
+def _advice(recipe: Recipe, machine: Machine, phase: Phase) -> Iterator[str]:
+    cheaper = [
+        stage
+        for stage in STAGES
+        if 1 <= stage < phase.zero_stage
+        and machine.bytes_per_rank is not None
+        and (phase.bytes_at(stage) or 0) < 0.8 * machine.bytes_per_rank
+    ]
+    if cheaper and not phase.offloaded_bytes:
+        yield (
+            f"{phase.name}: zero_stage={cheaper[0]} fits too, and its ranks have less to say to "
+            "each other"
+        )
+    if phase.data is not None:
+        for kind, epochs in phase.data.epochs.items():
+            if epochs < 1:
+                yield f"{phase.name}: it ends before it has seen all {kind} ({epochs:.0%} of them)"
+    if phase.measured is not None and phase.measured.data_wait_fraction > WAIT_WORTH_TELLING:
+        yield (
+            f"{phase.name}: ranks wait for data {phase.measured.data_wait_fraction:.0%} of the "
+            "time; raise loader_threads and prefetch_steps, or give each more cpus_per_worker"
+        )
+    cpus = os.cpu_count() or 1
+    wanted = recipe.cluster.workers * recipe.cluster.cpus_per_worker
+    if recipe.cluster.address is None and wanted > cpus:
+        yield f"{phase.name}: {wanted} CPUs are wanted and {cpus} are here; ranks take turns"
+
+
+def _memory_table(machine: Machine, phase: Phase) -> Table:
+    has = machine.bytes_per_rank
+    limit = "" if has is None else f" of {has / GB:.1f} GB"
+    table = Table(
+        title=f"{phase.name}: GB a rank holds{limit}", title_justify="left", title_style="bold"
+    )
+    table.add_column("ZeRO stage")
+    for column in ("weights, gradients, optimizer", "activations", "together", "fits"):
+        table.add_column(column, justify="right")
+    for stage in STAGES:
+        state, together = phase.state_bytes[str(stage)], phase.bytes_at(stage)
+        chosen = " ← the recipe's" if stage == phase.zero_stage else ""
+        if state is None or together is None:
+            table.add_row(f"{stage}{chosen}", f"not in {phase.precision}", "", "", "")
+            continue
+        kept = phase.activation_bytes
+        fits = "?" if has is None else "yes" if together <= has else "no"
+        table.add_row(
+            f"{stage}{chosen}",
+            f"{state / GB:.3f}",
+            "?" if kept is None else f"{kept / GB:.3f}",
+            f"{together / GB:.3f}",
+            fits,
+        )
+    return table
+
+
+def _lines(phase: Phase) -> Iterator[str]:
+    frozen = phase.parameters - phase.trained_parameters
+    yield (
+        f"{phase.parameters:,} parameters{f', {frozen:,} of them frozen' if frozen else ''}, "
+        f"{phase.precision}; a checkpoint is {phase.checkpoint_bytes / GB:.3f} GB"
+    )
+    if phase.offloaded_bytes:
+        yield f"{phase.offloaded_bytes / GB:.3f} GB a rank lie outside the device"
+    if phase.data is not None:
+        examples = ", ".join(
+            f"{number:,} {kind} ({phase.data.epochs[kind]:g} epochs)"
+            for kind, number in phase.data.examples.items()
+        )
+        yield f"{phase.data.samples:,} samples in {phase.data.shards:,} shards: {examples}"
+    steps = (
+        f"{phase.steps:,} steps of {phase.samples_per_step:,} samples, "
+        f"{phase.accumulation_steps} micro-batches a rank"
+    )
+    measured = phase.measured
+    if measured is None or phase.hours is None:
+        yield steps
+        return
+    tokens = measured.tokens_per_sample * phase.samples_per_step * phase.steps
+    yield f"{steps}: {tokens:,.0f} tokens and regions"
+    yield (
+        f"{1000 * measured.seconds_per_step:,.0f} ms a step ({measured.data_wait_fraction:.0%} "
+        f"waiting for data), {measured.checkpoint_seconds:.1f} s to write a checkpoint beside: "
+        f"{_duration(phase.hours)}"
+    )
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"

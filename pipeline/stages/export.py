@@ -1,0 +1,205 @@
+"""A run, one of its phases or a single checkpoint to a model folder that stands alone."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import config, storage
+from pipeline.errors import CheckpointError, ConfigError, ModelError
+from pipeline.models import families
+from pipeline.models.base import ModelConfig
+from pipeline.stages.model_card import ModelCard
+from pipeline.training import checkpoint, model_folder
+from pipeline.training.launch import read_spec
+from pipeline.training.loop import CHECKPOINTS, RESULT
+from pipeline.training.metrics_log import read_metrics
+from pipeline.training.optimizer import AVERAGE
+from pipeline.training.spec import TrainingSpec
+
+MODEL = "model"
+README = "README.md"
+PHASES = ("finetune", "pretrain")  # whose state is a run's, the last one first
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model folder, and what it was made from."""
+
+    folder: str
+    made_from: str
+    step: int
+    num_parameters: int
+    model_type: str
+    skipped: tuple[str, ...] = ()  # damaged checkpoints that an older one replaced, and why
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def export(source: str, folder: str) -> Exported:
+    """Writes the model of a run, a phase, a checkpoint or a model folder into an empty `folder`.
+
+    A finished run or phase gives its model, an unfinished one its newest whole checkpoint.
+    Raises ConfigError if the folder has something in it, ModelError if there is no model at the
+    source, and CheckpointError if a checkpoint is damaged or apart from its run.
+    """
+    if storage.list_names(folder):
+        raise ConfigError(f"{folder}: there is something in it; export into a new folder")
+    location, skipped = _newest(source)
+    if not _is_checkpoint(location):
+        return _copy(location, folder)
+    return _from_checkpoint(location, folder, skipped)
+
+
+def _newest(source: str) -> tuple[str, tuple[str, ...]]:
+    """Returns the model folder or the checkpoint that a location means, and why not a newer one."""
+    source = storage.absolute(source.rstrip("/"))
+    if _is_checkpoint(source) or model_folder.is_model(source):
+        return source, ()
+    for phase in (source, *(storage.join(source, name) for name in PHASES)):
+        model = storage.join(phase, MODEL)
+        if model_folder.is_model(model):
+            return model, ()
+        damaged: list[str] = []
+        with tempfile.TemporaryDirectory(prefix="sightline-") as cache:
+            checkpoints = storage.join(phase, CHECKPOINTS)
+            found = checkpoint.newest(checkpoints, Path(cache), damaged.append)
+        if found is not None:
+            return storage.join(checkpoints, checkpoint.name_of(found.step)), tuple(damaged)
+        if damaged:
+            raise CheckpointError(f"{phase}: no checkpoint is whole: {'; '.join(damaged)}")
+    raise ModelError(
+        f"{source}: nothing to export; expected a run, a phase of one such as RUN/finetune, "
+        "a checkpoint such as RUN/finetune/checkpoints/step-00001000, or a model folder"
+    )
+
+
+def _copy(location: str, folder: str) -> Exported:
+    """Copies a model folder, with a page that also tells what its run has found out."""
+    document, tensors = model_folder.read_weights(location)
+    own = json.loads(storage.read_bytes(storage.join(location, model_folder.OWN)))
+    run = _run_of(location)
+    phase = storage.join(run, own["phase"])
+    ended = _json_of(phase, RESULT)  # of a folder that was copied out of its run there is none
+    step = ended["result"]["step"] if ended else own["training"]["steps"]
+    card = ModelCard(
+        model_type=document["model_type"],
+        made=own,
+        num_parameters=sum(tensor.numel() for tensor in tensors.values()),
+        num_answers=len(own["answers"]),
+        step=step,
+        figures=_losses(phase, step),
+        metrics=_scores(run, own),
+        environment=_json_of(run, "environment.json"),
+        recipe=_recipe(run),
+    )
+    names = storage.list_names(location)
+    names.remove(model_folder.OWN)
+    for name in [*names, model_folder.OWN]:  # last, for a folder that has it is whole
+        payload = storage.read_bytes(storage.join(location, name))
+        if name == README:
+            payload = card.page().encode()
+        storage.write_bytes(storage.join(folder, name), payload)
+    return Exported(folder, location, step, card.num_parameters, card.model_type)
+
+
+def _from_checkpoint(location: str, folder: str, skipped: tuple[str, ...]) -> Exported:
+    phase = location.rsplit("/", 2)[0]
+    spec = read_spec(phase)
+    with tempfile.TemporaryDirectory(prefix="sightline-") as cache:
+        manifest = checkpoint.verify(location, Path(cache))
+        differences = checkpoint.differences(spec.sequence(), manifest.sequence)
+        if differences:
+            raise CheckpointError(
+                f"{location}: it is not of the run that {phase} describes; it differs in "
+                f"{'; '.join(differences)}"
+            )
+        sizes, parameters = _parameters(spec, location, manifest, Path(cache))
+    run = phase.rsplit("/", 1)[0]
+    tokenizer = storage.join(run, "tokenizer")
+    if not storage.exists(tokenizer):
+        tokenizer = spec.tokenizer
+    made = {**spec.card, "step": manifest.step}
+    card = ModelCard(
+        model_type=families.family_of(sizes).model_type,
+        made=made,
+        num_parameters=sum(parameter.numel() for parameter in parameters.values()),
+        num_answers=len(spec.answers),
+        step=manifest.step,
+        figures=_losses(phase, manifest.step),
+        environment=_json_of(run, "environment.json"),
+        recipe=_recipe(run),
+    )
+    model_folder.save_model(
+        folder,
+        config=sizes,
+        parameters=parameters,
+        tokenizer=tokenizer,
+        answers=spec.answers,
+        card=made,
+    )
+    storage.write_bytes(storage.join(folder, README), card.page().encode())
+    return Exported(folder, location, manifest.step, card.num_parameters, card.model_type, skipped)
+
+
+def _parameters(
+    spec: TrainingSpec, location: str, manifest: checkpoint.Manifest, cache: Path
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Reads the model's weights out of what training keeps, as it would have written them."""
+    sizes: ModelConfig = config.check(families.FAMILIES[spec.family].config, spec.model, "model")
+    with torch.device("meta"):  # only for its names
+        model = families.build(sizes)
+    read = checkpoint.reader(location, manifest, cache)
+    parameters = {}
+    for name, _ in model.named_parameters():
+        stored = f"weight/model.{name}"
+        average = f"{AVERAGE}/model.{name}"  # which a frozen parameter has none of
+        if spec.training.model_weights == "average" and average in manifest.tensors:
+            stored = average
+        parameters[name] = read(stored)
+    return sizes, parameters
+
+
+def _scores(run: str, own: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the run's scores, if they are those of the model with this record."""
+    model = storage.join(run, MODEL, model_folder.OWN)
+    scores = storage.join(run, "evaluation", "metrics.json")
+    trained, scored = storage.file_status(model), storage.file_status(scores)
+    if trained is None or scored is None or scored.modified < trained.modified:
+        return {}
+    return _json_of(scores) if _json_of(model) == own else {}
+
+
+def _losses(phase: str, step: int) -> dict[str, float]:
+    """Returns the losses of the last line that was logged up to a step."""
+    lines = [line for line in read_metrics(phase) if line["step"] <= step]
+    return {"loss": lines[-1]["loss"], **lines[-1]["losses"]} if lines else {}
+
+
+def _run_of(model: str) -> str:
+    """Returns the run of RUN/model or RUN/<phase>/model."""
+    above = model.rsplit("/", 1)[0]
+    return above if storage.exists(storage.join(above, "recipe.yaml")) else above.rsplit("/", 1)[0]
+
+
+def _recipe(run: str) -> str:
+    location = storage.join(run, "recipe.yaml")
+    return storage.read_bytes(location).decode() if storage.exists(location) else ""
+
+
+def _json_of(*place: str) -> dict[str, Any]:
+    location = storage.join(*place)
+    if not storage.exists(location):
+        return {}
+    document: dict[str, Any] = json.loads(storage.read_bytes(location))
+    return document
+
+
+def _is_checkpoint(location: str) -> bool:
+    return location.rsplit("/", 2)[-2:-1] == [CHECKPOINTS]

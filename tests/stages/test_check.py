@@ -1,0 +1,138 @@
+"""A recipe looked at before its run, with and without its data."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError
+from pipeline.stages import check as checking
+from pipeline.stages.check import Report, activation_bytes, check
+from pipeline.stages.run import run_stages
+from tests.stages.test_run import small
+
+QUIET = Console(stderr=True, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the small recipe's data, and no run."""
+    folder = tmp_path_factory.mktemp("extracted")
+    run_stages(small(folder), ["ingest", "extract"], QUIET)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors: a second thread only waits for the first
+    yield
+    torch.set_num_threads(threads)
+
+
+def looked_at(folder: Path, *overrides: str) -> Report:
+    return check(small(folder, *overrides), QUIET)
+
+
+@pytest.fixture(scope="module")
+def report(extracted: Path) -> Report:
+    return looked_at(extracted)
+
+
+class Layers(nn.Module):
+    """Keeps its input for the first layer's gradient, and what the second and the loss read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.second(self.first(batch).relu()).pow(2).mean(), {}
+
+
+class Numbers:
+    """Two samples of five numbers, as a micro-batch is moved."""
+
+    num_samples = num_tokens = num_places = 2
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return torch.ones(2, 5, device=device, dtype=dtype)
+
+
+def test_activations_are_what_the_backward_pass_will_read() -> None:
+    # the input; after ReLU, once, though both ReLU and the second layer keep it; before the square
+    numbers = 2 * 5 + 2 * 7 + 2 * 3
+    assert activation_bytes(Layers(), Numbers(), torch.float32) == 4 * numbers
+    assert activation_bytes(Layers(), Numbers(), torch.bfloat16) == 2 * numbers
+
+
+def test_real_steps_on_real_data_tell_how_long_it_takes(
+    extracted: Path, report: Report, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [phase.name for phase in report.phases] == ["pretrain", "finetune", "blind"]
+    pretrain, finetune, _ = report.phases
+    card = small(extracted).features.extractor.build("cpu").card()
+    assert pretrain.data is not None
+    captions = pretrain.data.examples["captions"]
+    assert pretrain.data.samples == 40
+    assert pretrain.data.shards == 3
+    assert pretrain.data.epochs == {"captions": round(3 * 8 / captions, 2)}
+    assert finetune.data is not None
+    assert set(finetune.data.examples) == {"captions", "questions"}
+    for phase in report.phases:
+        assert phase.measured is not None
+        assert phase.measured.seconds_per_step > 0
+        # patches, which the blind twin does not see, and words without their padding
+        regions = 0 if phase.name == "blind" else card["num_regions"]
+        assert regions + 4 < phase.measured.tokens_per_sample < regions + 32
+        assert phase.hours == phase.steps * phase.measured.seconds_per_step / 3600
+        assert phase.activation_bytes
+    assert not (extracted / "run" / "check").exists()
+    assert not (extracted / "run" / "pretrain").exists()
+    report.print(Console(width=120))
+    shown = capsys.readouterr().out
+    assert "1 ← the recipe's" in shown
+    assert "ms a step" in shown
+    assert json.loads(json.dumps(report.to_json()))["phases"][0]["hours"] == pretrain.hours
+
+
+def test_without_data_it_tells_what_the_recipe_decides_and_names_the_rest(tmp_path: Path) -> None:
+    report = looked_at(tmp_path)
+    assert any("sightline ingest" in reason for reason in report.unknown)
+    pretrain = report.phases[0]
+    assert pretrain.hours is None
+    assert pretrain.state_bytes["0"] == 16 * pretrain.parameters
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_device_cannot_hold_is_refused_with_what_would_fit(
+    extracted: Path, report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain = report.phases[0]
+    state, whole = pretrain.state_bytes["1"], pretrain.bytes_at(1)
+    assert state
+    assert whole
+    monkeypatch.setattr(checking, "host_bytes", lambda: whole - 1)
+    with pytest.raises(ConfigError, match="a smaller micro_batch_size fits"):
+        looked_at(extracted)
+    monkeypatch.setattr(checking, "host_bytes", lambda: state // 2)
+    with pytest.raises(ConfigError, match=r"pretrain: a rank would hold .*use more workers"):
+        looked_at(extracted)
+
+
+def test_checkpoints_that_would_fill_the_disk_are_refused(extracted: Path) -> None:
+    with pytest.raises(ConfigError, match="smaller keep_checkpoints"):
+        looked_at(extracted, "training.finetune.keep_checkpoints=1000000000")
+
+
+def test_gpus_that_are_not_here_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"64 workers want 64 GPUs, and this machine has \d+"):
+        looked_at(
+            tmp_path,
+            "cluster={workers: 64, gpus_per_worker: 1}",
+            *(f"training.{phase}.global_batch_size=256" for phase in ("pretrain", "finetune")),
+        )

@@ -19,13 +19,15 @@ _RESCALING = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 def build(document: Mapping[str, Any], vocab_size: int) -> "nn.Module":
     """Returns a newly initialised language model in float32. The caller seeds.
 
-    `document` is as its `config.json`; where that says nothing of `vocab_size`, ours is taken.
+    `document` is as its `config.json`; where that says nothing of `vocab_size`, ours is taken, and
+    no token begins or ends a text but those of our tokenizer, which the library need not know.
     Raises ModelError for a model that transformers does not have or that we cannot drive.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = {"vocab_size": vocab_size, **document}
+    unknown = {"bos_token_id": None, "eos_token_id": None}
+    settings = {"vocab_size": vocab_size, **unknown, **document}
     model_type = settings.pop("model_type", None)
     if settings["vocab_size"] < vocab_size:
         raise ModelError(

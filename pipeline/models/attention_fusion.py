@@ -7,6 +7,7 @@ from pipeline.models import blocks
 from pipeline.models.base import MaskKind
 from pipeline.models.inputs import Encoded, Inputs
 from pipeline.models.layouts import Layout
+from pipeline.models.places import full_mask
 from pipeline.models.two_stream import TwoStream, TwoStreamConfig, text_layout
 
 
@@ -36,7 +37,7 @@ class AttentionFusion(TwoStream):
         """Encodes a batch; the one attention map, of one head, has text reading regions only."""
         self.require_mask(mask)
         text, regions = self.encode_text(inputs), self.encode_regions(inputs)
-        visible = blocks.full_mask(inputs.region_padding)
+        visible = full_mask(inputs.region_padding)
         query, value = self.affinity(text).unsqueeze(1), regions.unsqueeze(1)
         read = blocks.attend(query, value, value, visible, scale=1.0)
         fused = self.fusion(torch.cat([text, read], dim=-1))

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from pipeline.models.places import Places
+
 LAYER_NORM_EPS = 1e-12  # BERT's, and that of every family here
 
 
@@ -56,32 +58,21 @@ def attention_map(query: Tensor, key: Tensor, mask: Tensor, scale: float | None 
     return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) * mask
 
 
-def full_mask(padding: Tensor) -> Tensor:
-    """Every position sees all that is not padding: bool padding (B, L) to (B, 1, 1, L)."""
-    return ~padding[:, None, None, :]
-
-
-def prefix_mask(token_padding: Tensor, region_padding: Tensor) -> Tensor:
-    """The image is a prefix: regions see regions, a token sees regions and tokens up to itself.
-
-    Maps bool padding (B, T) and (B, R) to (B, 1, T+R, T+R), text first. Every position sees itself,
-    so that padding reads something finite.
-    """
-    num_tokens, num_regions = token_padding.shape[1], region_padding.shape[1]
-    size = num_tokens + num_regions
-    order = torch.ones(size, size, dtype=torch.bool, device=token_padding.device)
-    order[:num_tokens, :num_tokens] = order[:num_tokens, :num_tokens].tril()
-    order[num_tokens:, :num_tokens] = False
-    visible = full_mask(torch.cat([token_padding, region_padding], dim=1)) & order
-    return visible | torch.eye(size, dtype=torch.bool, device=order.device)
-
-
 def joint_map(
     text_text: Tensor, text_regions: Tensor, regions_text: Tensor, regions_regions: Tensor
 ) -> Tensor:
     """Lays four maps, named query then key, side by side: (B, H, T+R, T+R), text first."""
     text = torch.cat([text_text, text_regions], dim=-1)
     return torch.cat([text, torch.cat([regions_text, regions_regions], dim=-1)], dim=-2)
+
+
+def read_each_other(
+    text: Heads, regions: Heads, text_places: Places, region_places: Places, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """Returns what text reads of regions and regions of text, packed as they are."""
+    read = attend(text.query, regions.key, regions.value, region_places.mask, dropout)
+    seen = attend(regions.query, text.key, text.value, text_places.mask, dropout)
+    return text_places.pack(read), region_places.pack(seen)
 
 
 class SelfAttention(nn.Module):
@@ -96,18 +87,18 @@ class SelfAttention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
     def forward(
-        self, states: Tensor, mask: Tensor, past: tuple[Tensor, Tensor] | None = None
+        self, states: Tensor, places: Places, past: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Heads]:
-        """Maps states (B, S, D) to the same shape, and returns the heads it attended with.
+        """Maps states, as `places` packs them, to the same shape, and returns the heads.
 
-        `past` holds keys and values (B, H, P, d) that stand before the states' own; `mask` then
+        `past` holds keys and values (B, H, P, d) that stand before the states' own; the mask then
         covers P + S positions.
         """
-        query, key, value = split_heads(self.qkv(states), self.num_heads)
+        query, key, value = split_heads(places.lay_out(self.qkv(states)), self.num_heads)
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
-        read = attend(query, key, value, mask, self.dropout if self.training else 0.0)
-        added = F.dropout(self.out(read), self.dropout, self.training)
+        read = attend(query, key, value, places.mask, self.dropout if self.training else 0.0)
+        added = F.dropout(self.out(places.pack(read)), self.dropout, self.training)
         return self.norm(states + added), Heads(query, key, value)
 
 
@@ -126,17 +117,21 @@ class CrossAttention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
     def forward(
-        self, text: Tensor, regions: Tensor, text_mask: Tensor, region_mask: Tensor
+        self, text: Tensor, regions: Tensor, text_places: Places, region_places: Places
     ) -> tuple[Tensor, Tensor, Heads, Heads]:
-        """Maps text (B, T, D) and regions (B, R, D) to the same shapes, and returns both's heads.
+        """Maps text and regions, each as its places pack it, to the same shapes.
 
-        The masks say which text and which regions may be read.
+        Also returns both's heads. Everything sees all that is not padding of the other.
         """
-        text_heads = split_heads(self.qkv(text), self.num_heads)
-        region_heads = split_heads(self.qkv(regions), self.num_heads)
-        dropout = self.dropout if self.training else 0.0
-        read = attend(text_heads.query, region_heads.key, region_heads.value, region_mask, dropout)
-        seen = attend(region_heads.query, text_heads.key, text_heads.value, text_mask, dropout)
+        text_heads = split_heads(text_places.lay_out(self.qkv(text)), self.num_heads)
+        region_heads = split_heads(region_places.lay_out(self.qkv(regions)), self.num_heads)
+        read, seen = read_each_other(
+            text_heads,
+            region_heads,
+            text_places,
+            region_places,
+            self.dropout if self.training else 0.0,
+        )
         text = self.norm(text + F.dropout(self.out(read), self.dropout, self.training))
         regions = self.norm(regions + F.dropout(self.out(seen), self.dropout, self.training))
         return text, regions, text_heads, region_heads
@@ -165,14 +160,18 @@ class CoAttention(nn.Module):
         self.unused_region = nn.Linear(width, region_width).requires_grad_(False)
 
     def forward(
-        self, text: Tensor, regions: Tensor, text_mask: Tensor, region_mask: Tensor
+        self, text: Tensor, regions: Tensor, text_places: Places, region_places: Places
     ) -> tuple[Tensor, Tensor, Heads, Heads]:
-        """As CrossAttention.forward, with regions (B, R, E) of a width of their own."""
-        text_heads = split_heads(self.text_qkv(text), self.num_heads)
-        region_heads = split_heads(self.region_qkv(regions), self.num_heads)
-        dropout = self.dropout if self.training else 0.0
-        read = attend(text_heads.query, region_heads.key, region_heads.value, region_mask, dropout)
-        seen = attend(region_heads.query, text_heads.key, text_heads.value, text_mask, dropout)
+        """As CrossAttention.forward, with regions of a width of their own."""
+        text_heads = split_heads(text_places.lay_out(self.text_qkv(text)), self.num_heads)
+        region_heads = split_heads(region_places.lay_out(self.region_qkv(regions)), self.num_heads)
+        read, seen = read_each_other(
+            text_heads,
+            region_heads,
+            text_places,
+            region_places,
+            self.dropout if self.training else 0.0,
+        )
         read = F.dropout(self.text_out(read), self.dropout, self.training)
         seen = F.dropout(self.region_out(seen), self.dropout, self.training)
         return (
@@ -194,7 +193,7 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Maps states (B, S, D) to the same shape."""
+        """Maps states (..., D) to the same shape."""
         added = F.dropout(self.down(F.gelu(self.up(states))), self.dropout, self.training)
         normed: Tensor = self.norm(states + added)
         return normed
@@ -209,10 +208,10 @@ class TransformerLayer(nn.Module):
         self.feed_forward = FeedForward(width, intermediate_size, dropout)
 
     def forward(
-        self, states: Tensor, mask: Tensor, past: tuple[Tensor, Tensor] | None = None
+        self, states: Tensor, places: Places, past: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Heads]:
         """As SelfAttention.forward."""
-        states, heads = self.attention(states, mask, past)
+        states, heads = self.attention(states, places, past)
         return self.feed_forward(states), heads
 
 

@@ -54,7 +54,7 @@ class Encoded:
     regions: Tensor  # (B, R, D)
     pooled: Tensor  # (B, D)
     attention: tuple[Tensor, ...] | None  # if asked for: per layer in which text and regions meet,
-    # query by key, (B, H, T+R, T+R), text first
+    # query by key, (B, H, T+R, T+R), text first; what padding looks at means nothing
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pipeline.models import blocks, layouts
 from pipeline.models.base import MaskKind, Size
 from pipeline.models.inputs import Encoded, Inputs
 from pipeline.models.layouts import Layout
+from pipeline.models.places import Places
 from pipeline.models.two_stream import TwoStream, TwoStreamConfig, text_layout
 
 
@@ -35,15 +36,17 @@ class CrossModalityLayer(nn.Module):
         self.region_feed_forward = blocks.FeedForward(width, config.intermediate_size, dropout)
 
     def forward(
-        self, text: Tensor, regions: Tensor, text_mask: Tensor, region_mask: Tensor
+        self, text: Tensor, regions: Tensor, text_places: Places, region_places: Places
     ) -> tuple[Tensor, Tensor, tuple[blocks.Heads, ...]]:
-        """Maps text (B, T, D) and regions (B, R, D) to the same shapes.
+        """Maps text and regions, each as its places pack it, to the same shapes.
 
         Also returns the heads of cross-attention, text and regions, then of self-attention.
         """
-        text, regions, text_cross, region_cross = self.cross(text, regions, text_mask, region_mask)
-        text, text_self = self.text_attention(text, text_mask)
-        regions, region_self = self.region_attention(regions, region_mask)
+        text, regions, text_cross, region_cross = self.cross(
+            text, regions, text_places, region_places
+        )
+        text, text_self = self.text_attention(text, text_places)
+        regions, region_self = self.region_attention(regions, region_places)
         text, regions = self.text_feed_forward(text), self.region_feed_forward(regions)
         return text, regions, (text_cross, region_cross, text_self, region_self)
 
@@ -84,14 +87,18 @@ class Lxmert(TwoStream):
     ) -> Encoded:
         """Encodes a batch; attention maps are those of the cross-modality layers."""
         self.require_mask(mask)
-        text, regions = self.encode_text(inputs), self.encode_regions(inputs)
-        text_mask = blocks.full_mask(inputs.token_padding)
-        region_mask = blocks.full_mask(inputs.region_padding)
+        text_places, region_places = (
+            Places.of(inputs.token_padding),
+            Places.of(inputs.region_padding),
+        )
+        text = self.text_states(inputs, text_places)
+        regions = self.region_states(inputs, region_places)
         maps = []
         for layer in self.cross_layers:
-            text, regions, heads = self.run_layer(layer, text, regions, text_mask, region_mask)
+            text, regions, heads = self.run_layer(layer, text, regions, text_places, region_places)
             if attention:
-                maps.append(_map(heads, text_mask, region_mask))
+                maps.append(_map(heads, text_places.mask, region_places.mask))
+        text, regions = text_places.lay_out(text), region_places.lay_out(regions)
         return Encoded(text, regions, self.pooler(text[:, 0]), tuple(maps) if attention else None)
 
     def region_predictions(self, states: Tensor) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from pipeline.models import blocks, layouts
 from pipeline.models.base import ModelConfig, Size, VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs
 from pipeline.models.layouts import Layout
+from pipeline.models.places import Places
 
 
 class TwoStreamConfig(ModelConfig):
@@ -51,21 +52,29 @@ class TwoStream(VisionLanguageModel):
 
     def encode_text(self, inputs: Inputs) -> Tensor:
         """Returns text that has seen text only, (B, T, D)."""
-        positions = self.positions(inputs.tokens)
-        states: Tensor = self.text_norm(self.text_embeddings(inputs.tokens, positions))
-        states = F.dropout(states, self.config.dropout, self.training)
-        mask = blocks.full_mask(inputs.token_padding)
-        for layer in self.text_layers:
-            states, _ = self.run_layer(layer, states, mask)
-        return states
+        places = Places.of(inputs.token_padding)
+        return places.lay_out(self.text_states(inputs, places))
 
     def encode_regions(self, inputs: Inputs) -> Tensor:
         """Returns regions that have seen regions only, (B, R, D)."""
+        places = Places.of(inputs.region_padding)
+        return places.lay_out(self.region_states(inputs, places))
+
+    def text_states(self, inputs: Inputs, places: Places) -> Tensor:
+        """As encode_text, packed."""
+        positions = self.positions(inputs.tokens)
+        states: Tensor = self.text_norm(self.text_embeddings(inputs.tokens, positions))
+        states = places.pack(F.dropout(states, self.config.dropout, self.training))
+        for layer in self.text_layers:
+            states, _ = self.run_layer(layer, states, places)
+        return states
+
+    def region_states(self, inputs: Inputs, places: Places) -> Tensor:
+        """As encode_regions, packed."""
         states: Tensor = self.region_embeddings(inputs.features, inputs.boxes)
-        states = F.dropout(states, self.config.dropout, self.training)
-        mask = blocks.full_mask(inputs.region_padding)
+        states = places.pack(F.dropout(states, self.config.dropout, self.training))
         for layer in self.region_layers:
-            states, _ = self.run_layer(layer, states, mask)
+            states, _ = self.run_layer(layer, states, places)
         return states
 
     def token_logits(self, states: Tensor) -> Tensor:

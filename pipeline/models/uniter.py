@@ -101,6 +101,9 @@ class Uniter(SingleStream):
         return {"objects": objects, "features": self.feature_head(states)}
 
 
+_HEADS = ("match_head", "feature_head", "object_transform", "object_head", "answer_head")
+
+
 def original_layout(config: UniterConfig) -> Layout:
     """The `.pt` files of UniterForPretraining and UniterForVisualQuestionAnswering."""
     head_names, tied = layouts.token_head("token_head", "cls.predictions", "uniter.embeddings")
@@ -128,14 +131,7 @@ def original_layout(config: UniterConfig) -> Layout:
             **layouts.answer_head("answer_head", "vqa_output"),
         },
         tied={**tied, "feat_regress.weight": f"{regions}.img_linear.weight"},
-        optional=(
-            "token_head",
-            "match_head",
-            "feature_head",
-            "object_transform",
-            "object_head",
-            "answer_head",
-        ),
+        optional=("token_head", *_HEADS),
     )
 
 
@@ -146,14 +142,7 @@ def bert_layout(config: UniterConfig) -> Layout:
         layers="layers",
         num_layers=config.num_layers,
         pooler="pooler",
-        optional=(
-            "region_embeddings",
-            "match_head",
-            "feature_head",
-            "object_transform",
-            "object_head",
-            "answer_head",
-        ),
+        optional=("region_embeddings", *_HEADS),
     )
 
 

@@ -12,6 +12,7 @@ from pipeline.models import blocks, layouts
 from pipeline.models.base import MaskKind, ModelConfig, Size, VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs
 from pipeline.models.layouts import Layout
+from pipeline.models.places import Places
 
 
 class VilbertConfig(ModelConfig):
@@ -83,11 +84,11 @@ class ConnectionLayer(nn.Module):
         )
 
     def forward(
-        self, text: Tensor, regions: Tensor, text_mask: Tensor, region_mask: Tensor
+        self, text: Tensor, regions: Tensor, text_places: Places, region_places: Places
     ) -> tuple[Tensor, Tensor, blocks.Heads, blocks.Heads]:
-        """Maps text (B, T, D) and regions (B, R, E) to the same shapes, and returns the heads."""
+        """Maps text and regions, each as its places pack it, to the same shapes and the heads."""
         text, regions, text_heads, region_heads = self.attention(
-            text, regions, text_mask, region_mask
+            text, regions, text_places, region_places
         )
         text, regions = self.text_feed_forward(text), self.region_feed_forward(regions)
         return text, regions, text_heads, region_heads
@@ -146,9 +147,10 @@ class Vilbert(VisionLanguageModel):
         the other two blocks are zero. The column of the whole image is left out.
         """
         self.require_mask(mask)
-        text, regions = self._embed_text(inputs), self._embed_regions(inputs)
-        text_mask = blocks.full_mask(inputs.token_padding)
-        region_mask = blocks.full_mask(F.pad(inputs.region_padding, (1, 0), value=False))
+        text_places = Places.of(inputs.token_padding)
+        region_places = Places.of(F.pad(inputs.region_padding, (1, 0), value=False))
+        text = text_places.pack(self._embed_text(inputs))
+        regions = region_places.pack(self._embed_regions(inputs))
         maps = []
         text_done = regions_done = 0
         for layer, text_next, regions_next in zip(
@@ -157,18 +159,19 @@ class Vilbert(VisionLanguageModel):
             self.config.region_connections,
             strict=True,
         ):
-            text = self._through(self.text_layers[text_done:text_next], text, text_mask)
+            text = self._through(self.text_layers[text_done:text_next], text, text_places)
             regions = self._through(
-                self.region_layers[regions_done:regions_next], regions, region_mask
+                self.region_layers[regions_done:regions_next], regions, region_places
             )
             text, regions, text_heads, region_heads = self.run_layer(
-                layer, text, regions, text_mask, region_mask
+                layer, text, regions, text_places, region_places
             )
             if attention:
-                maps.append(_map(text_heads, region_heads, text_mask, region_mask))
+                maps.append(_map(text_heads, region_heads, text_places.mask, region_places.mask))
             text_done, regions_done = text_next, regions_next
-        text = self._through(self.text_layers[text_done:], text, text_mask)
-        regions = self._through(self.region_layers[regions_done:], regions, region_mask)
+        text = self._through(self.text_layers[text_done:], text, text_places)
+        regions = self._through(self.region_layers[regions_done:], regions, region_places)
+        text, regions = text_places.lay_out(text), region_places.lay_out(regions)
         pooled = self.text_pooler(text[:, 0]).relu() * self.region_pooler(regions[:, 0]).relu()
         pooled = F.dropout(pooled, self.config.dropout, self.training)
         return Encoded(text, regions[:, 1:], pooled, tuple(maps) if attention else None)
@@ -209,9 +212,9 @@ class Vilbert(VisionLanguageModel):
         )
         return F.dropout(embedded, self.config.dropout, self.training)
 
-    def _through(self, layers: nn.ModuleList, states: Tensor, mask: Tensor) -> Tensor:
+    def _through(self, layers: nn.ModuleList, states: Tensor, places: Places) -> Tensor:
         for layer in layers:
-            states, _ = self.run_layer(layer, states, mask)
+            states, _ = self.run_layer(layer, states, places)
         return states
 
 
@@ -228,6 +231,9 @@ def _map(
         seen,
         read.new_zeros(*read.shape[:2], num_regions, num_regions),
     )
+
+
+_HEADS = ("match_head", "object_transform", "object_head", "answer_head")
 
 
 def original_layout(config: VilbertConfig) -> Layout:
@@ -272,7 +278,7 @@ def original_layout(config: VilbertConfig) -> Layout:
             **layouts.answer_head("answer_head", "vil_prediction.logit_fc"),
         },
         tied=tied,
-        optional=("token_head", "match_head", "object_transform", "object_head", "answer_head"),
+        optional=("token_head", *_HEADS),
         ignored=(  # heads of other benchmarks
             "vil_prediction_gqa.",
             "vil_binary_prediction.",
@@ -297,10 +303,7 @@ def bert_layout(config: VilbertConfig) -> Layout:
             "connections",
             "text_pooler",
             "region_pooler",
-            "match_head",
-            "object_transform",
-            "object_head",
-            "answer_head",
+            *_HEADS,
         ),
     )
 

@@ -16,6 +16,7 @@ from pipeline.models import blocks
 from pipeline.models.base import MaskKind, ModelConfig, Size, VisionLanguageModel
 from pipeline.models.inputs import Cache, Encoded, Inputs
 from pipeline.models.layouts import Layout
+from pipeline.models.places import full_mask
 from pipeline.models.visual_tokens import Projection, Resampler
 
 Pair = tuple[Tensor, Tensor]  # keys and values
@@ -241,7 +242,7 @@ class VisualPrefix(VisionLanguageModel):
         """Reads one more token per row, (B,); returns the next token's logits (B, V)."""
         cache = cast(PrefixCache, cache)
         padding = F.pad(cache.padding, (0, 1), value=False)
-        reading = Reading(cache.seen, blocks.full_mask(cache.seen_padding))
+        reading = Reading(cache.seen, full_mask(cache.seen_padding))
         embedded = self._language.get_input_embeddings()(tokens[:, None])
         output = self._run(embedded, padding, reading, past=cache.layers)
         return self.token_logits(output.last_hidden_state[:, 0]), PrefixCache(
@@ -281,7 +282,7 @@ class VisualPrefix(VisionLanguageModel):
 
     def _gated_reading(self, visual: Tensor, unseen: Tensor) -> Reading:
         gates = cast(Sequence[GatedCrossAttention], self.gates)
-        return Reading([gate.read(visual) for gate in gates], blocks.full_mask(unseen))
+        return Reading([gate.read(visual) for gate in gates], full_mask(unseen))
 
     def _run(
         self,

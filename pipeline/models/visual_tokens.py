@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from pipeline.models import blocks
+from pipeline.models.places import full_mask
 
 
 class Projection(nn.Module):
@@ -79,7 +80,7 @@ class Resampler(nn.Module):
         num_queries = self.queries.num_embeddings if features.shape[1] else 0
         numbers = torch.arange(num_queries, device=features.device)
         queries: Tensor = self.queries(numbers.expand(len(features), -1))
-        mask = blocks.full_mask(F.pad(padding, (0, num_queries), value=False))
+        mask = full_mask(F.pad(padding, (0, num_queries), value=False))
         for layer in self.layers:
             queries = layer(queries, regions, mask)
         unseen = padding.all(dim=1, keepdim=True).expand(-1, num_queries)

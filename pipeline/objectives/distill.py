@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+_FULL_TERMS = ("words", "match", "answers", "hidden", "attention")  # read under the full mask
+_LOGITS = ("words", "next_words", "match", "answers")
+
+
 class TermConfig(Config):
     """One thing that is compared."""
 
@@ -36,11 +41,13 @@ class SoftTermConfig(TermConfig):
 
 
 class DistillConfig(Config):
-    """The teacher, and what of it is learned; at least one of the last five.
+    """The teacher, and what of it is learned; at least one of the last six.
 
     words: which words stand in the places that mlm hides from both. match, answers: the verdicts
     of those heads. hidden: the text's last states, through a learned map if the teacher is of
     another width. attention: where text and regions look in the last layer in which they meet.
+    next_words: which word comes next at each place, read under the prefix mask as lm reads it, in
+    a pass that is lm's if it is trained as well.
     """
 
     weight: float = Field(default=1.0, gt=0)
@@ -52,23 +59,35 @@ class DistillConfig(Config):
     answers: SoftTermConfig | None = None
     hidden: TermConfig | None = None
     attention: SoftTermConfig | None = None
+    next_words: SoftTermConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        terms = ("words", "match", "answers", "hidden", "attention")
-        if all(getattr(self, name) is None for name in terms):
-            raise ValueError(f"nothing is learned of the teacher; give {', '.join(terms)}")
+        if not self._terms():
+            known = ", ".join((*_FULL_TERMS, "next_words"))
+            raise ValueError(f"nothing is learned of the teacher; give {known}")
         return self
 
     def build(self) -> "list[Distillation]":
-        return [Distillation(self)]
+        """Returns one for each mask under which something is learned."""
+        built = []
+        if self._terms() - {"next_words"}:
+            built.append(Distillation(self.model_copy(update={"next_words": None})))
+        if self.next_words is not None:
+            others = dict.fromkeys(_FULL_TERMS)
+            built.append(Distillation(self.model_copy(update=others)))
+        return built
+
+    def _terms(self) -> set[str]:
+        names = (*_FULL_TERMS, "next_words")
+        return {name for name in names if getattr(self, name) is not None}
 
 
 @dataclass(frozen=True)
 class TeacherView:
     """What the teacher sees otherwise than the student, and where their words are compared."""
 
-    hidden_words: Tensor  # (B, T) bool: pieces of the text that read [MASK]
+    word_places: Tensor  # (B, T) bool: pieces that read [MASK], or those that have a next one
     features: Tensor | None  # (B, R, F) of the teacher's own extractor, and so the next two
     boxes: Tensor | None  # (B, R, 4)
     region_padding: Tensor | None  # (B, R) bool
@@ -105,13 +124,13 @@ class Distillation(Objective):
     heads, whose number may differ, and compared as distributions rather than by squared error.
     """
 
-    name = "distill"
     metric_name = "agreement"
 
     def __init__(self, config: DistillConfig) -> None:
         super().__init__(config.weight)
         self.config = config
-        self.stream = Stream(config.texts, "full")
+        self.name = "distill" if config.next_words is None else "distill-next-words"
+        self.stream = Stream(config.texts, "full" if config.next_words is None else "prefix")
         self.needs_attention = config.attention is not None
         self._teacher: Teacher | None = None
         self._split: Split | None = None
@@ -148,14 +167,19 @@ class Distillation(Objective):
     def prepare(
         self, batch: Batch, encodings: Encodings, vocabulary: Vocabulary
     ) -> tuple[Encodings, TeacherView]:
-        hidden = torch.from_numpy(encodings.is_word & (encodings.tokens == vocabulary.mask))
+        if self.config.next_words is None:
+            compared = encodings.is_word & (encodings.tokens == vocabulary.mask)
+        else:
+            compared = np.zeros_like(encodings.padding)
+            compared[:, :-1] = ~encodings.padding[:, 1:]
+        places = torch.from_numpy(compared)
         if self.config.features is None:
-            return encodings, TeacherView(hidden, None, None, None)
+            return encodings, TeacherView(places, None, None, None)
         assert self._split is not None, "open() comes first: the teacher has its own features"
         seen = self._split.features(batch.rows)
         padding = torch.arange(seen.values.shape[1]) >= torch.from_numpy(seen.num_regions)[:, None]
         view = TeacherView(
-            hidden, torch.from_numpy(seen.values), torch.from_numpy(seen.boxes), padding
+            places, torch.from_numpy(seen.values), torch.from_numpy(seen.boxes), padding
         )
         return encodings, view
 
@@ -163,10 +187,12 @@ class Distillation(Objective):
         self, model: VisionLanguageModel, encoded: Encoded, inputs: Inputs, target: TeacherView
     ) -> Tensor:
         seen = target.of(inputs)
-        taught = self.teacher.encode(seen, like=encoded.text, attention=self.needs_attention)
+        taught = self.teacher.encode(
+            seen, like=encoded.text, mask=self.stream.mask, attention=self.needs_attention
+        )
         config = self.config
         total = torch.zeros(len(inputs.tokens), device=inputs.tokens.device)
-        for name in ("words", "match", "answers"):
+        for name in _LOGITS:
             term: SoftTermConfig | None = getattr(config, name)
             if term is not None:
                 total = total + term.weight * self._logits_loss(
@@ -187,21 +213,23 @@ class Distillation(Objective):
     def metric(
         self, model: VisionLanguageModel, encoded: Encoded, inputs: Inputs, target: TeacherView
     ) -> Tensor:
-        """How often both say the same, of the first of words, match and answers that is learned.
+        """How often both say the same, of the first of words, match, answers that is learned.
 
         NaN if none of them is.
         """
         seen = target.of(inputs)
-        taught = self.teacher.encode(seen, like=encoded.text, attention=False)
-        for name in ("words", "match", "answers"):
+        taught = self.teacher.encode(
+            seen, like=encoded.text, mask=self.stream.mask, attention=False
+        )
+        for name in _LOGITS:
             if getattr(self.config, name) is None:
                 continue
             says = self._logits(name, model, encoded, inputs, target).argmax(-1)
             said = self._logits(name, self.teacher.model, taught, seen, target).argmax(-1)
             same = (says == said).float()
-            if name != "words":
+            if name in ("match", "answers"):
                 return same
-            places = target.hidden_words
+            places = target.word_places
             return nan_where_none(mean_of_places(same, places), places)
         return torch.full((len(inputs.tokens),), torch.nan, device=inputs.tokens.device)
 
@@ -224,7 +252,8 @@ class Distillation(Objective):
                 logits.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="none"
             )
         loss = temperature**2 * loss.sum(-1)
-        return mean_of_places(loss, target.hidden_words) if name == "words" else loss
+        per_sample = name in ("match", "answers")
+        return loss if per_sample else mean_of_places(loss, target.word_places)
 
     def _logits(
         self,
@@ -234,11 +263,11 @@ class Distillation(Objective):
         inputs: Inputs,
         target: TeacherView,
     ) -> Tensor:
-        """Returns (N, V) of hidden words, (B, 2) with the match last, or (B, A)."""
-        if name == "words":
-            return model.token_logits(encoded.text[target.hidden_words]).float()
+        """Returns (N, V) of words, (B, 2) with the match last, or (B, A)."""
         if name == "answers":
             return model.answer_logits(encoded, inputs).float()
+        if name != "match":
+            return model.token_logits(encoded.text[target.word_places]).float()
         logits = model.match_logits(encoded).float()
         return logits if model.match_index == 1 else logits.flip(-1)
 

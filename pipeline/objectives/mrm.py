@@ -2,8 +2,8 @@
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Self
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,7 @@ class ClassTermConfig(Config):
 
     kl: the divergence from its probabilities, summed over classes (ViLBERT; UNITER averages, which
     is a weight of 1 / classes). label: cross-entropy with its likeliest class, times that class's
-    probability (LXMERT).
+    probability (LXMERT); features with one label and score per region will do.
     """
 
     weight: float = Field(default=1.0, gt=0)
@@ -76,22 +76,30 @@ class MrmConfig(Config):
 
 
 @dataclass(frozen=True)
+class Labels:
+    """One class for each of N regions, and how sure of it the detector was."""
+
+    label: Tensor  # (N,) int64
+    confidence: Tensor  # (N,) float32, from 0 to 1
+
+    def to(self, device: torch.device | str) -> "Labels":
+        return Labels(
+            self.label.to(device, non_blocking=True), self.confidence.to(device, non_blocking=True)
+        )
+
+
+@dataclass(frozen=True)
 class RegionTarget:
     """What N chosen regions of B samples were: F feature values, C classes, A attributes."""
 
     chosen: Tensor  # (B, R) bool; the rows of the others follow its True places
     features: Tensor | None  # (N, F) as stored
-    classes: Tensor | None  # (N, C) probabilities
-    attributes: Tensor | None  # (N, A) probabilities
+    classes: Tensor | Labels | None  # (N, C) probabilities, or the likeliest
+    attributes: Tensor | Labels | None  # (N, A) probabilities, or the likeliest
 
     def to(self, device: torch.device | str) -> "RegionTarget":
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
-        chosen = self.chosen.to(device, non_blocking=True)
-        return RegionTarget(
-            chosen, moved(self.features), moved(self.classes), moved(self.attributes)
-        )
+        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return replace(self, **moved)
 
 
 class MaskedRegionModelling(Objective):
@@ -120,26 +128,23 @@ class MaskedRegionModelling(Objective):
         vocabulary: Vocabulary,  # noqa: ARG002
     ) -> tuple[Encodings, RegionTarget]:
         """Raises FeatureError if the features do not tell what is to be predicted."""
-        features = _features(batch)
+        config, features = self.config, _features(batch)
         chosen = self._fates(batch).chosen
-
-        def wanted(
-            term: Config | None, values: npt.NDArray[np.generic] | None, name: str
-        ) -> Tensor | None:
-            if term is None:
-                return None
-            if values is None:
-                raise FeatureError(
-                    f"objectives.mrm.{name}: these features have no {name}; leave it out, or use "
-                    "an extractor that is a detector"
-                )
-            return torch.from_numpy(values[chosen])
-
+        known, classes = None, None
+        if features.labels is not None:
+            known = _labels(features.labels, features.scores, chosen)
+        if config.classes is not None:
+            classes = _verdict("classes", config.classes, features.classes, known, chosen)
+        attributes = None
+        if config.attributes is not None:
+            attributes = _verdict(
+                "attributes", config.attributes, features.attributes, None, chosen
+            )
         target = RegionTarget(
-            torch.from_numpy(chosen),
-            wanted(self.config.features, features.values, "features"),
-            wanted(self.config.classes, features.classes, "classes"),
-            wanted(self.config.attributes, features.attributes, "attributes"),
+            chosen=torch.from_numpy(chosen),
+            features=torch.from_numpy(features.values[chosen]) if config.features else None,
+            classes=classes,
+            attributes=attributes,
         )
         return encodings, target
 
@@ -183,18 +188,20 @@ class MaskedRegionModelling(Objective):
         _, distance, predicted, true = self._terms(predictions, target)[0]
         if distance not in (_mse, _smooth_l1):
             predicted = predicted.softmax(-1)
+        if isinstance(true, Labels):
+            true = F.one_hot(true.label, predicted.shape[-1]).float()
         cosine = F.cosine_similarity(predicted, true, dim=-1)
         return nan_where_none(mean_of_places(cosine, target.chosen), target.chosen)
 
     def _terms(
         self, predictions: dict[str, Tensor], target: RegionTarget
-    ) -> list[tuple[float, "Distance", Tensor, Tensor]]:
+    ) -> "list[tuple[float, Distance, Tensor, Tensor | Labels]]":
         """Returns weight, distance, prediction and truth (N, ...), float32, of what is asked for.
 
         Raises ModelError if the family does not predict it, or not of this size.
         """
         config = self.config
-        terms: list[tuple[float, Distance, Tensor, Tensor]] = []
+        terms: list[tuple[float, Distance, Tensor, Tensor | Labels]] = []
         for name, head, term, true in (
             ("features", "features", config.features, target.features),
             ("classes", "objects", config.classes, target.classes),
@@ -207,11 +214,17 @@ class MaskedRegionModelling(Objective):
                     f"objectives.mrm.{name}: this family does not predict it; it predicts "
                     f"{', '.join(predictions)}"
                 )
-            predicted, true = predictions[head].float(), to_float(true).float()
-            if predicted.shape != true.shape:
+            predicted = predictions[head].float()
+            if isinstance(true, Labels):
+                size = int(true.label.max()) + 1 if len(true.label) else 0
+                fits = size <= predicted.shape[-1]
+            else:
+                true = to_float(true).float()
+                size, fits = true.shape[-1], predicted.shape == true.shape
+            if not fits:
                 raise ModelError(
                     f"objectives.mrm.{name}: the model predicts {predicted.shape[-1]}, the "
-                    f"features have {true.shape[-1]}; set model.sizes accordingly"
+                    f"features have {size}; set model.sizes accordingly"
                 )
             terms.append((term.weight, _DISTANCES[term.distance], predicted, true))
         return terms
@@ -247,7 +260,45 @@ class _Fates:
     source: npt.NDArray[np.int64]  # (B, R): which region of the image is shown in its place
 
 
-Distance = Callable[[Tensor, Tensor], Tensor]  # prediction and truth (N, ...) to (N,)
+def _verdict(
+    name: str,
+    term: ClassTermConfig,
+    probabilities: npt.NDArray[np.generic] | None,
+    labels: Labels | None,
+    chosen: npt.NDArray[np.bool_],
+) -> Tensor | Labels:
+    """Returns what a detector took the chosen regions for, as the term's distance wants it.
+
+    Raises FeatureError if the features do not say.
+    """
+    if probabilities is None and (labels is None or term.distance == "kl"):
+        raise FeatureError(
+            f"objectives.mrm.{name}: these features have no {name}; leave it out, or use an "
+            "extractor that is a detector"
+            + ("" if labels is None else "; they have labels, for distance: label")
+        )
+    if probabilities is None:
+        assert labels is not None
+        return labels
+    known = torch.from_numpy(probabilities[chosen])
+    if term.distance == "kl":
+        return known
+    confidence, label = known.max(-1)
+    return Labels(label, confidence.float())
+
+
+def _labels(
+    labels: npt.NDArray[np.int32],
+    scores: npt.NDArray[np.float32] | None,
+    chosen: npt.NDArray[np.bool_],
+) -> Labels:
+    """Reads a detector's labels; one that gives no scores is sure of each."""
+    label = torch.from_numpy(labels[chosen].astype(np.int64))
+    sure = torch.ones(len(label)) if scores is None else torch.from_numpy(scores[chosen]).float()
+    return Labels(label, sure)
+
+
+Distance = Callable[[Tensor, Any], Tensor]  # prediction and truth (N, ...) to (N,)
 
 
 def _mse(predicted: Tensor, true: Tensor) -> Tensor:
@@ -262,9 +313,8 @@ def _kl(logits: Tensor, probabilities: Tensor) -> Tensor:
     return F.kl_div(logits.log_softmax(-1), probabilities, reduction="none").sum(-1)
 
 
-def _label(logits: Tensor, probabilities: Tensor) -> Tensor:
-    confidence, label = probabilities.max(-1)
-    return confidence * F.cross_entropy(logits, label, reduction="none")
+def _label(logits: Tensor, true: Labels) -> Tensor:
+    return true.confidence * F.cross_entropy(logits, true.label, reduction="none")
 
 
 _DISTANCES: dict[str, Distance] = {

@@ -12,7 +12,7 @@ from pipeline import storage
 from pipeline.data.vocabulary import load_tokenizer
 from pipeline.errors import ConfigError, ModelError, StorageError
 from pipeline.models import families
-from pipeline.models.base import VisionLanguageModel
+from pipeline.models.base import MaskKind, VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs
 
 if TYPE_CHECKING:
@@ -43,10 +43,10 @@ class Teacher:
             )
 
     @torch.no_grad()
-    def encode(self, inputs: Inputs, like: Tensor, attention: bool) -> Encoded:
+    def encode(self, inputs: Inputs, like: Tensor, mask: MaskKind, attention: bool) -> Encoded:
         """Encodes what the student sees, where and in the precision that `like` is."""
         self.model.to(like.device, like.dtype)
-        return self.model.encode(inputs, attention=attention)
+        return self.model.encode(inputs, mask=mask, attention=attention)
 
 
 def _read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:

@@ -39,19 +39,6 @@ def test_queries_keys_and_values_are_cut_from_one_projection_in_order() -> None:
     assert torch.equal(value[1, 1, 0], projected[1, 0, 15:18])
 
 
-def test_prefix_mask_lets_text_read_regions_but_not_the_other_way() -> None:
-    token_padding = torch.tensor([[False, False, True]])
-    region_padding = torch.tensor([[False, True]])
-    visible = blocks.prefix_mask(token_padding, region_padding)[0, 0].int().tolist()
-    assert visible == [
-        [1, 0, 0, 1, 0],
-        [1, 1, 0, 1, 0],
-        [1, 1, 1, 1, 0],  # padding sees itself, and nobody sees padding
-        [0, 0, 0, 1, 0],
-        [0, 0, 0, 1, 1],
-    ]
-
-
 def test_fourier_features_of_a_box_double_in_frequency() -> None:
     box = torch.tensor([[[0.0, 0.25, 0.5, 1.0]]])
     features = blocks.fourier_boxes(box, 16)

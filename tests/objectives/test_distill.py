@@ -143,6 +143,34 @@ def test_each_term_teaches(term: str, wide: str, tokenizer: Any) -> None:
     assert float(losses["distill"]) < 0.5 * first
 
 
+def test_a_writer_learns_the_next_words_of_another_beside_its_own_captions(
+    wide: str, tokenizer: Any
+) -> None:
+    objectives = make_objectives(
+        lm={"weight": 1e-9}, distill={"teacher": wide, "next_words": {"temperature": 1.0}}
+    )
+    module = ObjectiveModel(make_family("uniter", len(tokenizer)), objectives)
+    batch = collated(objectives, tokenizer, make_batch())
+    assert list(batch.streams) == ["captions-prefix"]  # one pass for both
+    view = batch.streams["captions-prefix"].targets["distill-next-words"]
+    assert torch.equal(view.word_places, batch.streams["captions-prefix"].targets["lm"] != -100)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.0)
+    first = float(module(batch)[1]["distill-next-words"])
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss, losses = module(batch)
+        loss.backward()
+        optimizer.step()
+    assert float(losses["distill-next-words"]) < 0.5 * first
+    assert module.measure(batch)["distill-next-words/agreement"] > 0.7
+
+
+def test_what_is_learned_under_both_masks_is_two_objectives(wide: str) -> None:
+    built = make_objectives(distill={"teacher": wide, "match": {}, "next_words": {}})
+    assert [one.name for one in built] == ["distill", "distill-next-words"]
+    assert [one.stream.mask for one in built] == ["full", "prefix"]
+
+
 def test_a_samples_loss_is_the_same_alone_and_in_any_batch(wide: str, tokenizer: Any) -> None:
     objectives = distilled(wide, **EVERYTHING)
     module = ObjectiveModel(unlike(make_family("lxmert", len(tokenizer))), objectives)

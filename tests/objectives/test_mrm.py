@@ -12,7 +12,7 @@ from pipeline.data.loader import Batch
 from pipeline.errors import FeatureError, ModelError
 from pipeline.models.inputs import Inputs
 from pipeline.objectives.base import Vocabulary
-from pipeline.objectives.mrm import MaskedRegionModelling, MrmConfig, RegionTarget
+from pipeline.objectives.mrm import Labels, MaskedRegionModelling, MrmConfig, RegionTarget
 from pipeline.objectives.stream import ObjectiveModel, encode_texts, make_inputs
 from tests.objectives.tiny import (
     collated,
@@ -146,7 +146,8 @@ def test_the_true_feature_of_a_hidden_region_reaches_no_state(tokenizer: Any) ->
 def test_the_losses_are_the_published_ones_averaged_over_the_chosen_regions() -> None:
     chosen = torch.tensor([[True, False, True], [False, True, False]])
     probabilities = torch.tensor([[0.7, 0.3], [0.0, 1.0], [0.5, 0.5]])
-    true = RegionTarget(chosen, torch.randn(3, 4), probabilities, None)
+    features = torch.randn(3, 4)
+    likeliest = Labels(torch.tensor([0, 1, 0]), torch.tensor([0.7, 1.0, 0.5]))
     logits, predicted = torch.randn(3, 2), torch.randn(3, 4)
     model: Any = type(
         "Model",
@@ -157,14 +158,16 @@ def test_the_losses_are_the_published_ones_averaged_over_the_chosen_regions() ->
 
     def losses(**terms: Any) -> torch.Tensor:
         objective = MaskedRegionModelling(MrmConfig.model_validate(terms))
+        is_label = terms.get("classes", {}).get("distance") == "label"
+        classes = likeliest if is_label else probabilities
+        true = RegionTarget(chosen, features, classes, None)
         return objective.loss(model, encoded, NOTHING, true)
 
     def by_sample(values: torch.Tensor) -> torch.Tensor:
         return torch.stack([values[:2].mean(), values[2]])
 
-    assert true.features is not None
-    mse = ((predicted - true.features) ** 2).mean(1)
-    smooth = F.smooth_l1_loss(predicted, true.features, reduction="none").mean(1)
+    mse = ((predicted - features) ** 2).mean(1)
+    smooth = F.smooth_l1_loss(predicted, features, reduction="none").mean(1)
     log = logits.log_softmax(1)
     kl = (probabilities * (probabilities.clamp(min=1e-30).log() - log)).sum(1)
     label = -torch.stack([0.7 * log[0, 0], log[1, 1], 0.5 * log[2, 0]])
@@ -175,6 +178,44 @@ def test_the_losses_are_the_published_ones_averaged_over_the_chosen_regions() ->
     torch.testing.assert_close(
         losses(features={"weight": 2}, classes={"weight": 3}), by_sample(2 * mse + 3 * kl)
     )
+
+
+def test_the_likeliest_class_is_the_detectors_label_where_it_gives_no_probabilities(
+    tokenizer: Any,
+) -> None:
+    batch = make_batch(3)
+    assert batch.features is not None
+    assert batch.features.classes is not None
+    classes = batch.features.classes
+    given = replace(
+        batch.features,
+        classes=None,
+        labels=classes.argmax(-1).astype(np.int32),
+        scores=classes.max(-1),
+    )
+    losses, found = [], []
+    for features in (batch.features, given):
+        objectives = make_objectives(mrm={"classes": {"distance": "label"}})
+        module = ObjectiveModel(make_family("uniter", len(tokenizer)), objectives)
+        moved = collated(objectives, tokenizer, replace(batch, features=features))
+        losses.append(module(moved)[0].detach())
+        found.append(module.measure(moved)["mrm/similarity"])
+    assert losses[0] > 0
+    torch.testing.assert_close(losses[0], losses[1])
+    assert found[0] == pytest.approx(found[1])
+    with pytest.raises(FeatureError, match="they have labels, for distance: label"):
+        hidden(replace(batch, features=given), tokenizer, classes={})
+
+
+def test_a_label_beyond_the_models_classes_is_refused(tokenizer: Any) -> None:
+    batch = make_batch(2)
+    assert batch.features is not None
+    labels = np.full(batch.features.values.shape[:2], 11, np.int32)
+    given = replace(batch.features, classes=None, labels=labels)
+    objectives = make_objectives(mrm={"classes": {"distance": "label"}})
+    module = ObjectiveModel(make_family("uniter", len(tokenizer)), objectives)
+    with pytest.raises(ModelError, match="the model predicts 9, the features have 12"):
+        module(collated(objectives, tokenizer, replace(batch, features=given)))
 
 
 def test_an_image_without_regions_costs_nothing(tokenizer: Any) -> None:

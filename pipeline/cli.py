@@ -1,8 +1,8 @@
 """The verbs of the command line.
 
 Progress goes to stderr, results to stdout. The exit status is 0 only if all of the work was
-done: 1 for a failure, 2 for a wrong command line, 64 for a refused recipe, 130 after Ctrl-C,
-143 for a run that was told to stop and can be continued.
+done: 1 for a failure, 2 for a wrong command line, 64 for a refused recipe, 130 after Ctrl-C, 143
+for training that SIGTERM or Ctrl-C told to stop, and that left a checkpoint to go on from.
 """
 
 import dataclasses
@@ -179,6 +179,45 @@ def predict(
 
     prediction = predict_image(model, image, question)
     typer.echo(json.dumps(prediction, ensure_ascii=False) if as_json else prediction["text"])
+
+
+@app.command()
+@reported
+def check(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Tell what a run will take before it starts: bytes per rank, epochs, hours.
+
+    Where the dataset and its features are there, a few real steps of each phase are timed on this
+    machine. Settings that cannot work are refused.
+    """
+    from pipeline import config
+    from pipeline.recipe import Recipe
+    from pipeline.stages.check import check as check_recipe
+
+    report = check_recipe(config.load(Recipe, recipe, overrides or []), console)
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), ensure_ascii=False))
+    else:
+        report.print(Console())
+
+
+@app.command()
+@reported
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A run, a phase of it, a checkpoint, a model.")
+    ],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="A new folder, or an empty one.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write a model folder that others can load, with tokenizer and model card.
+
+    It is of Hugging Face's layout where transformers has the family. Of a phase that is still in
+    training, its newest whole checkpoint is taken.
+    """
+    from pipeline.stages.export import export as export_model
+
+    done = export_model(source, output)
+    typer.echo(json.dumps(done.to_json(), ensure_ascii=False) if as_json else done.folder)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from pipeline.models.families import FAMILIES
 from pipeline.objectives.objective import ObjectivesConfig
 from pipeline.training.launch import ClusterConfig
 from pipeline.training.spec import TrainingConfig
+from pipeline.training.trackers import TrackersConfig
 from pipeline.vision.extract import ExtractConfig
 from pipeline.vision.extractor import AnyExtractor
 
@@ -105,6 +106,7 @@ class Recipe(Config):
     objectives: ObjectivesConfig | None = None  # of pretraining
     training: TrainingPart
     benchmarks: BenchmarksConfig  # what is fine-tuned for and evaluated
+    trackers: TrackersConfig = TrackersConfig()  # what is told of each line that training logs
     cluster: ClusterConfig = ClusterConfig()
 
     @field_validator("run")
@@ -123,10 +125,27 @@ class Recipe(Config):
             if training is None:
                 continue
             try:
-                training.accumulation_steps(self.cluster.workers)
+                accumulation_steps = training.accumulation_steps(self.cluster.workers)
             except ConfigError as error:
                 raise ValueError(f"training.{name}: {error} (cluster.workers)") from None
+            contrasts = name == "pretrain" and self.objectives and self.objectives.itc
+            if contrasts and accumulation_steps > 1:
+                raise ValueError(
+                    "objectives.itc contrasts the whole global batch in one pass; set "
+                    "global_batch_size to micro_batch_size x cluster.workers"
+                )
         return self
+
+    def teachers(self) -> dict[str, str]:
+        """Returns the model folders that are learned from, by the key that names each."""
+        phases = {"benchmarks": self.benchmarks.objectives()}
+        if self.objectives:
+            phases["objectives"] = self.objectives
+        return {
+            f"{phase}.{key}": location
+            for phase, objectives in phases.items()
+            for key, location in objectives.locations().items()
+        }
 
     def relative_locations(self) -> list[str]:
         """Returns the paths that mean something only from the folder the recipe is used in."""
@@ -136,7 +155,7 @@ class Recipe(Config):
             self.model.initial,
             self.model.tokenizer,
             *self.dataset.source.locations().values(),
-            *(self.objectives.locations().values() if self.objectives else ()),
+            *self.teachers().values(),
         ]
         return [
             location

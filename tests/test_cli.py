@@ -10,7 +10,8 @@ QUICKSTART = str(Path(__file__).resolve().parents[1] / "jobs" / "recipes" / "qui
 def test_help_teaches_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_job(["--help"]) == 0
     shown = capsys.readouterr().out
-    for verb in ("run", "ingest", "extract", "pretrain", "finetune", "evaluate", "report"):
+    verbs = ("run", "ingest", "extract", "pretrain", "finetune", "evaluate", "report")
+    for verb in (*verbs, "predict", "check", "export", "submit"):
         assert f" {verb} " in shown
     assert run_job(["predict", "--help"]) == 0
     assert "--question" in capsys.readouterr().out
@@ -71,3 +72,13 @@ def test_info_of_no_dataset_is_a_failure(
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_job(["version"]) == 0
     assert capsys.readouterr().out.count(".") == 2
+
+
+def test_a_benchs_settings_are_printed_and_a_wrong_one_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for bench in ("ingest", "loader", "extract", "model", "train"):
+        assert run_job(["bench", bench, "rounds=2", "--print-settings"]) == 0
+        assert "rounds: 2" in capsys.readouterr().out
+    assert run_job(["bench", "model", "rownds=2"]) == 64
+    assert "did you mean 'rounds'?" in " ".join(capsys.readouterr().err.split())

@@ -5,6 +5,7 @@ import pytest
 from pipeline import config
 from pipeline.errors import ConfigError
 from pipeline.recipe import Recipe
+from pipeline.stages.preflight import preflight
 
 RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
 QUICKSTART = str(RECIPES / "quickstart.yaml")
@@ -56,3 +57,19 @@ def test_a_recipe_on_a_cluster_uses_the_cluster_it_is_part_of() -> None:
     recipe = config.load(Recipe, QUICKSTART)
     assert recipe.cluster.address is None
     assert recipe.on_cluster().cluster.address == "auto"
+
+
+def test_contrast_needs_the_global_batch_in_one_pass() -> None:
+    contrast = ["objectives={itc: {}}", "model.family=late_fusion", "model.sizes={}"]
+    half = "training.pretrain.micro_batch_size=16"  # of 64 on two ranks: two passes
+    config.load(Recipe, QUICKSTART, contrast)
+    with pytest.raises(ConfigError, match=r"objectives\.itc contrasts the whole global batch"):
+        config.load(Recipe, QUICKSTART, [*contrast, half])
+
+
+def test_a_teacher_of_either_phase_is_looked_for_before_work() -> None:
+    given = ["benchmarks.distill={teacher: large, hidden: {}}"]
+    recipe = config.load(Recipe, QUICKSTART, given)
+    assert list(recipe.teachers()) == ["benchmarks.distill.teacher"]
+    with pytest.raises(ConfigError, match=r"benchmarks\.distill\.teacher: .*large: no such"):
+        preflight(recipe)

@@ -20,13 +20,12 @@ def main(recipe_location: str, output: str) -> None:
     from pipeline.bench.steps import MARKS, Marked
     from pipeline.recipe import Recipe
     from pipeline.stages import train
-    from pipeline.stages.check import phase_specs
     from pipeline.training.launch import launch, start_ray
 
     done["Python and its imports"] = time.time()
     recipe = config.load(Recipe, recipe_location)
     inputs = train.DataInputs.open(recipe)
-    spec = phase_specs(recipe, inputs)[0]
+    spec = train.phase_specs(recipe, inputs)[0]
     done["recipe, dataset and tokenizer opened"] = time.time()
     start_ray(recipe.cluster)
     done["Ray started"] = time.time()

@@ -24,7 +24,6 @@ from pipeline.config import Config
 from pipeline.errors import TrainingError
 from pipeline.recipe import Recipe
 from pipeline.stages import extract, ingest, train
-from pipeline.stages.check import phase_specs
 from pipeline.stages.progress import StageProgress
 from pipeline.training.launch import ClusterConfig, launch_all
 from pipeline.training.spec import TrainingSpec
@@ -85,7 +84,7 @@ class _Bench:
             with StageProgress(quiet, stage.__name__) as progress:
                 stage.run(self._recipe, progress)
         inputs = train.DataInputs.open(self._recipe)
-        self._spec = phase_specs(self._recipe, inputs)[0]
+        self._spec = train.phase_specs(self._recipe, inputs)[0]
 
     def comparisons(self) -> Iterator[Comparison]:
         yield from self._against_bare()

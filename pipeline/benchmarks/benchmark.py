@@ -8,6 +8,7 @@ from pipeline.benchmarks.base import Benchmark
 from pipeline.benchmarks.caption import Caption, CaptionConfig
 from pipeline.benchmarks.vqa import Vqa, VqaConfig
 from pipeline.config import Config
+from pipeline.objectives.distill import DistillConfig
 from pipeline.objectives.objective import ObjectivesConfig
 
 
@@ -16,6 +17,7 @@ class BenchmarksConfig(Config):
 
     vqa: VqaConfig | None = None
     caption: CaptionConfig | None = None
+    distill: DistillConfig | None = None  # no benchmark: a teacher, learned from while fine-tuning
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
@@ -34,6 +36,8 @@ class BenchmarksConfig(Config):
         settings: dict[str, dict[str, Any]] = {}
         for benchmark in self.build().values():
             settings |= benchmark.objectives()
+        if self.distill is not None:
+            settings["distill"] = self.distill.model_dump(mode="json", exclude_none=True)
         return ObjectivesConfig.model_validate(settings)
 
     def max_tokens(self) -> int:

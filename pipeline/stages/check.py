@@ -189,9 +189,9 @@ def activation_bytes(module: nn.Module, batch: MicroBatch, dtype: torch.dtype) -
 
 def _phases_of_data(recipe: Recipe, inputs: train.DataInputs, machine: Machine) -> list[Phase]:
     phases = []
-    for spec in phase_specs(recipe, inputs):
+    for spec in train.phase_specs(recipe, inputs):
         split = inputs.split(spec.split)
-        train._check_fits(spec, split, recipe.cluster.workers)
+        train.check_fits(spec, split, recipe.cluster.workers)
         assembly = assemble(spec)
         phase = _phase(spec.phase, spec.training, machine, assembly.module)
         with contextlib.closing(assembly.batches(0, 0, machine.workers)) as batches:
@@ -263,23 +263,6 @@ def _phase(name: str, training: TrainingConfig, machine: Machine, module: nn.Mod
     )
 
 
-def phase_specs(recipe: Recipe, inputs: train.DataInputs) -> list[TrainingSpec]:
-    """Returns the phases that training will have; none starts from what another has yet to make."""
-    train._prepare_tokenizer(recipe, inputs)
-    answers = train._answers(recipe, inputs)
-    initial = recipe.model.initial
-    specs = []
-    if recipe.training.pretrain is not None and recipe.objectives is not None:
-        asked = answers if "qa" in recipe.objectives.settings() else ()
-        pretrain = ("pretrain", recipe.training.pretrain, recipe.objectives, initial, asked)
-        specs.append(train._spec(recipe, inputs, *pretrain))
-    objectives = recipe.benchmarks.objectives()
-    for phase in ("finetune", *(["blind"] if recipe.training.blind_twin else [])):
-        finetune = (phase, recipe.training.finetune, objectives, initial, answers)
-        specs.append(train._spec(recipe, inputs, *finetune))
-    return specs
-
-
 def _data(spec: TrainingSpec, split: Split) -> Data:
     objectives = ObjectivesConfig.model_validate(spec.objectives).build()
     kinds = dict.fromkeys(objective.stream.kind for objective in objectives)
@@ -316,7 +299,7 @@ def _timed(
                 "training": spec.training.model_copy(update=changes),
             }
         )
-        for spec in phase_specs(recipe, inputs)
+        for spec in train.phase_specs(recipe, inputs)
     ]
     lines: dict[str, list[dict[str, Any]]] = {spec.phase: [] for spec in specs}
     storage.remove(folder)

@@ -11,12 +11,7 @@ def preflight(recipe: Recipe) -> None:
     needed = {
         "model.initial": recipe.model.initial,
         "model.tokenizer": recipe.model.tokenizer,
-        **{
-            f"objectives.{key}": location
-            for key, location in (
-                recipe.objectives.locations() if recipe.objectives else {}
-            ).items()
-        },
+        **recipe.teachers(),
         **{
             f"dataset.source.{key}": location
             for key, location in recipe.dataset.source.locations().items()
@@ -29,5 +24,9 @@ def preflight(recipe: Recipe) -> None:
         recipe.features.extractor.check()
     except FeatureError as error:
         faults.append(f"features.extractor: {error}")
+    try:
+        recipe.trackers.check()
+    except ConfigError as error:
+        faults.append(str(error))
     if faults:
         raise ConfigError("\n".join(faults))

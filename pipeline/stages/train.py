@@ -15,6 +15,7 @@ from pipeline.stages.state import Outcome, once
 from pipeline.training.launch import launch_all, read_spec
 from pipeline.training.model_folder import is_model
 from pipeline.training.spec import TrainingConfig, TrainingSpec
+from pipeline.training.trackers import tracking
 from pipeline.vision.feature import extractor_name
 
 # Raised when the same inputs would give another model.
@@ -68,21 +69,21 @@ def pretrain(recipe: Recipe, progress: StageProgress) -> Outcome:
     if training is None or objectives is None:
         return Outcome("not in the recipe", 0.0, {})
     inputs = DataInputs.open(recipe)
-    answers = _answers(recipe, inputs) if "qa" in objectives.settings() else ()
+    answers = known_answers(recipe, inputs) if "qa" in objectives.settings() else ()
     parts = {
         "code": PRETRAIN_VERSION,
-        "inputs": inputs.identity(recipe.dataset.train_split),
+        "inputs": inputs.identity(*_splits(recipe, training)),
         "answers": list(answers),
         "teachers": {key: _content(place) for key, place in objectives.locations().items()},
         "model": recipe.model.model_dump(mode="json"),
         "objectives": objectives.model_dump(mode="json"),
-        "training": training.model_dump(mode="json"),
+        "training": training.sequence() | {"precision": training.precision},
         "seed": recipe.training.seed,
     }
 
     def work() -> dict[str, Any]:
-        _prepare_tokenizer(recipe, inputs)
-        spec = _spec(
+        prepare_tokenizer(recipe, inputs)
+        spec = phase_spec(
             recipe, inputs, "pretrain", training, objectives, recipe.model.initial, answers
         )
         return _train(recipe, inputs, [spec], progress)
@@ -101,24 +102,28 @@ def finetune(recipe: Recipe, progress: StageProgress) -> Outcome:
     """Trains the pretrained model on the benchmarks and, where asked for, its blind twin."""
     inputs = DataInputs.open(recipe)
     initial = _pretrained(recipe)
+    training = recipe.training.finetune
     parts = {
         "code": FINETUNE_VERSION,
-        "inputs": inputs.identity(recipe.dataset.train_split),
+        "inputs": inputs.identity(*_splits(recipe, training)),
         "model": recipe.model.model_dump(mode="json"),
         "initial": _content(initial) if initial else None,
         "benchmarks": recipe.benchmarks.model_dump(mode="json"),
-        "training": recipe.training.finetune.model_dump(mode="json"),
+        "teachers": [
+            _content(place) for place in recipe.benchmarks.objectives().locations().values()
+        ],
+        "training": training.sequence() | {"precision": training.precision},
         "blind_twin": recipe.training.blind_twin,
         "seed": recipe.training.seed,
     }
     phases = ["finetune", *(["blind"] if recipe.training.blind_twin else [])]
 
     def work() -> dict[str, Any]:
-        _prepare_tokenizer(recipe, inputs)
-        answers = _answers(recipe, inputs)
+        prepare_tokenizer(recipe, inputs)
+        answers = known_answers(recipe, inputs)
         objectives = recipe.benchmarks.objectives()
         specs = [
-            _spec(recipe, inputs, phase, recipe.training.finetune, objectives, initial, answers)
+            phase_spec(recipe, inputs, phase, training, objectives, initial, answers)
             for phase in phases
         ]
         outputs = _train(recipe, inputs, specs, progress)
@@ -144,7 +149,7 @@ def _train(
 ) -> dict[str, Any]:
     """Runs phases one after another; raises StoppedError if the run was told to stop."""
     for spec in specs:
-        _check_fits(spec, inputs.split(spec.split), recipe.cluster.workers)
+        check_fits(spec, inputs.split(spec.split), recipe.cluster.workers)
 
     def show(line: dict[str, Any]) -> None:
         if "loss" not in line:
@@ -152,10 +157,19 @@ def _train(
             return
         losses = "  ".join(f"{name} {loss:.3f}" for name, loss in line["losses"].items())
         figures = f"loss {line['loss']:.3f} ({losses})  {line['samples_per_second']:.0f} samples/s"
+        if "evaluation" in line:
+            found = "  ".join(f"{name} {value:.3f}" for name, value in line["evaluation"].items())
+            progress.note(f"{line['phase']}: held-out at step {line['step']}: {found}")
         total = next(spec.training.steps for spec in specs if spec.phase == line["phase"])
         progress.update(line["step"], total, figures, phase=line["phase"])
 
-    results = launch_all(specs, recipe.cluster, show)
+    with tracking(recipe.trackers, recipe.run, recipe.name, recipe.model_dump(mode="json")) as tell:
+
+        def follow(line: dict[str, Any]) -> None:
+            show(line)
+            tell(line)
+
+        results = launch_all(specs, recipe.cluster, follow)
     stopped = [result for result in results if result.state == "stopped"]
     if stopped or len(results) < len(specs):
         raise StoppedError(
@@ -168,7 +182,24 @@ def _train(
     }
 
 
-def _spec(
+def phase_specs(recipe: Recipe, inputs: DataInputs) -> list[TrainingSpec]:
+    """Returns the phases that training will have; none starts from what another has yet to make."""
+    prepare_tokenizer(recipe, inputs)
+    answers = known_answers(recipe, inputs)
+    initial = recipe.model.initial
+    specs = []
+    if recipe.training.pretrain is not None and recipe.objectives is not None:
+        asked = answers if "qa" in recipe.objectives.settings() else ()
+        pretrain = ("pretrain", recipe.training.pretrain, recipe.objectives, initial, asked)
+        specs.append(phase_spec(recipe, inputs, *pretrain))
+    objectives = recipe.benchmarks.objectives()
+    for phase in ("finetune", *(["blind"] if recipe.training.blind_twin else [])):
+        finetune = (phase, recipe.training.finetune, objectives, initial, answers)
+        specs.append(phase_spec(recipe, inputs, *finetune))
+    return specs
+
+
+def phase_spec(
     recipe: Recipe,
     inputs: DataInputs,
     phase: str,
@@ -222,6 +253,13 @@ def _spec(
     )
 
 
+def _splits(recipe: Recipe, training: TrainingConfig) -> Sequence[str]:
+    """Returns what training reads: held-out samples too, where they decide when it ends."""
+    evaluates = training.evaluate_every_steps is not None
+    held_out = [recipe.dataset.validation_split] if evaluates else []
+    return (recipe.dataset.train_split, *held_out)
+
+
 def _version(folder: str, inputs: DataInputs) -> int:
     """Returns the manifest version to train on: of an unfinished run that with which it began.
 
@@ -233,7 +271,7 @@ def _version(folder: str, inputs: DataInputs) -> int:
         return inputs.dataset.version
 
 
-def _check_fits(spec: TrainingSpec, split: Split, workers: int) -> None:
+def check_fits(spec: TrainingSpec, split: Split, workers: int) -> None:
     """Refuses what the data cannot feed, before a worker starts."""
     for objective in ObjectivesConfig.model_validate(spec.objectives).build():
         kind = objective.stream.kind
@@ -246,14 +284,14 @@ def _check_fits(spec: TrainingSpec, split: Split, workers: int) -> None:
             )
 
 
-def _answers(recipe: Recipe, inputs: DataInputs) -> Sequence[str]:
+def known_answers(recipe: Recipe, inputs: DataInputs) -> Sequence[str]:
     """Returns the answers that the recipe's VQA benchmark lets a model give."""
     if recipe.benchmarks.vqa is None:
         return ()
     return recipe.benchmarks.vqa.build().answers(inputs.split(recipe.dataset.train_split))
 
 
-def _prepare_tokenizer(recipe: Recipe, inputs: DataInputs) -> None:
+def prepare_tokenizer(recipe: Recipe, inputs: DataInputs) -> None:
     """Leaves in RUN/tokenizer the recipe's tokenizer, or one built from the training texts."""
     folder = storage.join(recipe.run, "tokenizer")
     given = recipe.model.tokenizer

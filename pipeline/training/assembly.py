@@ -74,6 +74,7 @@ def assemble(spec: TrainingSpec) -> Assembly:
     sizes: ModelConfig = config.check(families.FAMILIES[spec.family].config, spec.model, "model")
     torch.manual_seed(spec.seed)
     model = families.build(sizes)
+    model.checkpoint_layers = spec.training.recompute_layers
     if spec.initial is not None:
         model_folder.initialise(model, spec.initial, _fresh_modules(spec, spec.initial))
     module = ObjectiveModel(model, objectives).train()

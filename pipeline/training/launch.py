@@ -16,6 +16,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -146,7 +147,7 @@ def launch_all(
     if cluster.runner == "ray":
         start_ray(cluster)
         listeners.append(_gauges(specs[0].folder.rsplit("/", 2)[-2]))
-    with _following(specs, listeners), _stopping_on_sigterm(specs):
+    with _following(specs, listeners), _stopping_on_request(specs):
         if cluster.runner == "process":
             return _run_here(specs, cluster, assembled)
         return _run_on_ray(specs, cluster, assembled)
@@ -269,12 +270,28 @@ def _run_on_ray(
         ),
     )
     try:
-        trainer.fit()
+        _fit(trainer)
     except Exception as error:
         raise _in_one_sentence(error, specs[0]) from None
     finally:
         storage.remove(state)
     return _results(specs, finished_before)
+
+
+def _fit(trainer: Any) -> None:
+    """Waits for Ray Train beside the main thread, in which it would take Ctrl-C for itself."""
+    done: Future[None] = Future()
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=fit, name="ray-train", daemon=True).start()
+    done.result()
 
 
 def _on_ray_worker(config: dict[str, Any]) -> None:
@@ -402,8 +419,11 @@ def _following(specs: Sequence[TrainingSpec], listeners: Sequence[Progress]) -> 
 
 
 @contextlib.contextmanager
-def _stopping_on_sigterm(specs: Sequence[TrainingSpec]) -> Iterator[None]:
-    """Turns SIGTERM into a request to stop; only a main thread can, others are left as they are."""
+def _stopping_on_request(specs: Sequence[TrainingSpec]) -> Iterator[None]:
+    """Turns SIGTERM, or a first Ctrl-C, into a request to stop; a second Ctrl-C interrupts.
+
+    Only a main thread can; in others signals are left as they are.
+    """
     from pipeline.training.loop import clear_stop, request_stop
 
     if threading.current_thread() is not threading.main_thread():
@@ -411,16 +431,18 @@ def _stopping_on_sigterm(specs: Sequence[TrainingSpec]) -> Iterator[None]:
         return
 
     def stop(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
         for spec in specs:
             request_stop(spec.folder)
 
     for spec in specs:  # a request that an earlier command did not live to carry out
         clear_stop(spec.folder)
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         for spec in specs:
             clear_stop(spec.folder)
 

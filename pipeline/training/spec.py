@@ -51,6 +51,7 @@ class TrainingConfig(BatchConfig):
     max_skips_in_a_row: PositiveInt = 5
     max_roll_backs: PositiveInt = 3
     zero_stage: Literal[0, 1, 2, 3] = 1
+    recompute_layers: bool = False  # in the backward pass: less memory for a third more arithmetic
     evaluate_every_steps: PositiveInt | None = None  # on the held-out data; None: never
     evaluate_batches: PositiveInt = 50  # at most so many global batches of it, always the same
     best_by: str = "loss"  # the evaluated figure that tells a better model
@@ -103,6 +104,33 @@ class TrainingConfig(BatchConfig):
             if node is not None:
                 raise ValueError(f"deepspeed.{key} is decided by {ours}; set that instead")
         return self
+
+    def sequence(self) -> dict[str, Any]:
+        """Returns the settings that the loss curve is a function of, but for rounding.
+
+        Absent is how a run is spread over ranks, how often it saves and logs, and what it does if
+        a loss is not finite.
+        """
+        absent = {
+            "micro_batch_size",
+            "precision",
+            "zero_stage",
+            "recompute_layers",
+            "not_finite",
+            "max_skips_in_a_row",
+            "max_roll_backs",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+            "keep_best_checkpoints",
+            "keep_every_steps",
+            "keep_every_hours",
+            "log_every_steps",
+            "loader_threads",
+            "prefetch_steps",
+            "timeout_seconds",
+            "deepspeed",
+        }
+        return self.model_dump(mode="json", exclude=absent)
 
     def resolved_precision(self, device: str) -> Precision:
         """Returns the precision on a device (`cpu`, `cuda:0`), or raises ConfigError."""
@@ -165,8 +193,7 @@ class TrainingSpec(Config):
         """Returns what the loss curve is a function of, for comparing two runs.
 
         Absent are the settings that may change between a run and its continuation: where it
-        lies, how it is spread over ranks, how often it saves and logs, what it does if a loss is
-        not finite.
+        lies, and those that `TrainingConfig.sequence` leaves out.
         """
         spec = self.model_dump(mode="json")
         for name in (
@@ -179,25 +206,7 @@ class TrainingSpec(Config):
             "device_flops",
         ):
             del spec[name]
-        for name in (
-            "micro_batch_size",
-            "precision",
-            "zero_stage",
-            "not_finite",
-            "max_skips_in_a_row",
-            "max_roll_backs",
-            "checkpoint_every_steps",
-            "keep_checkpoints",
-            "keep_best_checkpoints",
-            "keep_every_steps",
-            "keep_every_hours",
-            "log_every_steps",
-            "loader_threads",
-            "prefetch_steps",
-            "timeout_seconds",
-            "deepspeed",
-        ):
-            del spec["training"][name]
+        spec["training"] = self.training.sequence()
         return spec
 
 

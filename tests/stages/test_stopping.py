@@ -1,5 +1,6 @@
-"""A command that is told to stop, as a cluster does that wants its machine back."""
+"""A command that is told to stop: by a cluster that wants its machine back, or by Ctrl-C."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -33,7 +34,10 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_it_saves_and_says_so_and_the_same_command_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_saves_and_says_so_and_the_same_command_goes_on(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     recipe = small(tmp_path, *LONGER)
     run_stages(recipe, ["ingest", "extract", "pretrain"], Console(stderr=True, quiet=True))
     run, data = tmp_path / "stopped", tmp_path / "data"
@@ -41,7 +45,7 @@ def test_it_saves_and_says_so_and_the_same_command_goes_on(tmp_path: Path) -> No
     while len(losses(run)) < 20:
         assert first.poll() is None
         time.sleep(0.05)
-    first.terminate()
+    first.send_signal(number)
     _, told = first.communicate(timeout=120)
     assert first.returncode == 143
     assert "the same command goes on from there" in " ".join(told.split())

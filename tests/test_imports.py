@@ -15,6 +15,7 @@ ORDER = [
     "vision",
     "causal_lm",
     "models",
+    "model_files",
     "objectives",
     "benchmarks",
     "training",

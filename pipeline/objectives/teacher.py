@@ -1,16 +1,13 @@
 """A model folder to a teacher: a frozen model that no optimizer or checkpoint knows of."""
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from pipeline import storage
 from pipeline.data.vocabulary import load_tokenizer
-from pipeline.errors import ConfigError, ModelError, StorageError
+from pipeline.errors import ConfigError, ModelError
+from pipeline.model_files import read_own, read_weights
 from pipeline.models import families
 from pipeline.models.base import MaskKind, VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs
@@ -29,8 +26,12 @@ class Teacher:
     def __init__(self, folder: str) -> None:
         """Raises ModelError if the folder holds no whole model."""
         self.folder = folder
-        document, tensors, own = _read(folder)
-        self.model: VisionLanguageModel = families.from_saved(document, tensors)[0].eval()
+        try:
+            own = read_own(folder)
+            model, _ = families.from_saved(*read_weights(folder))
+        except ModelError as error:
+            raise ModelError(f"distill: teacher {error}") from error
+        self.model: VisionLanguageModel = model.eval()
         self.model.requires_grad_(False)
         self.answers = tuple(own["answers"])
 
@@ -47,16 +48,3 @@ class Teacher:
         """Encodes what the student sees, where and in the precision that `like` is."""
         self.model.to(like.device, like.dtype)
         return self.model.encode(inputs, mask=mask, attention=attention)
-
-
-def _read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-    """Returns `config.json`, the weights and `sightline.json` of a model folder."""
-    try:
-        document = json.loads(storage.read_bytes(storage.join(folder, "config.json")))
-        weights = storage.read_bytes(storage.join(folder, "model.safetensors"))
-        own = json.loads(storage.read_bytes(storage.join(folder, "sightline.json")))
-        return document, safetensors.torch.load(weights), own
-    except StorageError as error:
-        raise ModelError(f"objectives.distill: teacher {folder}: {error}") from error
-    except (ValueError, SafetensorError) as error:
-        raise ModelError(f"objectives.distill: teacher {folder}: damaged: {error}") from error

@@ -20,11 +20,12 @@ from pipeline.inspect.examples import (
     write_gallery,
 )
 from pipeline.inspect.picture import thumbnail
+from pipeline.model_files import is_model
 from pipeline.recipe import Recipe
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, once
 from pipeline.stages.train import DataInputs
-from pipeline.training.model_folder import ModelFolder, is_model, load_model
+from pipeline.training.model_folder import ModelFolder, load_model
 
 EVALUATE_VERSION = 1
 BATCH_SIZE = 64

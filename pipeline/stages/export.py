@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import config, storage
+from pipeline import config, model_files, storage
 from pipeline.errors import CheckpointError, ConfigError, ModelError
 from pipeline.models import families
 from pipeline.models.base import ModelConfig
@@ -60,11 +60,11 @@ def export(source: str, folder: str) -> Exported:
 def _newest(source: str) -> tuple[str, tuple[str, ...]]:
     """Returns the model folder or the checkpoint that a location means, and why not a newer one."""
     source = storage.absolute(source.rstrip("/"))
-    if _is_checkpoint(source) or model_folder.is_model(source):
+    if _is_checkpoint(source) or model_files.is_model(source):
         return source, ()
     for phase in (source, *(storage.join(source, name) for name in PHASES)):
         model = storage.join(phase, MODEL)
-        if model_folder.is_model(model):
+        if model_files.is_model(model):
             return model, ()
         damaged: list[str] = []
         with tempfile.TemporaryDirectory(prefix="sightline-") as cache:
@@ -82,8 +82,8 @@ def _newest(source: str) -> tuple[str, tuple[str, ...]]:
 
 def _copy(location: str, folder: str) -> Exported:
     """Copies a model folder, with a page that also tells what its run has found out."""
-    document, tensors = model_folder.read_weights(location)
-    own = json.loads(storage.read_bytes(storage.join(location, model_folder.OWN)))
+    document, tensors = model_files.read_weights(location)
+    own = model_files.read_own(location)
     run = _run_of(location)
     phase = storage.join(run, own["phase"])
     ended = _json_of(phase, RESULT)  # of a folder that was copied out of its run there is none
@@ -100,8 +100,8 @@ def _copy(location: str, folder: str) -> Exported:
         recipe=_recipe(run),
     )
     names = storage.list_names(location)
-    names.remove(model_folder.OWN)
-    for name in [*names, model_folder.OWN]:  # last, for a folder that has it is whole
+    names.remove(model_files.OWN)
+    for name in [*names, model_files.OWN]:  # last, for a folder that has it is whole
         payload = storage.read_bytes(storage.join(location, name))
         if name == README:
             payload = card.page().encode()
@@ -168,7 +168,7 @@ def _parameters(
 
 def _scores(run: str, own: Mapping[str, Any]) -> dict[str, float]:
     """Returns the run's scores, if they are those of the model with this record."""
-    model = storage.join(run, MODEL, model_folder.OWN)
+    model = storage.join(run, MODEL, model_files.OWN)
     scores = storage.join(run, "evaluation", "metrics.json")
     trained, scored = storage.file_status(model), storage.file_status(scores)
     if trained is None or scored is None or scored.modified < trained.modified:

@@ -11,7 +11,8 @@ from pipeline.data.features import FeatureBatch, grid_boxes
 from pipeline.data.loader import Batch
 from pipeline.data.sample import Question, Texts
 from pipeline.errors import FeatureError, ModelError
-from pipeline.training.model_folder import ModelFolder, is_model, load_model
+from pipeline.model_files import is_model
+from pipeline.training.model_folder import ModelFolder, load_model
 from pipeline.vision.extractor import from_card
 
 NUM_ANSWERS = 5

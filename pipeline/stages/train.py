@@ -8,12 +8,12 @@ from pipeline import storage
 from pipeline.data.dataset import Dataset, Split
 from pipeline.data.vocabulary import build_tokenizer, load_tokenizer
 from pipeline.errors import ConfigError, PipelineError, StageError, StoppedError, TrainingError
+from pipeline.model_files import digest, is_model
 from pipeline.objectives.objective import ObjectivesConfig
 from pipeline.recipe import Recipe
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, once
 from pipeline.training.launch import launch_all, read_spec
-from pipeline.training.model_folder import is_model
 from pipeline.training.spec import TrainingConfig, TrainingSpec
 from pipeline.training.trackers import tracking
 from pipeline.vision.feature import extractor_name
@@ -335,14 +335,10 @@ def _pretrained(recipe: Recipe) -> str | None:
     return folder
 
 
-def _content(folder: str) -> str:
-    """Returns a digest of a model folder's weights."""
-    import xxhash
-
+def _content(location: str) -> str:
+    """Returns a digest of a model's weights."""
     try:
-        return xxhash.xxh3_128_hexdigest(
-            storage.read_bytes(storage.join(folder, "model.safetensors"))
-        )
+        return digest(location)
     except PipelineError as error:
         raise ConfigError(f"model.initial: {error}") from error
 

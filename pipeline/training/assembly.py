@@ -1,7 +1,6 @@
 """A training spec to the parts of a run: the module that is trained, its batches, its folder."""
 
 import contextlib
-import json
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -15,6 +14,7 @@ from pipeline.data.dataset import Dataset, TextKind
 from pipeline.data.loader import Loader
 from pipeline.data.order import Order
 from pipeline.data.vocabulary import load_tokenizer
+from pipeline.model_files import is_model, read_own
 from pipeline.models import families
 from pipeline.models.base import ModelConfig
 from pipeline.objectives import stream
@@ -187,6 +187,5 @@ def _evaluation(spec: TrainingSpec) -> Evaluate | None:
 
 def _fresh_modules(spec: TrainingSpec, initial: str) -> Sequence[str]:
     """Names what is not taken over from another model: an answer head for other answers."""
-    own = storage.join(initial, model_folder.OWN)
-    answers = json.loads(storage.read_bytes(own))["answers"] if storage.exists(own) else []
+    answers = read_own(initial)["answers"] if is_model(initial) else []
     return () if tuple(answers) == spec.answers else ("answer_head",)

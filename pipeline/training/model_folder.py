@@ -14,22 +14,25 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline import __version__, storage
 from pipeline.data.vocabulary import load_tokenizer
-from pipeline.errors import ModelError, StorageError
+from pipeline.model_files import (
+    CONFIG,
+    OWN,
+    WEIGHTS,
+    is_original,
+    read_original,
+    read_own,
+    read_weights,
+)
 from pipeline.models import families
 from pipeline.models.base import ModelConfig, VisionLanguageModel
 from pipeline.models.layouts import LoadReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-OWN = "sightline.json"
 
 
 @dataclass(frozen=True)
@@ -63,44 +66,25 @@ def save_model(
     storage.write_bytes(storage.join(folder, OWN), _json(own))
 
 
-def is_model(folder: str) -> bool:
-    """Whether a folder holds a whole model of ours."""
-    return storage.exists(storage.join(folder, OWN))
-
-
 def load_model(folder: str) -> ModelFolder:
     """Opens a model folder of ours, or raises ModelError saying what is missing or damaged."""
     document, tensors = read_weights(folder)
     model, _ = families.from_saved(document, tensors)
-    try:
-        card = json.loads(storage.read_bytes(storage.join(folder, OWN)))
-    except StorageError as error:
-        raise ModelError(f"{folder}: not a model of ours: it has no {OWN}") from error
+    card = read_own(folder)
     answers = tuple(card.pop("answers"))
     return ModelFolder(model.eval(), load_tokenizer(folder), answers, card)
 
 
-def initialise(model: VisionLanguageModel, folder: str, fresh: Sequence[str] = ()) -> LoadReport:
-    """Takes over weights from a folder: ours, BERT's, a decoder's, or another in the HF layout.
+def initialise(model: VisionLanguageModel, location: str, fresh: Sequence[str] = ()) -> LoadReport:
+    """Takes over weights, and raises ModelError naming each that is missing or does not fit.
 
-    `fresh` names modules that keep their initialisation whatever the folder holds.
+    From a folder: ours, BERT's, a decoder's, or another in the HF layout; or from one file of a
+    family's authors. `fresh` names modules that keep their initialisation whatever is there.
     """
-    document, tensors = read_weights(folder)
+    if is_original(location):
+        return families.load_weights(model, read_original(location), "original", fresh)
+    document, tensors = read_weights(location)
     return families.load_weights(model, tensors, families.layout_of(model, document), fresh)
-
-
-def read_weights(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns `config.json` and the tensors of `model.safetensors`, or raises ModelError."""
-    try:
-        document: dict[str, Any] = json.loads(storage.read_bytes(storage.join(folder, CONFIG)))
-        tensors = safetensors.torch.load(storage.read_bytes(storage.join(folder, WEIGHTS)))
-    except StorageError as error:
-        raise ModelError(
-            f"{folder}: expected a model folder with {CONFIG} and {WEIGHTS}: {error}"
-        ) from error
-    except (ValueError, SafetensorError) as error:
-        raise ModelError(f"{folder}: damaged: {error}") from error
-    return document, tensors
 
 
 def _tokenizer_files(location: str) -> dict[str, bytes]:

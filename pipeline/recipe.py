@@ -6,7 +6,7 @@ every key with its default filled in.
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from pipeline import storage
 from pipeline.benchmarks.benchmark import BenchmarksConfig
@@ -99,7 +99,7 @@ class Recipe(Config):
     """One run, from source files to a report."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
-    run: str  # the folder of results
+    run: str  # the folder or URL of results
     dataset: DatasetPart
     features: FeaturesPart
     model: ModelPart
@@ -108,13 +108,6 @@ class Recipe(Config):
     benchmarks: BenchmarksConfig  # what is fine-tuned for and evaluated
     trackers: TrackersConfig = TrackersConfig()  # what is told of each line that training logs
     cluster: ClusterConfig = ClusterConfig()
-
-    @field_validator("run")
-    @classmethod
-    def _run_is_local(cls, run: str) -> str:
-        if not storage.is_local(run):
-            raise ValueError("checkpoints are written to a local or shared file system for now")
-        return run
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
@@ -133,6 +126,16 @@ class Recipe(Config):
                 raise ValueError(
                     "objectives.itc contrasts the whole global batch in one pass; set "
                     "global_batch_size to micro_batch_size x cluster.workers"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _trackers_can_write(self) -> Self:
+        for name in ("tensorboard", "wandb"):
+            if getattr(self.trackers, name) is not None and not storage.is_local(self.run):
+                raise ValueError(
+                    f"trackers.{name} writes files beside the run, and run={self.run} is no folder "
+                    "of a file system; use mlflow, or a local run"
                 )
         return self
 

@@ -1,5 +1,6 @@
 """Caption and answer texts to vocabularies: the word pieces and the answers a model knows."""
 
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
 SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # their ids are their places here
+_KNOWN_BY = "tokenizer_config.json"
 MAX_LETTERS = 1000  # the commonest letters kept; rarer ones make their word [UNK], as in BERT
 
 
@@ -71,8 +73,11 @@ def load_tokenizer(location: str | Path) -> "PreTrainedTokenizerFast":
     """
     from transformers import AutoTokenizer, BertTokenizerFast
 
+    if not storage.is_local(str(location)):
+        with tempfile.TemporaryDirectory(prefix="sightline-") as folder:
+            return load_tokenizer(_fetched(str(location), Path(folder)))
     path = storage.local_path(str(location)).expanduser()
-    if path.is_dir() and (path / "tokenizer_config.json").exists():
+    if path.is_dir() and (path / _KNOWN_BY).exists():
         tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(path)
         _name_special_tokens(tokenizer)
         return tokenizer
@@ -91,6 +96,24 @@ def load_tokenizer(location: str | Path) -> "PreTrainedTokenizerFast":
             f"found {len(lines)} lines without"
         )
     return BertTokenizerFast(vocab=pieces, do_lower_case=True)
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: str) -> None:
+    """Writes a tokenizer in the HF layout, the file by which it is known last."""
+    with tempfile.TemporaryDirectory(prefix="sightline-") as local:
+        tokenizer.save_pretrained(local)
+        for path in sorted(Path(local).iterdir(), key=lambda path: path.name == _KNOWN_BY):
+            storage.write_bytes(storage.join(folder, path.name), path.read_bytes())
+
+
+def _fetched(location: str, folder: Path) -> Path:
+    """Copies a tokenizer's files, or a vocab.txt, from an object store."""
+    names = storage.list_names(location)
+    for name in names:
+        (folder / name).write_bytes(storage.read_bytes(storage.join(location, name)))
+    if not names and storage.exists(location):
+        (folder / "vocab.txt").write_bytes(storage.read_bytes(location))
+    return folder
 
 
 def _name_special_tokens(tokenizer: "PreTrainedTokenizerFast") -> None:

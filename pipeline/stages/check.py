@@ -412,6 +412,8 @@ def _require_memory(machine: Machine, phase: Phase) -> None:
 
 def _require_disk(recipe: Recipe, phases: list[Phase]) -> None:
     """Refuses a run whose checkpoints would fill the disk."""
+    if not storage.is_local(recipe.run):
+        return
     folder = storage.local_path(recipe.run).absolute()
     while not folder.exists():
         folder = folder.parent

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.data.dataset import Dataset, Split
-from pipeline.data.vocabulary import build_tokenizer, load_tokenizer
+from pipeline.data.vocabulary import build_tokenizer, load_tokenizer, save_tokenizer
 from pipeline.errors import ConfigError, PipelineError, StageError, StoppedError, TrainingError
 from pipeline.model_files import digest, is_model
 from pipeline.objectives.objective import ObjectivesConfig
@@ -310,7 +310,7 @@ def prepare_tokenizer(recipe: Recipe, inputs: DataInputs) -> None:
             captions = (caption for text in texts for caption in text.captions)
             questions = (question.question for text in texts for question in text.questions)
             tokenizer = build_tokenizer([*captions, *questions], recipe.model.vocab_size)
-        tokenizer.save_pretrained(str(storage.local_path(folder)))
+        save_tokenizer(tokenizer, folder)
         return {"tokens": len(tokenizer)}
 
     once(

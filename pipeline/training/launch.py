@@ -246,7 +246,12 @@ def _run_on_ray(
     resources = {"CPU": float(cluster.cpus_per_worker)}
     if cluster.gpus_per_worker:
         resources["GPU"] = float(cluster.gpus_per_worker)
-    state = storage.join(specs[0].folder, "ray")
+    # Ray's notes on a run that it is never asked to continue; it cannot be given our object stores.
+    state = (
+        storage.join(specs[0].folder, "ray")
+        if storage.is_local(specs[0].folder)
+        else tempfile.mkdtemp(prefix="sightline-ray-train-")
+    )
     trainer = TorchTrainer(
         _on_ray_worker,
         train_loop_config={

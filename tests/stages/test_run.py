@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline import config
+from pipeline import config, storage
 from pipeline.cli import run_job
 from pipeline.data.compact import compact
 from pipeline.data.dataset import Dataset
@@ -122,3 +122,19 @@ def test_a_benchmark_without_texts_is_refused(finished: Path, tmp_path: Path) ->
     recipe = small(tmp_path, f"dataset.path={finished / 'data'}")
     with pytest.raises(StageError, match="sightline pretrain"):
         run_stages(recipe, ["finetune"], Console(stderr=True, quiet=True))
+
+
+def test_a_run_and_its_dataset_lie_in_an_object_store(
+    object_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = [f"run={object_store}/run", f"dataset.path={object_store}/dataset"]
+    recipe = config.load(Recipe, QUICKSTART, [*SMALL, *places])
+    console = Console(stderr=True, quiet=True)
+    first, second = (run_stages(recipe, list(STAGES), console) for _ in range(2))
+    assert {stage["state"] for stage in first["stages"].values()} == {"done"}
+    assert {stage["state"] for stage in second["stages"].values()} == {"up to date"}
+    assert second["metrics"] == first["metrics"]
+    summary = json.loads(storage.read_bytes(f"{object_store}/run/summary.json"))
+    assert summary["metrics"] == first["metrics"]
+    assert list(tmp_path.iterdir()) == []

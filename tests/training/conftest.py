@@ -6,8 +6,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.data.conftest import object_store, s3_endpoint  # noqa: F401 (fixtures)
-
 
 @pytest.fixture(scope="session")
 def alone() -> Iterator[None]:

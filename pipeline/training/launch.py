@@ -358,6 +358,13 @@ def _in_one_sentence(error: Exception, spec: TrainingSpec) -> PipelineError:
 
 
 def _last_line(error: Any) -> str:
+    from ray.exceptions import OutOfMemoryError
+
+    if isinstance(error, OutOfMemoryError):
+        return (
+            "its machine's memory ran out, so Ray killed processes; free some, or use fewer "
+            "cluster.workers or a smaller micro_batch_size, and start again: it goes on"
+        )
     cause = getattr(error, "_base_exc", error)
     text = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {text[-1]}" if text else type(cause).__name__

@@ -116,6 +116,7 @@ def test_an_address_where_no_ray_answers_is_named_at_once(
 
 
 def test_what_ends_a_rank_is_told_in_a_sentence_and_the_trace_kept(tmp_path: Path) -> None:
+    from ray.exceptions import OutOfMemoryError
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
     spec = make_spec(tmp_path / "run")
@@ -128,6 +129,8 @@ def test_what_ends_a_rank_is_told_in_a_sentence_and_the_trace_kept(tmp_path: Pat
     assert "of many lines" in trace.read_text()
     ours = WorkerGroupError("…", {0: ConnectionError("closed"), 1: FeatureError("no features")})
     assert str(launch._in_one_sentence(ours, spec)) == "rank 1: no features"
+    full = launch._in_one_sentence(ControllerError(OutOfMemoryError("Refer to …")), spec)
+    assert str(full).startswith("pretrain: its machine's memory ran out")
     refused = ControllerError(FeatureError("rank 3: no features"))
     assert launch._in_one_sentence(refused, spec) is refused.controller_failure
 

@@ -6,7 +6,7 @@ every key with its default filled in.
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from pipeline import storage
 from pipeline.benchmarks.benchmark import BenchmarksConfig
@@ -27,6 +27,14 @@ from pipeline.vision.extractor import AnyExtractor
 _DERIVED_SIZES = ("vocab_size", "feature_dim", "num_answers")
 
 
+class MixedInPart(Config):
+    """A dataset that another recipe has made, trained on beside this one's own."""
+
+    path: str
+    split: str = "train"
+    weight: PositiveFloat = 1.0  # how often its examples are taken; the own dataset's is 1
+
+
 class DatasetPart(Config):
     """Where the samples come from, and the folder or URL they are kept in."""
 
@@ -35,6 +43,7 @@ class DatasetPart(Config):
     ingest: IngestConfig = IngestConfig()
     train_split: str = "train"
     validation_split: str = "validation"
+    mixed_in: tuple[MixedInPart, ...] = ()  # each with features of the same extractor
 
 
 class FeaturesPart(Config):
@@ -130,6 +139,16 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _teacher_sees_the_same_data(self) -> Self:
+        distills = [self.benchmarks.distill, self.objectives and self.objectives.distill]
+        if self.dataset.mixed_in and any(one and one.features for one in distills):
+            raise ValueError(
+                "dataset.mixed_in: a teacher with features of its own reads one dataset; leave "
+                "distill.features out, or train on one"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _trackers_can_write(self) -> Self:
         for name in ("tensorboard", "wandb"):
             if getattr(self.trackers, name) is not None and not storage.is_local(self.run):
@@ -155,6 +174,7 @@ class Recipe(Config):
         given = [
             self.run,
             self.dataset.path,
+            *(other.path for other in self.dataset.mixed_in),
             self.model.initial,
             self.model.tokenizer,
             *self.dataset.source.locations().values(),

@@ -13,6 +13,10 @@ def preflight(recipe: Recipe) -> None:
         "model.tokenizer": recipe.model.tokenizer,
         **recipe.teachers(),
         **{
+            f"dataset.mixed_in.{number}.path": other.path
+            for number, other in enumerate(recipe.dataset.mixed_in)
+        },
+        **{
             f"dataset.source.{key}": location
             for key, location in recipe.dataset.source.locations().items()
         },

@@ -1,5 +1,6 @@
 """The pretrain and finetune stages: a dataset with features to a model folder."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,11 @@ from pipeline.data.vocabulary import build_tokenizer, load_tokenizer, save_token
 from pipeline.errors import ConfigError, PipelineError, StageError, StoppedError, TrainingError
 from pipeline.model_files import digest, is_model
 from pipeline.objectives.objective import ObjectivesConfig
-from pipeline.recipe import Recipe
+from pipeline.recipe import MixedInPart, Recipe
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, once
 from pipeline.training.launch import launch_all, read_spec
-from pipeline.training.spec import TrainingConfig, TrainingSpec
+from pipeline.training.spec import MixedIn, TrainingConfig, TrainingSpec
 from pipeline.training.trackers import tracking
 from pipeline.vision.feature import extractor_name
 
@@ -29,13 +30,17 @@ class DataInputs:
 
     dataset: Dataset
     extractor: dict[str, Any]  # its card
+    mixed_in: tuple[tuple[Dataset, MixedInPart], ...] = ()
 
     @classmethod
     def open(cls, recipe: Recipe) -> "DataInputs":
         """Raises ManifestError or FeatureError if an earlier stage has work to do."""
         dataset = Dataset.open(recipe.dataset.path)
         card = recipe.features.extractor.build("cpu").card()
-        inputs = cls(dataset, card)
+        others = ((Dataset.open(other.path), other) for other in recipe.dataset.mixed_in)
+        inputs = cls(dataset, card, tuple(others))
+        for other, part in inputs.mixed_in:
+            other.split(part.split, inputs.features)
         for split in (recipe.dataset.train_split, recipe.dataset.validation_split):
             inputs.split(split)
         return inputs
@@ -60,6 +65,10 @@ class DataInputs:
             "dataset": self.dataset.url,
             "content": {split: self.dataset.content(split) for split in splits},
             "features": self.features,
+            "mixed_in": [
+                {"dataset": other.url, "content": other.content(part.split), "weight": part.weight}
+                for other, part in self.mixed_in
+            ],
         }
 
 
@@ -222,6 +231,7 @@ def phase_spec(
         dataset=inputs.dataset.url,
         dataset_version=version,
         split=recipe.dataset.train_split,
+        mixed_in=_mixed_in(folder, inputs),
         held_out_split=recipe.dataset.validation_split,
         features=inputs.features,
         family=recipe.model.family,
@@ -269,6 +279,21 @@ def _version(folder: str, inputs: DataInputs) -> int:
         return read_spec(folder).dataset_version
     except TrainingError:
         return inputs.dataset.version
+
+
+def _mixed_in(folder: str, inputs: DataInputs) -> tuple[MixedIn, ...]:
+    """Returns the datasets beside the own one, in the versions to train on as `_version` says."""
+    with contextlib.suppress(TrainingError):
+        return read_spec(folder).mixed_in
+    return tuple(
+        MixedIn(
+            dataset=other.url,
+            dataset_version=other.version,
+            split=part.split,
+            weight=part.weight,
+        )
+        for other, part in inputs.mixed_in
+    )
 
 
 def check_fits(spec: TrainingSpec, split: Split, workers: int) -> None:

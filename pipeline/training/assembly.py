@@ -1,7 +1,7 @@
 """A training spec to the parts of a run: the module that is trained, its batches, its folder."""
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import config, storage
-from pipeline.data.dataset import Dataset, TextKind
-from pipeline.data.loader import Loader
+from pipeline.data.dataset import Dataset, Split, TextKind
+from pipeline.data.loader import AnyOrder, AnySplit, Loader
+from pipeline.data.mixture import MixedOrder, MixedSplit
 from pipeline.data.order import Order
 from pipeline.data.vocabulary import load_tokenizer
 from pipeline.model_files import is_model, read_own
@@ -23,7 +24,7 @@ from pipeline.objectives.objective import ObjectivesConfig, by_stream
 from pipeline.objectives.stream import ObjectiveModel, StreamCollator
 from pipeline.training import model_folder
 from pipeline.training.evaluation import Evaluate, held_out_losses
-from pipeline.training.spec import Environment, TrainingSpec
+from pipeline.training.spec import Environment, MixedIn, TrainingSpec
 
 MODEL = "model"  # RUN/<phase>/model
 
@@ -128,10 +129,18 @@ class _Feed:
                 ]
 
 
-def _feed(spec: TrainingSpec, objectives: list[Objective], split_name: str) -> _Feed:
+def _feed(
+    spec: TrainingSpec,
+    objectives: list[Objective],
+    split_name: str,
+    mixed_in: Sequence[MixedIn] = (),
+) -> _Feed:
     tokenizer = load_tokenizer(spec.tokenizer)
     dataset = Dataset.open(spec.dataset, spec.dataset_version)
-    split = dataset.split(split_name, spec.features)
+    splits = {dataset.split(split_name, spec.features): 1.0}
+    for other in mixed_in:
+        opened = Dataset.open(other.dataset, other.dataset_version)
+        splits[opened.split(other.split, spec.features)] = other.weight
     for objective in objectives:
         objective.open(dataset, split_name)
     collators = [
@@ -142,7 +151,7 @@ def _feed(spec: TrainingSpec, objectives: list[Objective], split_name: str) -> _
     loaders: dict[TextKind, Loader] = {}
     num_steps = []
     for kind in dict.fromkeys(objective.stream.kind for objective in objectives):
-        order = Order(split, kind, spec.seed, training.shuffle_window_shards)
+        split, order = _ordered(spec, kind, splits)
         loaders[kind] = Loader(
             split,
             order,
@@ -156,8 +165,21 @@ def _feed(spec: TrainingSpec, objectives: list[Objective], split_name: str) -> _
     return _Feed(loaders, collators, training.micro_batch_size, min(num_steps))
 
 
+def _ordered(
+    spec: TrainingSpec, kind: TextKind, splits: Mapping[Split, float]
+) -> tuple[AnySplit, AnyOrder]:
+    """Returns the splits that have texts of a kind, as one, and the order of their examples."""
+    having = [split for split in splits if split.counts(kind).any()] or list(splits)
+    window = spec.training.shuffle_window_shards
+    orders = [Order(split, kind, spec.seed, window) for split in having]
+    if len(having) == 1:
+        return having[0], orders[0]
+    mixed = MixedSplit(having)
+    return mixed, MixedOrder(mixed, orders, [splits[split] for split in having], spec.seed)
+
+
 def _batches(spec: TrainingSpec, objectives: list[Objective]) -> Batches:
-    feed = _feed(spec, objectives, spec.split)
+    feed = _feed(spec, objectives, spec.split, spec.mixed_in)
 
     def batches(
         start: int, rank: int, world_size: int

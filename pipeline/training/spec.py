@@ -152,6 +152,20 @@ def zero_0_refusal(precision: str) -> str:
     )
 
 
+class MixedIn(Config):
+    """A split of another dataset that a phase trains on beside its own, whose weight is 1."""
+
+    dataset: str
+    dataset_version: int
+    split: str
+    weight: PositiveFloat
+
+    @field_validator("dataset")
+    @classmethod
+    def _absolute(cls, location: str) -> str:
+        return storage.absolute(location)
+
+
 class TrainingSpec(Config):
     """One phase of training, as every rank receives it: plain values, no objects.
 
@@ -164,6 +178,7 @@ class TrainingSpec(Config):
     dataset: str
     dataset_version: int
     split: str = "train"
+    mixed_in: tuple[MixedIn, ...] = ()
     held_out_split: str | None = None  # what is evaluated on while training
     features: str | None  # the extractor's folder name; None: text only
     family: str

@@ -14,6 +14,7 @@ from pipeline.data.retention import Retention
 from pipeline.errors import StageError
 from pipeline.recipe import Recipe
 from pipeline.stages.run import STAGES, run_stages
+from pipeline.training.launch import read_spec
 
 QUICKSTART = str(Path(__file__).resolve().parents[2] / "jobs" / "recipes" / "quickstart.yaml")
 SMALL = [
@@ -110,6 +111,20 @@ def test_what_changes_no_training_sample_trains_nothing_again(finished: Path) ->
     compact(str(finished / "data"), Retention(last_versions=1))
     assert Dataset.open(str(finished / "data")).version > before  # small shards became one
     assert set(states(finished, *more).values()) == {"up to date"}
+
+
+def test_a_dataset_that_another_recipe_made_is_mixed_in(finished: Path, tmp_path: Path) -> None:
+    console = Console(stderr=True, quiet=True)
+    other = small(tmp_path, "dataset.source.seed=1", "dataset.source.scenes=20")
+    run_stages(other, ["ingest", "extract"], console)
+    mixed = [f"run={tmp_path / 'mixed'}", f"dataset.path={finished / 'data'}"]
+    for weight, state in ((1, "done"), (1, "up to date"), (3, "done")):
+        part = f"dataset.mixed_in=[{{path: {other.dataset.path}, weight: {weight}}}]"
+        recipe = config.load(Recipe, QUICKSTART, [*SMALL, *mixed, part])
+        summary = run_stages(recipe, ["pretrain"], console)
+        assert summary["stages"]["pretrain"]["state"] == state
+    spec = read_spec(str(tmp_path / "mixed" / "pretrain"))
+    assert [part.weight for part in spec.mixed_in] == [3]
 
 
 def test_a_vanished_model_is_made_again(finished: Path) -> None:

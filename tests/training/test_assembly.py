@@ -96,6 +96,19 @@ def test_a_step_is_the_same_for_any_number_of_ranks_and_any_start(
         assert [words(step, stream) for step in later] == alone_words[4:]
 
 
+def test_another_dataset_is_mixed_in_by_weight_on_any_number_of_ranks(
+    data: Path, tmp_path: Path
+) -> None:
+    make_dataset(str(tmp_path / "other"))
+    other = {"dataset": str(tmp_path / "other"), "dataset_version": newest_version(data)}
+    spec = make_spec(data, tmp_path, mixed_in=[other | {"split": "train", "weight": 2}])
+    assembly = assemble(spec)
+    alone = [words(step, "captions-full") for step in steps_of(assembly, 0, 1)]
+    assert [words(step, "captions-full") for step in steps_of(assembly, 0, 2)] == alone
+    plain = assemble(make_spec(data, tmp_path))
+    assert [words(step, "captions-full") for step in steps_of(plain, 0, 1)] != alone
+
+
 def test_objectives_of_two_kinds_of_text_share_a_step(data: Path, tmp_path: Path) -> None:
     spec = make_spec(
         data, tmp_path, objectives={"answer": {}, "lm": {}}, answers=ANSWERS, phase="finetune"

@@ -28,6 +28,8 @@ def ray_local() -> Iterator[None]:
     """A real local Ray with two CPUs, shared by the tests of a session."""
     import ray
 
+    if ray.is_initialized():  # a command that an earlier test ran leaves its own to its process
+        ray.shutdown()
     with tempfile.TemporaryDirectory(prefix="sl-ray-", ignore_cleanup_errors=True) as folder:
         ray.init(
             address="local",

@@ -12,14 +12,11 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-from pipeline.data.image_pixels import Pixels, upright_srgb
+from pipeline.data.image_pixels import ORIENTATION_TAG, Pixels, upright_srgb
 
 # What says in a JPEG's header, which ends where its scan begins, that pixels may not be shown as
 # they are stored.
 _ORIENTED, _PROFILED, _SCAN = b"Exif\0\0", b"ICC_PROFILE\0", b"\xff\xda"
-_ORIENTATION_TAG = 0x0112
-# The decoder has fast code for these; 7/8 of a picture takes longer than all of it.
-_REDUCTIONS = (8, 4, 2)
 
 
 class Picture:
@@ -58,11 +55,6 @@ class Picture:
         return self._whole
 
 
-def reduction(width: int, height: int, size: int) -> int:
-    """Returns by how much a part of this size can be reduced and still be `size` pixels a side."""
-    return next((by for by in _REDUCTIONS if min(width, height) >= by * size), 1)
-
-
 def _size_of_plain_jpeg(payload: bytes) -> tuple[int, int] | None:
     """Returns height and width of a JPEG whose pixels are shown as they are stored, else None."""
     try:
@@ -81,7 +73,7 @@ def _is_plain(payload: bytes) -> bool:
     """Whether a JPEG with EXIF, whose thumbnail may hide the rest of the header, is upright."""
     try:
         with Image.open(io.BytesIO(payload)) as image:
-            orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+            orientation = image.getexif().get(ORIENTATION_TAG, 1)
             return bool(orientation == 1 and "icc_profile" not in image.info)
     except Exception:  # damaged metadata fails in many ways; `upright_srgb` has the last word
         return False

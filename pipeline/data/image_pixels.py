@@ -25,7 +25,7 @@ from pipeline.data.image_check import BadImageError, faults_as_reasons
 Pixels = npt.NDArray[np.uint8]  # (height, width), or with channels (height, width, channels)
 
 _ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")  # a TIFF has pages, an MPO other views
-_ORIENTATION_TAG = 0x0112
+ORIENTATION_TAG = 0x0112
 _COLOUR_SPACES = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}  # of profiles, by Pillow's modes
 # The decoder has fast code for these; 5/8 of a picture takes longer than all of it.
 _REDUCTIONS = (8, 4, 2)
@@ -53,6 +53,11 @@ def is_animated(payload: bytes) -> bool:
         return file.format in _ANIMATED_FORMATS and getattr(file, "is_animated", False)
 
 
+def reduction(width: int, height: int, size: int) -> int:
+    """Returns by how much a part of this size can be reduced and still be `size` pixels a side."""
+    return next((by for by in _REDUCTIONS if min(width, height) >= by * size), 1)
+
+
 def _fast_jpeg(payload: bytes, file: Image.Image, shorter_side: int | None) -> Pixels | None:
     """Decodes an ordinary JPEG, at a fraction of its size if that is enough; else None.
 
@@ -61,8 +66,8 @@ def _fast_jpeg(payload: bytes, file: Image.Image, shorter_side: int | None) -> P
     if file.format != "JPEG" or file.mode not in ("RGB", "L"):
         return None
     wanted = shorter_side or max(file.size)
-    reduction = next((by for by in _REDUCTIONS if min(file.size) >= by * wanted), 1)
-    width, height = (-(-side // reduction) for side in file.size)
+    by = reduction(*file.size, wanted)
+    width, height = (-(-side // by) for side in file.size)
     colours = "GRAY" if file.mode == "L" else "RGB"
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(
@@ -149,7 +154,7 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
 def _orientation(file: Image.Image) -> int:
     """Returns the EXIF number of how the picture lies; that of a TIFF is undone by loading it."""
     try:
-        return int(file.getexif().get(_ORIENTATION_TAG, 1))
+        return int(file.getexif().get(ORIENTATION_TAG, 1))
     except Exception:  # damaged metadata fails in many ways; viewers show such pictures as they lie
         return 1
 

@@ -10,10 +10,10 @@ from pydantic import Field
 from pipeline.config import Config
 from pipeline.data.augmentation import AugmentConfig, View, random_view
 from pipeline.data.buffers import BufferPool
-from pipeline.data.decoding import Picture, reduction
+from pipeline.data.decoding import Picture
 from pipeline.data.features import FeatureBatch, grid_boxes
 from pipeline.data.image_check import BadImageError
-from pipeline.data.image_pixels import Pixels
+from pipeline.data.image_pixels import Pixels, reduction
 from pipeline.data.members import Int64Array, Members
 from pipeline.data.sample import Texts
 from pipeline.errors import ConfigError, ShardError

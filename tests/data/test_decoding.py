@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from pipeline.data.decoding import Picture, reduction
+from pipeline.data.decoding import Picture
 from pipeline.data.image_check import BadImageError
-from pipeline.data.image_pixels import upright_srgb
+from pipeline.data.image_pixels import reduction, upright_srgb
 
 
 def gradient(width: int = 56, height: int = 40) -> Image.Image:

@@ -89,12 +89,13 @@ class _Marks:
         self._assembled = {"called": called, "assembled": time.time()}
 
     def open(self, rank: int) -> None:
-        self._file = (self._folder / MARKS.format(rank=rank)).open("w")
+        self._path = self._folder / MARKS.format(rank=rank)
+        self._path.unlink(missing_ok=True)
         self.write(self._assembled)
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 class _Pause:

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from pydantic import PositiveInt
 
-from pipeline.bench import captions, generation, measure, training_step
+from pipeline.bench import captions, measure, training_step
+from pipeline.bench.generation import Generation
 from pipeline.bench.result import Comparison, Result
 from pipeline.config import Config
 from pipeline.models.inputs import Inputs
@@ -76,10 +77,10 @@ def _generation(config: ModelBenchConfig, device: torch.device) -> Iterator[Comp
     dtype = DTYPES[config.dtype]
     visualbert, prefix = visualbert_config(config.size), prefix_config(config.size)
     inputs = captionless_images(config.batch_size, visualbert.feature_dim, device, dtype)
-    how = (inputs, NEW_TOKENS, config.rounds, device, dtype)
-    yield generation.cached_and_uncached(visualbert, *how)
-    yield generation.stream_and_transformers(visualbert, *how)
-    yield generation.prefix_and_transformers(prefix, *how)
+    generation = Generation(inputs, NEW_TOKENS, config.rounds, device, dtype)
+    yield generation.cached_and_uncached(visualbert)
+    yield generation.stream_and_transformers(visualbert)
+    yield generation.prefix_and_transformers(prefix)
 
 
 def visualbert_config(size: str) -> VisualBertConfig:

@@ -447,7 +447,7 @@ def data_compact(
     last_versions: Annotated[int, typer.Option(help="Keep this many newest versions.", min=1)] = 10,
     run: Annotated[
         list[str] | None,
-        typer.Option(help="Keep the version this run has read; may be given several times."),
+        typer.Option(help="Keep the versions this run has read; may be given several times."),
     ] = None,
     keep: Annotated[
         list[int] | None,
@@ -466,10 +466,11 @@ def data_compact(
     Safe at any time, beside ingests and readers, and to repeat. Features are carried over.
     """
     from pipeline.data.compact import compact
-    from pipeline.data.retention import Retention, version_of_run
+    from pipeline.data.retention import Retention, versions_of_run
     from pipeline.stages.progress import StageProgress
 
-    versions = frozenset([*(keep or []), *map(version_of_run, run or [])])
+    of_runs = [versions_of_run(folder, dataset) for folder in run or []]
+    versions = frozenset(keep or []).union(*of_runs)
     retention = Retention(last_versions, versions, min_age_hours)
     with StageProgress(console, "compact") as progress:
         done = compact(dataset, retention, progress.update)

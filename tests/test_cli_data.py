@@ -60,7 +60,7 @@ def test_diff_lists_changes(dataset: str, capsys: pytest.CaptureFixture[str]) ->
 def test_compact_keeps_the_versions_of_runs(
     dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "environment.json").write_text('{"manifest_version": 1}')
+    (tmp_path / "environment.json").write_text(json.dumps({"versions": {dataset: [1]}}))
     arguments = ["data", "compact", dataset, "--last-versions", "1", "--run", str(tmp_path)]
     assert run_job([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kept"] == "all from 0 on"  # they are young

@@ -68,19 +68,18 @@ def needed_by(manifest: Manifest, kept: Kept) -> Needed:
     return Needed(frozenset(shards), frozenset({kept.first, *kept.named, *ends}))
 
 
-def version_of_run(run: str) -> int:
-    """Returns the version of its dataset that a run has read; raises ManifestError if none."""
+def versions_of_run(run: str, dataset: str) -> frozenset[int]:
+    """Returns the versions of a dataset that a run has read; raises ManifestError if none."""
     location = storage.join(run, "environment.json")
     try:
-        version = json.loads(storage.read_bytes(location)).get("manifest_version")
+        found = json.loads(storage.read_bytes(location)).get("versions", {})
     except ValueError as error:
         raise ManifestError(f"{location}: not JSON ({error})") from error
-    if not isinstance(version, int):
-        raise ManifestError(
-            f"{location}: expected `manifest_version`, a number, found {version!r}; "
-            "the run has read no dataset yet"
-        )
-    return version
+    dataset = storage.absolute(dataset)
+    if dataset not in found:
+        others = f"; it has read {', '.join(found)}" if found else ""
+        raise ManifestError(f"{location}: the run has read nothing of {dataset}{others}")
+    return frozenset(found[dataset])
 
 
 _COLUMNS = ("split", "state", "shard", "texts_shard")

@@ -1,17 +1,23 @@
 """What a run was made with: versions, machine, code revision, seeds, data; RUN/environment.json."""
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pipeline import __version__, storage
+from pipeline.errors import TrainingError
 from pipeline.recipe import Recipe
 from pipeline.stages.state import Record
+from pipeline.training.launch import read_spec
+
+PHASES = ("pretrain", "finetune", "blind")
 
 LIBRARIES = (
     "torch",
@@ -44,14 +50,27 @@ def write_environment(recipe: Recipe) -> None:
         "dataset": recipe.dataset.path,
         "libraries": {name: version(name) for name in LIBRARIES},
     }
-    ingested = Record.read(recipe.run, "ingest")
-    if ingested:
-        found["manifest_version"] = ingested.outputs.get("version")
+    found["versions"] = {url: sorted(versions) for url, versions in _versions(recipe).items()}
     extracted = Record.read(recipe.run, "extract")
     if extracted:
         found["features"] = extracted.outputs.get("features")
     payload = json.dumps(found, indent=2, ensure_ascii=False).encode()
     storage.write_bytes(storage.join(recipe.run, "environment.json"), payload)
+
+
+def _versions(recipe: Recipe) -> dict[str, set[int]]:
+    """Returns which versions the run has read of each dataset: what a compaction can keep."""
+    found: defaultdict[str, set[int]] = defaultdict(set)
+    ingested = Record.read(recipe.run, "ingest")
+    if ingested:
+        found[storage.absolute(recipe.dataset.path)].add(ingested.outputs["version"])
+    for phase in PHASES:
+        with contextlib.suppress(TrainingError):  # nothing is trained yet
+            spec = read_spec(storage.join(recipe.run, phase))
+            found[spec.dataset].add(spec.dataset_version)
+            for other in spec.mixed_in:
+                found[other.dataset].add(other.dataset_version)
+    return found
 
 
 def _code_revision() -> str | None:

@@ -1,10 +1,11 @@
+import json
 from pathlib import Path
 
 import pytest
 
 from pipeline.data.ingest import IngestConfig, ingest
 from pipeline.data.manifest import Kept, Manifest
-from pipeline.data.retention import Retention, needed_by, version_of_run
+from pipeline.data.retention import Retention, needed_by, versions_of_run
 from pipeline.errors import ManifestError, StorageError
 from tests.data.world import Item, World
 
@@ -55,11 +56,11 @@ def test_rows_that_were_replaced_are_still_found(tmp_path: Path) -> None:
     assert needed_by(smaller, Kept(5)).shards < shards
 
 
-def test_a_run_says_which_version_it_read(tmp_path: Path) -> None:
-    (tmp_path / "environment.json").write_text('{"manifest_version": 7}')
-    assert version_of_run(str(tmp_path)) == 7
-    (tmp_path / "environment.json").write_text("{}")
-    with pytest.raises(ManifestError, match="manifest_version"):
-        version_of_run(str(tmp_path))
+def test_a_run_says_which_versions_it_read(tmp_path: Path) -> None:
+    dataset = str(tmp_path / "dataset")
+    (tmp_path / "environment.json").write_text(json.dumps({"versions": {dataset: [5, 7]}}))
+    assert versions_of_run(str(tmp_path), dataset) == {5, 7}
+    with pytest.raises(ManifestError, match=r"nothing of .*other; it has read .*dataset"):
+        versions_of_run(str(tmp_path), str(tmp_path / "other"))
     with pytest.raises(StorageError, match="no such file"):
-        version_of_run(str(tmp_path / "absent"))
+        versions_of_run(str(tmp_path / "absent"), dataset)

@@ -56,7 +56,7 @@ def test_a_run_leaves_what_the_design_says(finished: Path) -> None:
     assert {stage["state"] for stage in summary["stages"].values()} == {"done"}
     assert {"vqa/accuracy", "vqa/accuracy_blind", "caption/cider"} <= set(summary["metrics"])
     environment = json.loads((finished / "run" / "environment.json").read_text())
-    assert environment["manifest_version"] is not None
+    assert [len(versions) for versions in environment["versions"].values()] == [1]
     for name in ("recipe.yaml", "report.html", "model/config.json", "evaluation/metrics.json"):
         assert (finished / "run" / name).exists(), name
 

@@ -7,10 +7,8 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data.loader import Batch
-from pipeline.models.base import VisionLanguageModel
-from pipeline.models.inputs import Encoded, Inputs
-from pipeline.objectives.base import IGNORED, Encodings, Objective, Stream, Vocabulary
-from pipeline.objectives.token_loss import mean_token_loss, token_accuracy
+from pipeline.objectives.base import IGNORED, Encodings, Stream, Vocabulary
+from pipeline.objectives.token_objective import TokenObjective
 
 
 class LmConfig(Config):
@@ -22,7 +20,7 @@ class LmConfig(Config):
         return [LanguageModelling(self)]
 
 
-class LanguageModelling(Objective):
+class LanguageModelling(TokenObjective):
     """Next-token prediction under the prefix mask (Unified VLP, arXiv:1909.11059, 3.2).
 
     Unlike the paper's sequence-to-sequence objective it predicts every token, from the first
@@ -30,7 +28,6 @@ class LanguageModelling(Objective):
     """
 
     name = "lm"
-    metric_name = "accuracy"
     stream = Stream("captions", "prefix")
 
     def __init__(self, config: LmConfig) -> None:
@@ -46,21 +43,3 @@ class LanguageModelling(Objective):
         target = np.full_like(encodings.tokens, IGNORED)
         target[:, :-1] = np.where(encodings.padding[:, 1:], IGNORED, encodings.tokens[:, 1:])
         return encodings, torch.from_numpy(target)
-
-    def loss(
-        self,
-        model: VisionLanguageModel,
-        encoded: Encoded,
-        inputs: Inputs,  # noqa: ARG002
-        target: Tensor,
-    ) -> Tensor:
-        return mean_token_loss(model, encoded.text, target)
-
-    def metric(
-        self,
-        model: VisionLanguageModel,
-        encoded: Encoded,
-        inputs: Inputs,  # noqa: ARG002
-        target: Tensor,
-    ) -> Tensor:
-        return token_accuracy(model, encoded.text, target)

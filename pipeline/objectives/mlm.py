@@ -10,18 +10,15 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data.loader import Batch
-from pipeline.models.base import VisionLanguageModel
-from pipeline.models.inputs import Encoded, Inputs
 from pipeline.objectives.base import (
     IGNORED,
     Encodings,
-    Objective,
     ShownKind,
     Stream,
     Vocabulary,
     named,
 )
-from pipeline.objectives.token_loss import mean_token_loss, token_accuracy
+from pipeline.objectives.token_objective import TokenObjective
 
 _SALT = zlib.crc32(b"mlm")
 
@@ -41,15 +38,13 @@ class MlmConfig(Config):
         return [MaskedLanguageModelling(self, kind) for kind in dict.fromkeys(self.texts)]
 
 
-class MaskedLanguageModelling(Objective):
+class MaskedLanguageModelling(TokenObjective):
     """BERT's objective (arXiv:1810.04805, 3.1) with the picture beside the text.
 
     Of the chosen pieces 80 % read [MASK], 10 % a random piece, 10 % themselves. As in UNITER at
     least one piece of a text is chosen. Special tokens are neither chosen nor put in. With whole
     words, a word's pieces are chosen together, and each then has its own luck, as in BERT's code.
     """
-
-    metric_name = "accuracy"
 
     def __init__(self, config: MlmConfig, kind: ShownKind = "captions") -> None:
         super().__init__(config.weight)
@@ -79,24 +74,6 @@ class MaskedLanguageModelling(Objective):
             tokens[i, chosen[is_random]] = random_pieces[is_random]
         corrupted = Encodings(tokens, encodings.padding, encodings.is_word, encodings.words)
         return corrupted, torch.from_numpy(target)
-
-    def loss(
-        self,
-        model: VisionLanguageModel,
-        encoded: Encoded,
-        inputs: Inputs,  # noqa: ARG002
-        target: Tensor,
-    ) -> Tensor:
-        return mean_token_loss(model, encoded.text, target)
-
-    def metric(
-        self,
-        model: VisionLanguageModel,
-        encoded: Encoded,
-        inputs: Inputs,  # noqa: ARG002
-        target: Tensor,
-    ) -> Tensor:
-        return token_accuracy(model, encoded.text, target)
 
     def _units(
         self, encodings: Encodings, i: int, places: npt.NDArray[np.int64]

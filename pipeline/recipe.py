@@ -11,6 +11,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_v
 from pipeline import storage
 from pipeline.benchmarks.benchmark import BenchmarksConfig
 from pipeline.config import Config
+from pipeline.data.augmentation import AugmentConfig
 from pipeline.data.ingest import IngestConfig
 from pipeline.data.sources import AnySource
 from pipeline.errors import ConfigError
@@ -22,6 +23,7 @@ from pipeline.training.spec import TrainingConfig
 from pipeline.training.trackers import TrackersConfig
 from pipeline.vision.extract import ExtractConfig
 from pipeline.vision.extractor import AnyExtractor
+from pipeline.vision.live import live_card, refusal
 
 # What the data decides; a recipe that sets them could only contradict it.
 _DERIVED_SIZES = ("vocab_size", "feature_dim", "num_answers")
@@ -47,10 +49,32 @@ class DatasetPart(Config):
 
 
 class FeaturesPart(Config):
-    """What the model sees of an image."""
+    """What the model sees of an image.
+
+    Live features are made anew for each batch and not stored: pixels that the model learns from
+    itself, or those of a network that is trained in the model as its `backbone`.
+    """
 
     extractor: AnyExtractor
     extract: ExtractConfig = ExtractConfig()
+    live: bool = False
+    augment: AugmentConfig | None = None  # how live pictures are varied in training
+
+    @model_validator(mode="after")
+    def _can_be_live(self) -> Self:
+        if self.augment is not None and not self.live:
+            raise ValueError("augment: stored features are always the same; set live=true")
+        reason = refusal(self.extractor) if self.live else None
+        if reason is not None:
+            raise ValueError(f"live=true: extractor.type={self.extractor.type}: {reason}")
+        return self
+
+    def card(self) -> dict[str, Any]:
+        """Returns what makes the features; raises FeatureError if its weights cannot be had."""
+        if self.live:
+            return live_card(self.extractor, self.augment)
+        card: dict[str, Any] = self.extractor.build("cpu").card()
+        return card
 
 
 class ModelPart(Config):
@@ -146,6 +170,23 @@ class Recipe(Config):
                 "dataset.mixed_in: a teacher with features of its own reads one dataset; leave "
                 "distill.features out, or train on one"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _objectives_suit_a_backbone(self) -> Self:
+        if not self.features.live or self.features.extractor.type == "pixels":
+            return self
+        if self.objectives and self.objectives.mrm:
+            raise ValueError(
+                "objectives.mrm: a backbone sees the whole picture, so that no region of it can be "
+                "hidden; leave mrm out, or use stored features"
+            )
+        for key, phase in (("objectives", self.objectives), ("benchmarks", self.benchmarks)):
+            if phase and phase.distill and phase.distill.features is None:
+                raise ValueError(
+                    f"{key}.distill: the teacher would be given what the backbone is; give "
+                    "distill.features, the stored ones that it was trained on"
+                )
         return self
 
     @model_validator(mode="after")

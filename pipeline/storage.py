@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -103,6 +103,36 @@ def write_bytes(location: str, payload: bytes) -> None:
     """Replaces an object; a reader sees the old bytes or the new, never a part."""
     with publish(location) as partial:
         partial.write_bytes(payload)
+
+
+def create(location: str, payload: bytes) -> bool:
+    """Writes an object unless there is one; whether this call did. Of many at once, one does.
+
+    Raises StorageError if it cannot be written.
+    """
+    try:
+        if not is_local(location):
+            filesystem, path = _object_store(location)
+            return _is_new(lambda: filesystem.pipe_file(path, payload, mode="create"))
+        target = local_path(location)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+        try:
+            scratch.write_bytes(payload)
+            # refuses a name that is taken, and shows the file whole
+            return _is_new(lambda: os.link(scratch, target))
+        finally:
+            scratch.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{location}: cannot be written ({error})") from error
+
+
+def _is_new(create: Callable[[], object]) -> bool:
+    try:
+        create()
+    except FileExistsError:
+        return False
+    return True
 
 
 def exists(location: str) -> bool:

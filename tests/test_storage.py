@@ -1,3 +1,4 @@
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,36 @@ def test_a_file_appears_only_when_its_block_succeeds(tmp_path: Path) -> None:
         assert not target.exists()
     assert storage.read_bytes(str(target)) == b"whole"
     assert storage.list_names(str(target.parent)) == ["object"]
+
+
+@pytest.mark.parametrize("where", ["disk", "object store"])
+def test_of_many_that_create_an_object_at_once_one_does(
+    where: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = str(tmp_path) if where == "disk" else request.getfixturevalue("object_store")
+    location = storage.join(folder, "deep", "object")
+    start = threading.Barrier(8)
+    created: list[int] = []
+
+    def create(number: int) -> None:
+        start.wait()
+        if storage.create(location, b"%d" % number):
+            created.append(number)
+
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert storage.read_bytes(location) == b"%d" % created[0]
+    assert len(created) == 1
+    assert storage.list_names(storage.join(folder, "deep")) == ["object"]
+
+
+def test_what_cannot_be_created_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file/object: cannot be written"):
+        storage.create(str(tmp_path / "file" / "object"), b"")
 
 
 def test_a_range_beyond_the_end_is_an_error_that_names_the_file(tmp_path: Path) -> None:

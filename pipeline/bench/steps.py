@@ -51,7 +51,7 @@ class Marked:
                     for first, batch in zip([True] + [False] * len(step), step, strict=False)
                 ]
 
-        return replace(assembly, batches=batches)
+        return replace(assembly, batches=batches, flops=None)  # which a _Told does not tell
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from pipeline.objectives.base import IGNORED
 from pipeline.objectives.itm import ImageTextMatching, ItmConfig
 from pipeline.objectives.mlm import MaskedLanguageModelling, MlmConfig
 from pipeline.training.optimizer import build_optimizer
+from pipeline.training.peak import peak_flops
 from pipeline.training.spec import TrainingConfig
 
 MASKED_PER_TEXT = 2  # 15 % of a caption's words; the same in each, so that both means are one
@@ -324,9 +325,9 @@ def _columns(
     }
     columns["GiB"] = {name: f"{held / 2**30:.2f}" for name, held in memory.items() if held}
     device_name = torch.cuda.get_device_name(device)
-    peak = flops.peak_flops(device_name, "bf16" if dtype == torch.bfloat16 else "fp32")
+    peak = peak_flops(device_name, "bf16" if dtype == torch.bfloat16 else "fp32")
     if peak is None:
-        return columns, [f"no MFU: the peak of {device_name} is not in bench/flops.py"]
+        return columns, [f"no MFU: the peak of {device_name} is not known"]
     columns["MFU"] = {name: f"{useful / times.median(name) / peak:.1%}" for name in same_work}
     return columns, [
         f"MFU: matrix products of real tokens and regions against a peak of {peak / 1e12:g} "

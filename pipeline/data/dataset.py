@@ -10,9 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
+from pipeline import storage
 from pipeline.data.features import FeatureBatch as FeatureBatch
 from pipeline.data.features import FeatureReader, open_features
-from pipeline.data.images import ImageBatch, ImageConfig, ImageReader
+from pipeline.data.foreign_tar import ForeignTar, Location
+from pipeline.data.images import ImageBatch, ImageConfig, ImageReader, LiveConfig, LiveReader
 from pipeline.data.manifest import Manifest
 from pipeline.data.members import Int64Array, Members, sorted_codes
 from pipeline.data.sample import Texts
@@ -27,6 +29,7 @@ _COLUMNS = (
     "key",
     "split",
     "shard",
+    "tar",
     "image_offset",
     "image_size",
     "texts_shard",
@@ -89,15 +92,16 @@ class Dataset:
             digest.update("".join(lines.slice(start, _KEYS_AT_ONCE).to_pylist()).encode())
         return digest.hexdigest()
 
-    def split(self, name: str, features: str | None = None) -> "Split":
+    def split(self, name: str, features: str | LiveConfig | None = None) -> "Split":
         """Opens a split, with the features of an extractor if its folder is named.
 
+        A LiveConfig gives features that are made of the images as they are read, none stored.
         Raises ManifestError if the split has no live sample, and FeatureError if some of its
         samples lack these features.
         """
         samples = self._manifest.samples(_COLUMNS)
         in_split = pc.equal(samples["split"], name)
-        for column in ("shard", "texts_shard"):  # numbers are filtered and sorted faster than names
+        for column in ("shard", "tar", "texts_shard"):  # numbers are filtered and sorted faster
             index = samples.column_names.index(column)
             samples = samples.set_column(index, column, samples[column].dictionary_encode())
         samples = samples.drop_columns("split").filter(in_split)
@@ -109,9 +113,11 @@ class Dataset:
         _, shard_of_row = sorted_codes(samples["shard"])
         samples = samples.take(np.lexsort((samples["image_offset"].to_numpy(), shard_of_row)))
         keys = _strings(samples["key"])
-        reader = None
-        if features is not None:
+        reader: FeatureReader | LiveConfig | None = None
+        if isinstance(features, str):
             reader = open_features(self._manifest, features, name, samples, keys, self._files)
+        else:
+            reader = features
         return Split(self.url, name, samples, keys, self._files, reader)
 
 
@@ -129,41 +135,45 @@ class Split:
         samples: pa.Table,
         keys: npt.NDArray[Any],
         files: ShardFiles,
-        features: FeatureReader | None,
+        features: FeatureReader | LiveConfig | None,
     ) -> None:
         self.url = url
         self.name = name
         self.num_samples: int = samples.num_rows
         self.keys = keys  # (num_samples,) numpy strings: an item is a str
         self._samples = samples.select(["num_captions", "num_questions", "num_rounds"])
-        self._features = features
 
-        def members(part: str, shard: str) -> Members:
-            names, shard_of_row = sorted_codes(samples[shard])
+        def members(part: str, locations: Sequence[Location], of_row: Int64Array) -> Members:
             return Members(
                 files,
-                [shard_location(url, name, shard) for shard in names],
-                shard_of_row,
+                locations,
+                of_row,
                 samples[f"{part}_offset"].to_numpy(),
                 samples[f"{part}_size"].to_numpy(),
                 keys,
             )
 
-        self._images = members("image", "shard")
+        self._images = members("image", *_image_files(url, name, samples))
         self._pictures = ImageReader(self._images)
-        self._texts = members("texts", "texts_shard")
+        if isinstance(features, LiveConfig):
+            self._features: FeatureReader | LiveReader | None = LiveReader(self._pictures, features)
+        else:
+            self._features = features
+        shards, shard_of_row = sorted_codes(samples["texts_shard"])
+        locations = [shard_location(url, name, shard) for shard in shards]
+        self._texts = members("texts", locations, shard_of_row)
         _, shard_of_row = sorted_codes(samples["shard"])
         # (num_shards + 1,): the first row of each shard and, last, the number of rows.
         self.shard_starts = np.searchsorted(shard_of_row, np.arange(shard_of_row[-1] + 2))
 
     @property
-    def urls(self) -> tuple[str, ...]:
-        """Where its dataset lies; a mixture of splits has several."""
-        return (self.url,)
+    def is_local(self) -> bool:
+        """Whether all it reads is on this machine."""
+        return storage.is_local(self.url) and self._images.are_local
 
     @property
     def has_features(self) -> bool:
-        """Whether the split was opened with an extractor's features."""
+        """Whether the split was opened with an extractor's features, or with live ones."""
         return self._features is not None
 
     def counts(self, kind: TextKind) -> npt.NDArray[np.int32]:
@@ -215,9 +225,15 @@ class Split:
         """
         return self._pictures.read(_array(rows), config, texts, rng)
 
-    def features(self, rows: Rows) -> FeatureBatch:
+    def features(
+        self,
+        rows: Rows,
+        texts: Sequence[Texts] = (),
+        rng: Callable[[int], np.random.Generator] | None = None,
+    ) -> FeatureBatch:
         """Reads the features of these rows, padded to the most regions among them.
 
+        Live ones, if augmented, are varied as `images` says; stored ones are what they are.
         Raises FeatureError if the split was opened without features, or a sidecar holds other
         arrays than the manifest says.
         """
@@ -226,11 +242,23 @@ class Split:
                 f"{self.url}: split {self.name!r} was opened without features; "
                 "name an extractor's folder when opening it"
             )
+        if isinstance(self._features, LiveReader):
+            return self._features.read(_array(rows), texts, rng)
         return self._features.read(_array(rows))
 
     def masks(self, row: int) -> list[dict[str, Any]] | None:
         """Reads the outlines of a row's regions: COCO's run-length codes, or None without any."""
         return None if self._features is None else self._features.masks(row)
+
+
+def _image_files(url: str, split: str, samples: pa.Table) -> tuple[Sequence[Location], Int64Array]:
+    """Returns the files that hold images, and for each row which of them holds its."""
+    shards, file_of_row = sorted_codes(samples["shard"])
+    left = np.flatnonzero(np.asarray(pc.is_valid(samples["tar"])))
+    tars, tar_of_row = sorted_codes(samples["tar"].take(pa.array(left)))
+    file_of_row[left] = len(shards) + tar_of_row
+    locations = [shard_location(url, split, shard) for shard in shards]
+    return [*locations, *map(ForeignTar.named, tars)], file_of_row
 
 
 def _array(rows: Rows) -> Int64Array:

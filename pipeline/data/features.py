@@ -23,12 +23,8 @@ from pipeline.errors import FeatureError, StorageError
 
 MAX_HEADER_BYTES = 4096  # ours have 128
 
-_DETECTED = (
-    "classes",
-    "attributes",
-    "labels",
-    "scores",
-)  # fields of FeatureBatch that only detectors fill
+# Fields of FeatureBatch that only some extractors fill.
+_PARTS = ("classes", "attributes", "labels", "scores", "times")
 
 _COLUMNS = (
     "key",
@@ -56,6 +52,7 @@ class FeatureBatch:
     attributes: npt.NDArray[Any] | None = None  # (B, R, A), if the extractor gives them
     labels: npt.NDArray[np.int32] | None = None  # (B, R) a class each, if the extractor gives them
     scores: npt.NDArray[np.float32] | None = None  # (B, R) the labels', from 0 to 1
+    times: npt.NDArray[np.float32] | None = None  # (B, R) seconds into the video, of its frame
 
 
 class FeatureReader:
@@ -73,7 +70,7 @@ class FeatureReader:
         self._boxes = boxes  # (R, 4) where all images have the same
         self._num_regions = num_regions
         self._scales = parts.get("scales")  # of int8 values: (B, R, 1) or (B, 1, D)
-        self._detected = {name: parts[name] for name in _DETECTED if name in parts}
+        self._more = {name: parts[name] for name in _PARTS if name in parts}
         self._masks = masks
         self._pool = BufferPool()
 
@@ -89,8 +86,8 @@ class FeatureReader:
             boxes = self._boxes.read(rows)
         else:
             boxes = np.tile(self._boxes, (len(rows), 1, 1))
-        detected = {name: reader.read(rows) for name, reader in self._detected.items()}
-        return FeatureBatch(values, boxes, self._num_regions[rows], **detected)
+        more = {name: reader.read(rows) for name, reader in self._more.items()}
+        return FeatureBatch(values, boxes, self._num_regions[rows], **more)
 
     def fetch(self, rows: Int64Array) -> None:
         """Brings the sidecars of these rows, where they are far away, into the cache."""
@@ -289,7 +286,7 @@ def open_features(
             layout.arrays[name].counts(num_regions),
             layout.arrays[name].axes,
         )
-        for name in (*_DETECTED, "scales")
+        for name in (*_PARTS, "scales")
         if name in layout.arrays
     }
     masks = None
@@ -342,7 +339,7 @@ def merged(parts: Sequence[tuple[Int64Array, FeatureBatch]], pool: BufferPool) -
     regions = np.empty(count, np.int32)
     for places, batch in parts:
         regions[places] = batch.num_regions
-    return FeatureBatch(values, boxes, regions, **{name: put(name) for name in _DETECTED})
+    return FeatureBatch(values, boxes, regions, **{name: put(name) for name in _PARTS})
 
 
 def grid_boxes(height: int, width: int) -> npt.NDArray[np.float32]:

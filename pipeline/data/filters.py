@@ -8,6 +8,9 @@ Each image left out is a reject with its own reason, and so is a record of which
   no dialogs. Captions are dropped one by one: a record keeps those that fit.
 - `duplicate-image`, `near-duplicate`: see `duplicates`.
 - `animated-image`: see `reencode`.
+
+The size of a video or a folder of frames is that of its first frame. Copies of them, and of DICOM
+images, are known by their bytes alone: `near` compares no frames.
 """
 
 from dataclasses import replace

@@ -9,6 +9,8 @@ from typing import Literal
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from pipeline.data.kind import is_picture
+
 Verify = Literal["decode", "header"]
 
 _JPEG_BEGINS = b"\xff\xd8\xff"
@@ -47,6 +49,8 @@ def faults_as_reasons(payload: bytes) -> Iterator[None]:
         raise
     except UnidentifiedImageError as error:
         detail = f"no image format begins with {payload[:8]!r}; {len(payload)} bytes"
+        if not is_picture(payload):
+            detail = "a video or a DICOM image, of which an extractor makes pictures"
         raise BadImageError("not-an-image", detail) from error
     except Image.DecompressionBombError as error:
         raise BadImageError("oversized-image", str(error)) from error

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,23 @@ class ImageConfig(Config):
 
     size: int = Field(default=224, ge=1, le=4096)  # pixels a side; proportions are not kept
     augment: AugmentConfig | None = None  # None: the whole picture, always the same
+
+
+class LiveConfig(Config):
+    """Pictures where other splits have stored features: decoded when they are asked for.
+
+    Each is given as a grid of regions. With `patches` a region is the pixels of its own square,
+    for a model that learns from them; else the regions are equal shares of the whole picture's
+    bytes, for a network that joins them again and makes a region's features of all of it.
+    """
+
+    images: ImageConfig
+    grid: tuple[int, int]  # rows and columns
+    patches: bool
+
+    def whole(self) -> "LiveConfig":
+        """Returns it without augmentation, as held-out pictures are seen."""
+        return self.model_copy(update={"images": self.images.model_copy(update={"augment": None})})
 
 
 @dataclass(frozen=True)
@@ -58,6 +76,35 @@ class ImageBatch:
         boxes = np.tile(grid_boxes(per_side, per_side), (count, 1, 1))
         return FeatureBatch(values, boxes, np.full(count, per_side**2, np.int32))
 
+    def shares(self, grid: tuple[int, int]) -> FeatureBatch:
+        """Deals the bytes of each picture out to the regions of a grid, in equal shares.
+
+        Row by row, so that joined they are the picture again; zeros fill up the last share. Boxes
+        are those of the grid's cells, fractions of what is seen.
+        """
+        count, num_regions = len(self.pixels), grid[0] * grid[1]
+        values = self.pixels.reshape(count, -1)
+        share = -(-values.shape[1] // num_regions)
+        lacking = share * num_regions - values.shape[1]
+        if lacking:
+            values = np.pad(values, ((0, 0), (0, lacking)))
+        return FeatureBatch(
+            values.reshape(count, num_regions, share),
+            np.tile(grid_boxes(*grid), (count, 1, 1)),
+            np.full(count, num_regions, np.int32),
+        )
+
+    def regions(self, config: LiveConfig) -> FeatureBatch:
+        """Returns the pictures as features; raises ConfigError if patches are not the grid."""
+        if not config.patches:
+            return self.shares(config.grid)
+        patches = self.patches(config.images.size // config.grid[1])
+        if patches.num_regions[0] != config.grid[0] * config.grid[1]:
+            raise ConfigError(
+                f"{config.images.size} pixels a side are not in {config.grid} patches"
+            )
+        return patches
+
 
 class ImageReader:
     """Reads the images of any rows of a split. Any number of threads may do so at once."""
@@ -82,21 +129,65 @@ class ImageReader:
         for i, payload in enumerate(self._members.read(rows)):
             try:
                 picture = Picture(payload)
-                width, height = picture.width, picture.height
-                view = View.whole(width, height)
+                view = View.whole(picture.width, picture.height)
                 if config.augment is not None:
                     assert rng is not None
-                    view = random_view(config.augment, width, height, texts[i], rng(i))
-                render(picture, view, batch.pixels[i])
+                    view = random_view(
+                        config.augment, picture.width, picture.height, texts[i], rng(i)
+                    )
+                _put(batch, i, picture, view)
             except BadImageError as error:
                 row = int(rows[i])
                 raise ShardError(
                     f"{self._members.location(row)}: sample {self._members.keys[row]!r}: {error}"
                 ) from error
-            edges = (view.left, view.top, view.right, view.bottom)
-            batch.views[i] = np.divide(edges, (width, height, width, height))
-            batch.mirrored[i] = view.is_mirrored
         return batch
+
+    def fetch(self, rows: Int64Array) -> None:
+        """Brings the shards of these rows, where they are far away, into the cache."""
+        self._members.fetch(rows)
+
+
+class LiveReader:
+    """Makes features of the images of any rows of a split, as they are asked for."""
+
+    def __init__(self, pictures: ImageReader, config: LiveConfig) -> None:
+        self._pictures = pictures
+        self._config = config
+
+    def read(
+        self,
+        rows: Int64Array,
+        texts: Sequence[Texts] = (),
+        rng: Callable[[int], np.random.Generator] | None = None,
+    ) -> FeatureBatch:
+        """Returns B × R shares or patches; texts and rng are as of `ImageReader.read`."""
+        return self._pictures.read(rows, self._config.images, texts, rng).regions(self._config)
+
+    def fetch(self, rows: Int64Array) -> None:
+        """Brings the shards of these rows, where they are far away, into the cache."""
+        self._pictures.fetch(rows)
+
+    def masks(self, row: int) -> list[dict[str, Any]] | None:  # noqa: ARG002
+        """Returns None: pictures come without outlines."""
+        return None
+
+
+def live_features(payload: bytes, config: LiveConfig) -> FeatureBatch:
+    """Returns the features of one image (B = 1), seen whole; raises BadImageError."""
+    batch = ImageBatch.empty(1, config.images.size, BufferPool())
+    picture = Picture(payload)
+    _put(batch, 0, picture, View.whole(picture.width, picture.height))
+    return batch.regions(config)
+
+
+def _put(batch: ImageBatch, i: int, picture: Picture, view: View) -> None:
+    """Draws a part of a picture at its place in a batch."""
+    render(picture, view, batch.pixels[i])
+    edges = (view.left, view.top, view.right, view.bottom)
+    size = (picture.width, picture.height) * 2
+    batch.views[i] = np.divide(edges, size)
+    batch.mirrored[i] = view.is_mirrored
 
 
 def render(picture: Picture, view: View, output: Pixels) -> None:

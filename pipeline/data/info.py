@@ -18,13 +18,14 @@ def describe(url: str, version: int | None = None) -> dict[str, Any]:
     Raises ManifestError if there is no dataset.
     """
     manifest = Manifest.open(url, version)
-    samples = manifest.samples(["split", "shard", "image_size", "texts_size", *_COUNTS])
+    samples = manifest.samples(["split", "shard", "tar", "image_size", "texts_size", *_COUNTS])
     splits = {}
     for name in sorted(pc.unique(samples["split"]).to_pylist()):
         rows = samples.filter(pc.equal(samples["split"], name))
         splits[name] = {
             "samples": rows.num_rows,
             "shards": len(pc.unique(rows["shard"])),
+            "tars": pc.count_distinct(rows["tar"]).as_py(),  # of others, that keep their images
             **{count.removeprefix("num_"): pc.sum(rows[count]).as_py() for count in _COUNTS},
             "bytes": pc.sum(rows["image_size"]).as_py() + pc.sum(rows["texts_size"]).as_py(),
         }

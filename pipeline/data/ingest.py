@@ -23,8 +23,9 @@ from pipeline import storage
 from pipeline.config import Config
 from pipeline.data.duplicates import Duplicates
 from pipeline.data.filters import WANTED_REASONS, FilterConfig
+from pipeline.data.foreign_tar import REFERENCE, ImageReference
 from pipeline.data.image_check import BadImageError, Verify
-from pipeline.data.ingest_plan import IngestPlan, ShardPlan, plan_ingest
+from pipeline.data.ingest_plan import IngestPlan, ShardPlan, SharedKeyError, plan_ingest
 from pipeline.data.listing import FingerprintOf, Listing
 from pipeline.data.manifest import LIVE, REJECT, SAMPLES, Manifest
 from pipeline.data.outcome import Row, live_row, record_of, reject_row
@@ -35,6 +36,7 @@ from pipeline.data.shard_tasks import run_tasks
 from pipeline.data.sources.base import Source, same_texts
 from pipeline.data.survey import without_duplicates
 from pipeline.data.treatment import Treatment, digest
+from pipeline.data.unopened import find_unopened
 from pipeline.errors import RejectError, SourceError
 
 COMMIT_SECONDS = 1.0  # the most work a kill can cost; a commit takes a hundredth of it
@@ -114,8 +116,7 @@ def ingest(
     was listed before stays.
     """
     url = storage.absolute(url)
-    listing = Listing(source, config.treatment(), config.fingerprint)
-    plan = plan_ingest(listing, Manifest.create(url))
+    plan = _plan(source, Manifest.create(url), config)
     rejects = _Rejects(url, plan.num_listed, config.max_reject_fraction)
     rejects.add(plan.rejects)
 
@@ -151,6 +152,19 @@ def ingest(
     )
 
 
+def _plan(source: Source, manifest: Manifest, config: IngestConfig) -> IngestPlan:
+    """Compares the listing with the manifest; of tars of others only what changed is opened."""
+    settings = (source, config.treatment(), config.fingerprint)
+    listing = Listing(*settings)
+    unopened = find_unopened(manifest, listing.tars())
+    if unopened:
+        try:
+            return plan_ingest(Listing(*settings, unopened), manifest, [*unopened.values()])
+        except SharedKeyError:
+            pass  # all tars are opened, as in a first run
+    return plan_ingest(listing, manifest)
+
+
 def write_shard(plan: ShardPlan, source: Source) -> ShardEntry:
     """Writes one shard. Safe to repeat: the same images give the same bytes, the same name.
 
@@ -180,7 +194,7 @@ _THIS_SHARD = "."  # never a shard's name
 def _write_texts(writer: ShardWriter, change: Row, old: Row) -> Row:
     """Writes new texts for an image that stays where it is; returns the sample's row."""
     members = writer.write(Sample(change["key"], {"json": change["texts"]}))
-    image = {column: old[column] for column in _IMAGE_COLUMNS}
+    image = {column: old[column] for column in _IMAGE_COLUMNS} | {"tar": change["tar"]}
     return live_row(record_of(change)) | _located(members["json"], "texts") | image
 
 
@@ -205,10 +219,15 @@ def _write_record(
         "height": stored.height,
     }
     if old is not None and _holds(old, change, image["digest"]):
-        return old | image | {"fingerprint": change["fingerprint"], "detail": change["detail"]}
-    parts = {record.suffix: stored.payload, "json": change["texts"]}
-    members = writer.write(Sample(record.key, parts))
-    located = _located(members[record.suffix], "image") | _located(members["json"], "texts")
+        touched = {column: change[column] for column in ("fingerprint", "detail", "tar")}
+        return old | image | touched
+    name, part = record.suffix, stored.payload
+    if record.tar:
+        name += REFERENCE
+        part = ImageReference(record.image_offset, record.image_size, image["digest"]).to_json()
+    members = writer.write(Sample(record.key, {name: part, "json": change["texts"]}))
+    place = Member(record.image_offset, record.image_size) if record.tar else members[name]
+    located = _located(place, "image") | _located(members["json"], "texts")
     return live_row(record) | image | located
 
 
@@ -224,6 +243,8 @@ def _holds(old: Row, change: Row, digest: str) -> bool:
         and old["suffix"] == change["suffix"]
         and old["digest"] == digest
         and same_texts(old["fingerprint"], change["fingerprint"])
+        and (old["tar"] is None) == (change["tar"] is None)
+        and (old["tar"] is None or old["image_offset"] == change["image_offset"])
     )
 
 

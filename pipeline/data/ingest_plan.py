@@ -2,13 +2,14 @@
 
 No image is opened here. A record is left alone when the manifest has its split and fingerprint,
 whether it became a sample or a reject; but a copy of an image is looked at again when the sample
-that it was a copy of is no longer there as it was.
+that it was a copy of is no longer there as it was. The records of a tar that was not even opened,
+because the manifest has them all, are left alone together.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,9 @@ CHANGED = pa.schema(
         ("texts", pa.binary()),  # canonical JSON
         ("fingerprint", pa.string()),
         ("detail", pa.string()),
+        ("tar", pa.string()),  # that the image stays in; else null
+        ("image_offset", pa.int64()),  # in that tar; else -1
+        ("image_size", pa.int64()),
         ("perceptual_hash", pa.int64()),  # once the image was looked at for that; else null
     ]
 )
@@ -88,8 +92,7 @@ class IngestPlan:
         for split in sorted(set(split_of_row)):
             for keep_images in (False, True):
                 rows = np.flatnonzero((split_of_row == split) & (keeps_image == keep_images))
-                for start in range(0, len(rows), samples_per_shard):
-                    part = rows[start : start + samples_per_shard]
+                for part in self._cut(rows, samples_per_shard, keep_images):
                     before = old_row[part]
                     yield ShardPlan(
                         url=self.manifest.url,
@@ -99,6 +102,24 @@ class IngestPlan:
                         keep_images=keep_images,
                         treatment=treatment,
                     )
+
+    def _cut(
+        self, rows: Int64Array, samples_per_shard: int, keep_images: bool
+    ) -> Iterator[Int64Array]:
+        """Cuts rows of one split into shards: images that stay in a tar of others make one."""
+        tar = self.changed["tar"].take(pa.array(rows)).combine_chunks().dictionary_encode()
+        number = pc.fill_null(tar.indices, -1).to_numpy()
+        if keep_images:
+            number = np.full_like(number, -1)
+        copied = rows[number < 0]
+        for start in range(0, len(copied), samples_per_shard):
+            yield copied[start : start + samples_per_shard]
+        offsets = self.changed["image_offset"].to_numpy()[rows]
+        in_order = np.lexsort((offsets, number))
+        ends = np.searchsorted(number[in_order], np.arange(len(tar.dictionary) + 1))
+        for start, end in pairwise(ends.tolist()):
+            if end > start:
+                yield rows[in_order[start:end]]
 
     def holders(self) -> pa.Table:
         """Returns the live samples whose images this run leaves as they are; schema HOLDERS."""
@@ -124,29 +145,40 @@ class IngestPlan:
         return old_row, keeps_image
 
 
-def plan_ingest(source: Source, manifest: Manifest) -> IngestPlan:
+class SharedKeyError(Exception):
+    """A listed key is also that of a record in a tar that was left unopened."""
+
+
+def plan_ingest(source: Source, manifest: Manifest, unopened: Sequence[str] = ()) -> IngestPlan:
     """Compares a source's listing with a manifest.
 
     The second and later records of a key become `duplicate-id` rejects under keys of their own.
-    Raises SourceError if nothing is listed: an empty listing would remove every sample.
+    What the manifest has of `unopened` tars, by their names, counts as listed and unchanged; a
+    record that shares its key with one of those raises SharedKeyError, since which of them is
+    the first cannot be told. Raises SourceError if nothing is listed: an empty listing would
+    remove every sample.
     """
     rows = manifest.rows(
-        ["key", "split", "state", "reason", "detail", "fingerprint", "duplicate_of"]
+        ["key", "split", "state", "reason", "detail", "fingerprint", "tar", "duplicate_of"]
     )
     rows = rows.filter(pc.not_equal(rows["state"], REMOVED)).combine_chunks()
-    known, seen = _Known(rows), _Seen()
+    known, seen, renamed = _Known(rows), _Seen(), _Renamed()
+    is_unopened = np.asarray(pc.is_in(rows["tar"], pa.array(unopened, pa.string())))
     is_copy = np.asarray(pc.is_valid(rows["duplicate_of"]))
     copies = [CHANGED.empty_table()]
     changed, settled = [CHANGED.empty_table()], [SAMPLES.empty_table()]
-    listed, unchanged = np.zeros((2, rows.num_rows), bool)
-    num_listed = num_changed = 0
+    listed, unchanged = np.tile(is_unopened, (2, 1))
+    num_listed, num_changed = int(np.count_nonzero(is_unopened)), 0
     entries = iter(source.records())
     while chunk := list(islice(entries, _LISTING_CHUNK)):
         hashes = seen.rename_copies(chunk)
         row = known.find(hashes)
         for i in np.flatnonzero(row < 0):
             check_key(chunk[i].key)
+        if is_unopened[row[row >= 0]].any():
+            raise SharedKeyError
         same = known.says(row, chunk)
+        renamed.add(row, same, chunk)
         listed[row[row >= 0]] = True
         unchanged[row[same]] = True
         fresh = [chunk[i] for i in np.flatnonzero(~same)]
@@ -176,7 +208,7 @@ def plan_ingest(source: Source, manifest: Manifest) -> IngestPlan:
         manifest=manifest,
         changed=to_write,
         known=_live_rows(manifest, to_write["key"]),
-        settled=pa.concat_tables([*settled, _removals(removed)]),
+        settled=pa.concat_tables([*settled, _removals(removed), renamed.rows(manifest, rows)]),
         rejects=pa.concat_tables([table.select(why) for table in (*settled, old_rejects)]),
         num_listed=num_listed,
         num_added=num_changed - num_edited,
@@ -230,6 +262,35 @@ class _Known:
         return found
 
 
+class _Renamed:
+    """Unchanged records in tars that are listed by other settings now, or with other records."""
+
+    def __init__(self) -> None:
+        self._row: list[Int64Array] = []
+        self._tar: list[str] = []
+
+    def add(self, row: Int64Array, same: BoolArray, entries: Sequence[Record | Reject]) -> None:
+        """Notes those of the entries that say the `same` as their `row`, but for their tar."""
+        if any(entry.tar for entry in entries):
+            self._row.append(row[same])
+            self._tar += [entries[i].tar for i in np.flatnonzero(same).tolist()]
+
+    def rows(self, manifest: Manifest, known: pa.Table) -> pa.Table:
+        """Returns their rows with the tars' new names, given the rows they were compared with."""
+        row = np.concatenate([np.empty(0, np.int64), *self._row])
+        tar = pa.array(self._tar, pa.string())
+        other = pc.fill_null(pc.not_equal(known["tar"].take(pa.array(row)), tar), True)
+        if not pc.any(other).as_py():
+            return SAMPLES.empty_table()
+        keys = known["key"].take(pa.array(row)).filter(other).combine_chunks()
+        names = tar.filter(other.combine_chunks())
+        held = manifest.rows()
+        place = pc.index_in(held["key"], value_set=keys)
+        held, place = held.filter(pc.is_valid(place)), place.drop_null()
+        column = held.schema.get_field_index("tar")
+        return held.set_column(column, "tar", names.take(place.combine_chunks()))
+
+
 class _Seen:
     """The hashes of the keys listed so far, in a few sorted arrays: 8 bytes a key."""
 
@@ -260,7 +321,7 @@ class _Seen:
             self._num_copies[entry.key] += 1
             key = safe_key(f"{entry.key}-duplicate-{self._num_copies[entry.key] + 1}")
         detail = f"key {entry.key} is listed more than once; its first record holds"
-        return Reject(key, entry.split, "duplicate-id", detail, entry.fingerprint)
+        return Reject(key, entry.split, "duplicate-id", detail, entry.fingerprint, tar=entry.tar)
 
     def _has_one(self, hashed: int) -> bool:
         return bool(self._has(np.array([hashed], np.uint64))[0])
@@ -319,6 +380,9 @@ def _to_write(records: Sequence[Record]) -> pa.Table:
             "texts": [record.texts.to_json() for record in records],
             "fingerprint": [record.fingerprint for record in records],
             "detail": [record.detail for record in records],
+            "tar": [record.tar or None for record in records],
+            "image_offset": [record.image_offset for record in records],
+            "image_size": [record.image_size for record in records],
             "perceptual_hash": [None] * len(records),
         },
         CHANGED,
@@ -333,6 +397,7 @@ def _rejected(rejects: Sequence[Reject]) -> pa.Table:
         reason=[reject.reason for reject in rejects],
         detail=[reject.detail for reject in rejects],
         fingerprint=[_fingerprint(reject) for reject in rejects],
+        tar=[reject.tar or None for reject in rejects],
     )
 
 
@@ -347,7 +412,7 @@ def _removals(rows: pa.Table) -> pa.Table:
     )
 
 
-def _rows(**columns: Sequence[str] | pa.ChunkedArray) -> pa.Table:
+def _rows(**columns: Sequence[str | None] | pa.ChunkedArray) -> pa.Table:
     """Returns rows of the manifest with these columns, the others null."""
     num_rows = len(columns["key"])
     return pa.Table.from_pydict(

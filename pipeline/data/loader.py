@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from pipeline import storage
 from pipeline.config import Config
 from pipeline.data.dataset import FeatureBatch, Split, TextKind
 from pipeline.data.grouping import group, length
@@ -237,6 +236,7 @@ class _Fetcher:
         self._split = split
         self._order = order
         self._with_images = with_images
+        self._is_local = split.is_local
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="sightline-fetch")
         self._last = -1  # where the last window starts that was asked for
@@ -244,7 +244,7 @@ class _Fetcher:
 
     def reach(self, position: int) -> None:
         """Says that this position of the stream is about to be read."""
-        if all(map(storage.is_local, self._split.urls)):
+        if self._is_local:
             return
         with self._lock:
             if self._next is None:
@@ -309,11 +309,10 @@ def _batch(
     seed: int,
 ) -> Batch:
     texts = split.texts(rows)
-    pictures = None
-    if images is not None:
-        pictures = split.images(
-            rows, images, texts, lambda i: _rng(seed, step, positions[i], _AUGMENT_SALT)
-        )
+
+    def rng(i: int) -> np.random.Generator:
+        return _rng(seed, step, positions[i], _AUGMENT_SALT)
+
     return Batch(
         keys=split.keys[rows].tolist(),
         rows=rows,
@@ -321,10 +320,10 @@ def _batch(
         texts=texts,
         text_index=text_index,
         distractors=[] if distractors is None else split.texts(distractors),
-        features=split.features(rows) if split.has_features else None,
+        features=split.features(rows, texts, rng) if split.has_features else None,
         step=step,
         seed=seed,
-        images=pictures,
+        images=None if images is None else split.images(rows, images, texts, rng),
     )
 
 

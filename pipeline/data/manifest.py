@@ -33,6 +33,9 @@ SAMPLES = pa.schema(
         ("fingerprint", pa.string()),  # the source's, when the record was last read
         ("digest", pa.string()),  # xxh3_128 of the image's bytes, in hex
         ("shard", pa.string()),  # the name of the tar that holds the image, without .tar
+        # Of an image that was left in somebody else's tar: that one, as `ForeignTar.name`; the
+        # shard refers to it, and offset and size are those in the foreign tar.
+        ("tar", pa.string()),
         ("suffix", pa.string()),  # of the image part
         ("image_offset", pa.int64()),
         ("image_size", pa.int64()),
@@ -54,7 +57,7 @@ SAMPLES = pa.schema(
 )
 
 # A live sample may lack these.
-OPTIONAL_COLUMNS = frozenset({"source_digest", "perceptual_hash", "duplicate_of"})
+OPTIONAL_COLUMNS = frozenset({"tar", "source_digest", "perceptual_hash", "duplicate_of"})
 
 FEATURES = pa.schema(
     [

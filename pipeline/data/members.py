@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline import storage
+from pipeline.data.foreign_tar import Location
 from pipeline.data.shard_files import OpenFile, ShardFiles
 from pipeline.errors import ShardError
 
@@ -20,7 +22,7 @@ class Members:
     def __init__(
         self,
         files: ShardFiles,
-        locations: Sequence[str],
+        locations: Sequence[Location],
         location_of_row: Int64Array,
         offsets: Int64Array,
         sizes: Int64Array,
@@ -35,12 +37,17 @@ class Members:
 
     def location(self, row: int) -> str:
         """Returns the file that holds the part of this row."""
-        return self._locations[int(self._location_of_row[row])]
+        return str(self._locations[int(self._location_of_row[row])])
 
     def fetch(self, rows: Int64Array) -> None:
         """Brings the files of these rows, where they are far away, into the cache."""
         for place in np.unique(self._location_of_row[rows]).tolist():
             self._files.fetch(self._locations[place])
+
+    @property
+    def are_local(self) -> bool:
+        """Whether all files are on this machine."""
+        return all(storage.is_local(str(location)) for location in self._locations)
 
     def offset(self, row: int) -> int:
         """Returns the first byte of the part of this row in its file."""

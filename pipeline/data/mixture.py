@@ -107,7 +107,7 @@ class MixedSplit:
         self.first_shards = np.cumsum([0, *(len(split.shard_starts) - 1 for split in splits)])[:-1]
         self.num_samples = sum(sizes)
         self.name = " + ".join(split.name for split in splits)
-        self.urls = tuple(split.url for split in splits)
+        self.is_local = all(split.is_local for split in splits)
         self.keys = np.concatenate([split.keys for split in splits])  # of a split each only once
         self.has_features = splits[0].has_features
         self._pool = BufferPool()
@@ -120,12 +120,20 @@ class MixedSplit:
                 texts[place] = found
         return texts
 
-    def features(self, rows: Int64Array) -> FeatureBatch:
+    def features(
+        self,
+        rows: Int64Array,
+        texts: Sequence[Texts] = (),
+        rng: Callable[[int], np.random.Generator] | None = None,
+    ) -> FeatureBatch:
         """Reads features, padded to the most regions; FeatureError if splits have other ones.
 
         Where several splits are met this copies what was read, at about the cost of reading it.
         """
-        parts = [(places, split.features(own)) for split, places, own in self._parts(rows)]
+        parts = [
+            (places, split.features(own, *_of_places(places, texts, rng)))
+            for split, places, own in self._parts(rows)
+        ]
         return merged(parts, self._pool)
 
     def images(
@@ -138,12 +146,7 @@ class MixedSplit:
         """Decodes the images of these rows, as `Split.images`."""
         batch = ImageBatch.empty(len(rows), config.size, self._pool)
         for split, places, own in self._parts(rows):
-            found = split.images(
-                own,
-                config,
-                [texts[place] for place in places.tolist()] if texts else (),
-                None if rng is None else partial(_at, rng, places),
-            )
+            found = split.images(own, config, *_of_places(places, texts, rng))
             batch.pixels[places] = found.pixels
             batch.views[places] = found.views
             batch.mirrored[places] = found.mirrored
@@ -164,6 +167,18 @@ class MixedSplit:
             places = np.flatnonzero(numbers == number)
             parts.append((self._splits[number], places, rows[places] - self.first_rows[number]))
         return parts
+
+
+def _of_places(
+    places: Int64Array,
+    texts: Sequence[Texts],
+    rng: Callable[[int], np.random.Generator] | None,
+) -> tuple[Sequence[Texts], Callable[[int], np.random.Generator] | None]:
+    """Returns the texts and the randomness of some places of a batch."""
+    return (
+        [texts[place] for place in places.tolist()] if texts else (),
+        None if rng is None else partial(_at, rng, places),
+    )
 
 
 def _at(

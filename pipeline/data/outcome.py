@@ -19,6 +19,9 @@ def record_of(change: Row) -> Record:
         texts=Texts.from_json(change["texts"]),
         fingerprint=change["fingerprint"],
         detail=change["detail"],
+        tar=change["tar"] or "",
+        image_offset=change["image_offset"],
+        image_size=change["image_size"],
     )
 
 
@@ -31,6 +34,7 @@ def live_row(record: Record) -> Row:
         "reason": "",
         "detail": record.detail,
         "fingerprint": record.fingerprint,
+        "tar": record.tar or None,
         "suffix": record.suffix,
         "num_captions": len(record.texts.captions),
         "num_questions": len(record.texts.questions),

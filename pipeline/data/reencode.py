@@ -16,7 +16,8 @@ SUFFIX = "jpg"
 class ReencodeConfig(Config):
     """How images are encoded anew: every one becomes a JPEG in sRGB, upright, without metadata.
 
-    `image_pixels` says how colours, alpha and depth are converted.
+    `image_pixels` says how colours, alpha and depth are converted. Videos, folders of frames and
+    DICOM images are stored as they came.
     """
 
     # Pixels; larger images are scaled down to it, smaller ones keep their size. Null: all do.

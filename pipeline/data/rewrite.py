@@ -59,7 +59,8 @@ def plan_rewrites(manifest: Manifest, min_live_fraction: float) -> list[RewriteP
 
     Dead is what no live sample of this version uses. A shard is joined only with others of its
     split that have the features of the same extractors, so that these are complete for the new
-    one too. With nothing dead or small there is nothing to do.
+    one too. Images in tars of others stay there, and so do the shards that refer to them. With
+    nothing dead or small there is nothing to do.
     """
     samples = manifest.samples()
     samples = samples.take(np.argsort(_hashes(samples["key"]), kind="stable"))
@@ -68,7 +69,8 @@ def plan_rewrites(manifest: Manifest, min_live_fraction: float) -> list[RewriteP
     complete = _complete_features(samples, features, usage.image_shard, len(usage.names))
     plans: list[RewritePlan] = []
     moved = np.zeros(samples.num_rows, bool)
-    for group in usage.groups(usage.image_shard, complete):
+    left = np.asarray(pc.is_valid(samples["tar"]))
+    for group in usage.groups(np.where(left, -1, usage.image_shard), complete):
         moved[group] = True
         usage.leave_texts(group)
         extractors = complete[usage.image_shard[group[0]]]
@@ -237,8 +239,8 @@ class _Usage:
 
 def _most_samples(manifest: Manifest) -> int:
     """Returns how many samples the fullest shard was written with, as far as is known yet."""
-    rows = manifest.rows_after(-1, ["state", "shard", "key"])
-    rows = rows.filter(pc.equal(rows["state"], LIVE))
+    rows = manifest.rows_after(-1, ["state", "shard", "tar", "key"])
+    rows = rows.filter(pc.and_(pc.equal(rows["state"], LIVE), pc.is_null(rows["tar"])))
     samples = rows.group_by(["shard", "key"]).aggregate([])
     return max(samples["shard"].value_counts().field("counts").to_pylist(), default=1)
 

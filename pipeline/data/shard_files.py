@@ -12,6 +12,7 @@ from pathlib import Path
 import xxhash
 
 from pipeline import storage
+from pipeline.data.foreign_tar import ForeignTar, Location
 from pipeline.errors import ShardError, StorageError
 
 MAX_OPEN_FILES = 256  # well under the usual limit of 1024 descriptors a process
@@ -53,7 +54,8 @@ class ShardFiles:
     A shard in an object store is copied whole into `cache` when it is first opened, or fetched
     before. Beyond `cache_size_bytes` the copies used longest ago go; the newest always stays, and
     a file still open here stays readable. Processes of one machine may share the folder: each
-    shard is copied by one of them, while the others wait for it.
+    shard is copied by one of them, while the others wait for it. A tar of others is opened likewise
+    as long as it is the one that was indexed.
     """
 
     def __init__(
@@ -66,17 +68,17 @@ class ShardFiles:
         self._cache_size_bytes = cache_size_bytes
         self._max_open = max_open
         self._lock = threading.Lock()
-        self._files: OrderedDict[str, OpenFile] = OrderedDict()
-        self._opening: dict[str, threading.Lock] = {}
-        self._fetched: dict[str, int] = {}  # bytes of what was fetched and not opened yet
+        self._files: OrderedDict[Location, OpenFile] = OrderedDict()
+        self._opening: dict[Location, threading.Lock] = {}
+        self._fetched: dict[Location, int] = {}  # bytes of what was fetched and not opened yet
 
-    def fetch(self, location: str) -> None:
+    def fetch(self, location: Location) -> None:
         """Copies a shard of an object store into the cache, where `open` will find it soon.
 
         Does nothing for a local shard, or while half of the cache waits to be opened: more would
         push out what is in use. Raises ShardError if the shard is not there.
         """
-        if storage.is_local(location):
+        if storage.is_local(str(location)):
             return
         with self._lock:
             waiting_bytes = sum(self._fetched.values())
@@ -92,7 +94,7 @@ class ShardFiles:
             if location in self._fetched:
                 self._fetched[location] = size_bytes
 
-    def open(self, location: str) -> OpenFile:
+    def open(self, location: Location) -> OpenFile:
         """Returns the open shard; hold it while reading. Raises ShardError if it is not there."""
         with self._lock:
             if location in self._files:
@@ -112,10 +114,10 @@ class ShardFiles:
                     self._files.popitem(last=False)
         return file
 
-    def _open(self, location: str) -> int:
+    def _open(self, location: Location) -> int:
         try:
-            if storage.is_local(location):
-                return os.open(storage.local_path(location), os.O_RDONLY)
+            if storage.is_local(str(location)):
+                return _open_local(location)
             return self._open_copy(location)
         except (FileNotFoundError, StorageError) as error:
             raise ShardError(
@@ -125,18 +127,31 @@ class ShardFiles:
         except OSError as error:
             raise ShardError(f"{location}: cannot be opened ({error})") from error
 
-    def _open_copy(self, location: str) -> int:
-        with self._locked(location):
-            path = storage.local_copy(location, self._cache)
+    def _open_copy(self, location: Location) -> int:
+        with self._locked(str(location)):
+            path = self._copy(location)
             while True:
                 try:
                     os.utime(path)  # the time of last use
                     descriptor = os.open(path, os.O_RDONLY)
                     break
                 except FileNotFoundError:  # another process evicted it in between
-                    path = storage.local_copy(location, self._cache)
+                    path = self._copy(location)
         self._evict(keep=path)
         return descriptor
+
+    def _copy(self, location: Location) -> Path:
+        if isinstance(location, str):
+            return storage.local_copy(location, self._cache)
+        # A name that may come again with other bytes: each version has a place of its own.
+        version = xxhash.xxh3_64_hexdigest(location.stamp.encode())
+        path = storage.local_copy(location.location, self._cache / "versions" / version)
+        try:
+            location.check_stamp(storage.stamp(location.location))
+        except ShardError:
+            path.unlink()
+            raise
+        return path
 
     @contextlib.contextmanager
     def _locked(self, location: str) -> Iterator[None]:
@@ -166,3 +181,15 @@ class ShardFiles:
             if excess > 0 and path != keep:
                 path.unlink(missing_ok=True)
                 excess -= size
+
+
+def _open_local(location: Location) -> int:
+    descriptor = os.open(storage.local_path(str(location)), os.O_RDONLY)
+    if isinstance(location, ForeignTar):
+        status = os.fstat(descriptor)
+        try:
+            location.check_stamp(f"{status.st_size}-{status.st_mtime_ns}")  # as storage.stamp
+        except ShardError:
+            os.close(descriptor)
+            raise
+    return descriptor

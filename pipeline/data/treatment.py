@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 import xxhash
 
 from pipeline.data.filters import FilterConfig
-from pipeline.data.image_check import Verify, check_image
+from pipeline.data.image_check import Verify
+from pipeline.data.kind import is_picture
+from pipeline.data.media_check import check_media
 from pipeline.data.reencode import SUFFIX, ReencodeConfig, StoredImage, reencode
+from pipeline.data.sources.image_files import MEDIA
 
 # Raised when the same settings make other pixels, so that what was stored is made again.
 _METHOD = 1
@@ -19,7 +22,7 @@ _METHOD = 1
 
 @dataclass(frozen=True)
 class Treatment:
-    """The settings. By default images are stored as they came."""
+    """The settings. By default images are stored as they came; videos and DICOM always are."""
 
     verify: Verify = "decode"
     reencode: ReencodeConfig | None = None
@@ -37,22 +40,22 @@ class Treatment:
 
     def suffix(self, suffix: str) -> str:
         """Returns the suffix of the image part, given that of the file."""
-        return suffix if self.reencode is None else SUFFIX
+        return suffix if self.reencode is None or suffix in MEDIA else SUFFIX
 
     def examine(self, payload: bytes) -> tuple[int, int]:
         """Returns the file's width and height in pixels, or raises BadImageError with the reason.
 
         Says all that `apply` has against a file, but for what only encoding it anew can find.
         """
-        width, height = check_image(payload, self.verify)
+        width, height = check_media(payload, self.verify)
         self.filters.check_size(width, height)
         return width, height
 
     def apply(self, payload: bytes) -> StoredImage:
         """Returns what is stored for a file, or raises BadImageError with the reason."""
-        if self.reencode is None:
+        if self.reencode is None or not is_picture(payload):
             return StoredImage(payload, *self.examine(payload))
-        self.filters.check_size(*check_image(payload, "header"))
+        self.filters.check_size(*check_media(payload, "header"))
         return reencode(payload, self.reencode)
 
 

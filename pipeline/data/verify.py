@@ -1,6 +1,7 @@
 """Manifest to faults: whether everything that a version of a dataset lists is there and whole."""
 
 import io
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ import xxhash
 
 from pipeline import storage
 from pipeline.data.features import card_boxes
+from pipeline.data.foreign_tar import ForeignTar
 from pipeline.data.manifest import OPTIONAL_COLUMNS, Manifest
 from pipeline.data.members import sorted_codes
 from pipeline.data.sample import Texts
@@ -89,7 +91,8 @@ def verify(
     """Reads every byte that a version lists, and compares it with what the manifest says.
 
     Shards: the digest of the file against its name, each member's tar header against key, suffix
-    and size, the digest of each image, the texts against their counts. Sidecars: headers
+    and size, the digest of each image, the texts against their counts. Tars of others: whether
+    they are those that were indexed, and the digest of each image at its place. Sidecars: headers
     likewise, the shapes against the number of regions, one width and type for all of an
     extractor, finite values. Sidecars have no digest to compare with.
 
@@ -161,31 +164,35 @@ _Check = Callable[[ShardFiles], _Found]
 
 def _shard_checks(url: str, samples: pa.Table) -> Iterator[_Check]:
     """Yields a check for each tar that holds images or texts of these samples."""
-    images = _by_file(samples, "shard", _PART_COLUMNS["image"])
-    texts = _by_file(samples, "texts_shard", _PART_COLUMNS["texts"])
-    for split, shard in sorted({*images, *texts}):
-        yield partial(
-            _check_shard,
-            shard_location(url, split, shard),
-            shard,
-            images.get((split, shard)),
-            texts.get((split, shard)),
-        )
+    kept, left = (samples.filter(is_kept(samples["tar"])) for is_kept in (pc.is_null, pc.is_valid))
+    images = _by_file(kept, _shard_of_row(kept, "shard"), _PART_COLUMNS["image"])
+    texts = _by_file(samples, _shard_of_row(samples, "texts_shard"), _PART_COLUMNS["texts"])
+    referring = pc.unique(_shard_of_row(left, "shard")).to_pylist()
+    for name in sorted({*images, *texts, *referring}):
+        split, _, shard = name.partition("/")
+        location = shard_location(url, split, shard)
+        yield partial(_check_shard, location, shard, images.get(name), texts.get(name))
+    for name, rows in _by_file(left, left["tar"], _PART_COLUMNS["image"]).items():
+        yield partial(_check_foreign_tar, ForeignTar.named(name), rows)
+
+
+def _shard_of_row(samples: pa.Table, column: str) -> pa.ChunkedArray:
+    """Returns split and shard of each row, as `train/0123456789abcdef`."""
+    return pc.binary_join_element_wise(samples["split"], samples[column], "/")
 
 
 def _by_file(
-    samples: pa.Table, shard: str, columns: Sequence[str]
-) -> dict[tuple[str, str], pa.Table]:
-    """Returns the rows of each split and shard, as slices of one sorted table."""
-    file_of_row = pc.binary_join_element_wise(samples["split"], samples[shard], "/")
+    samples: pa.Table, file_of_row: pa.ChunkedArray, columns: Sequence[str]
+) -> dict[str, pa.Table]:
+    """Returns the rows of each file, as slices of one sorted table."""
     names, codes = sorted_codes(pa.chunked_array(file_of_row.chunks, pa.string()))
     ordered = samples.select(list(columns)).take(np.argsort(codes, kind="stable"))
-    ends = np.cumsum(np.bincount(codes, minlength=len(names)))
-    found = {}
-    for name, start, end in zip(names, [0, *ends[:-1].tolist()], ends.tolist(), strict=True):
-        split, _, shard = name.partition("/")
-        found[split, shard] = ordered.slice(start, end - start)
-    return found
+    counts = np.bincount(codes, minlength=len(names))
+    starts = np.cumsum(counts) - counts
+    return {
+        name: ordered.slice(start, count)
+        for name, start, count in zip(names, starts.tolist(), counts.tolist(), strict=True)
+    }
 
 
 def _check_shard(
@@ -206,17 +213,37 @@ def _check_shard(
         faults.append(Fault("changed-file", location, "", detail))
     for row in [] if images is None else images.to_pylist():
         payload = _member(file.descriptor, location, row, "image", row["suffix"], faults)
-        if payload is None:
-            continue
-        digest = xxhash.xxh3_128_hexdigest(payload)
-        if digest != row["digest"]:
-            detail = f"the image has the digest {digest}, the manifest says {row['digest']}"
-            faults.append(Fault("changed-image", location, row["key"], detail))
+        if payload is not None:
+            faults += _image_faults(location, row, payload)
     for row in [] if texts is None else texts.to_pylist():
         payload = _member(file.descriptor, location, row, "texts", "json", faults)
         if payload is not None:
             faults += _texts_faults(location, row, payload)
     return _Found(location, size_bytes, faults)
+
+
+def _check_foreign_tar(tar: ForeignTar, images: pa.Table, files: ShardFiles) -> _Found:
+    location = str(tar)
+    try:
+        file = files.open(tar)
+    except ShardError as error:
+        return _Found(location, 0, [Fault("unreadable-file", location, "", str(error))])
+    faults: list[Fault] = []
+    for row in images.to_pylist():
+        try:
+            payload = os.pread(file.descriptor, row["image_size"], row["image_offset"])
+        except OSError as error:
+            faults.append(Fault("misplaced-member", location, row["key"], str(error)))
+        else:
+            faults += _image_faults(location, row, payload)
+    return _Found(location, os.fstat(file.descriptor).st_size, faults)
+
+
+def _image_faults(location: str, row: dict[str, Any], payload: bytes) -> Iterator[Fault]:
+    digest = xxhash.xxh3_128_hexdigest(payload)
+    if digest != row["digest"]:
+        detail = f"the image has the digest {digest}, the manifest says {row['digest']}"
+        yield Fault("changed-image", location, row["key"], detail)
 
 
 def _texts_faults(location: str, row: dict[str, Any], payload: bytes) -> Iterator[Fault]:

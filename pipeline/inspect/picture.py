@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from pipeline.vision.image import Pixels, decode
-from pipeline.vision.kind import is_video
-from pipeline.vision.video import FramesConfig, read_frames
+from pipeline.vision.video import FramesConfig, has_frames, read_frames
 from pipeline.vision.window import AnyWindow
 
 BOX_RATIOS = (1.0, 4 / 3)  # narrowest and widest box
@@ -39,8 +38,8 @@ def thumbnail(image: bytes, max_side: int = 320) -> bytes:
 
 def still(image: bytes, window: AnyWindow = "stored") -> Pixels:
     """Returns what is shown of an image, or of a video; a DICOM by its own window by default."""
-    if is_video(image):
-        ((_, pixels),) = read_frames(image, FramesConfig(count=1, folder_rate=1))
+    if has_frames(image):
+        ((_, pixels),) = read_frames(image, FramesConfig(count=1, folder_rate=1), window)
         return pixels
     return decode(image, window)
 

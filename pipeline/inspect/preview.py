@@ -20,8 +20,7 @@ from pipeline.inspect.detections import Found, found
 from pipeline.inspect.heat import Heat, heat
 from pipeline.inspect.page import render
 from pipeline.inspect.picture import Picture, picture, shared_ratio, shrink, still
-from pipeline.vision.kind import is_video
-from pipeline.vision.video import FramesConfig, read_frames
+from pipeline.vision.video import FramesConfig, has_frames, read_frames
 from pipeline.vision.window import Window
 
 REJECTS_PER_REASON = 5  # keys named as examples
@@ -68,6 +67,8 @@ class Shown:
     outlined: int  # boxes to outline: all of a detector's, none of a grid's
     found: Found | None  # labels and masks, of a detector that gives some
     colours: Colours | None  # of a grid
+    seconds: tuple[float, ...]  # of a video, when the frames are that features were made of
+    frame: int | None  # the one of these that is shown
 
 
 def write_preview(dataset: str, location: str, limit: int, features: str | None = None) -> str:
@@ -123,19 +124,19 @@ def _shown(
 ) -> Iterator[Shown]:
     rows = spread(split.num_samples, limit).tolist()
     stills = [_still(split.image(row), card or {}) for row in rows]
-    batches = [_batch(split, row, shown, card) for row, shown in zip(rows, stills, strict=True)]
-    drawable = [batch for batch in batches if batch is not None]
-    colours = _colours(drawable, grid) if grid else [None] * len(rows)
-    for row, shown, batch, coloured in zip(rows, stills, batches, colours, strict=True):
+    seen = [_seen(split, *pair) for pair in zip(rows, stills, strict=True)] if card else []
+    colours = _colours([each.batch for each in seen], grid) if grid else [None] * len(rows)
+    for number, (row, shown) in enumerate(zip(rows, stills, strict=True)):
         (texts,) = split.texts([row])
         drawn, layers = None, None
-        if card is not None and batch is not None:
+        if card is not None:
+            batch = seen[number].batch
             count = int(batch.num_regions[0])
             boxes = batch.boxes[0, :count]
             bright = norms(batch, 0) if batch.scores is None else batch.scores[0, :count]
             drawn = heat(bright[None], boxes, grid) if count else None
             ratio = shown.picture.width / shown.picture.height
-            layers = found(batch, 0, card.get("class_names"), split.masks(row), ratio)
+            layers = found(batch, 0, card.get("class_names"), seen[number].masks, ratio)
         yield Shown(
             key=str(split.keys[row]),
             split=split.name,
@@ -146,7 +147,9 @@ def _shown(
             heat=drawn,
             outlined=0 if grid or drawn is None else len(boxes),
             found=layers,
-            colours=coloured,
+            colours=colours[number],
+            seconds=seen[number].seconds if seen else (),
+            frame=shown.frame,
         )
 
 
@@ -158,32 +161,43 @@ class Still:
     frame: int | None = None
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What an extractor made of what is shown."""
+
+    batch: FeatureBatch  # of one sample
+    masks: list[dict[str, Any]] | None
+    seconds: tuple[float, ...]  # of all frames of a video
+
+
 def _still(image: bytes, card: Mapping[str, Any]) -> Still:
     """Returns the picture, or the middle one of the frames that a card's rule takes."""
     rule = card.get("selection", {}).get("frames")
-    if rule and is_video(image):
-        frames = read_frames(image, FramesConfig.model_validate(rule))
-        return Still(picture(shrink(frames[len(frames) // 2][1])), len(frames) // 2)
     stated = card.get("config", {}).get("window")
     window = Window.model_validate(stated) if isinstance(stated, dict) else None
+    if rule and has_frames(image):
+        frames = read_frames(image, FramesConfig.model_validate(rule), window or "stored")
+        return Still(picture(shrink(frames[len(frames) // 2][1])), len(frames) // 2)
     return Still(picture(shrink(still(image, window or "stored"))))
 
 
-def _batch(
-    split: Split, row: int, shown: Still, card: Mapping[str, Any] | None
-) -> FeatureBatch | None:
-    """Returns the features of what is shown, or None if it cannot be told which they are."""
-    if card is None:
-        return None
-    batch = split.features([row])
-    if shown.frame is None:
-        return batch
-    if not card.get("frame_grid"):
-        return None
-    cells = int(np.prod(card["frame_grid"]))
-    of_frame = slice(shown.frame * cells, (shown.frame + 1) * cells)
-    return FeatureBatch(
-        batch.values[:, of_frame], batch.boxes[:, of_frame], np.array([cells], np.int32)
+def _seen(split: Split, row: int, shown: Still) -> Seen:
+    """Reads the features of what is shown: of a video, of one frame."""
+    batch, masks = split.features([row]), split.masks(row)
+    if shown.frame is None or batch.times is None:
+        return Seen(batch, masks, ())
+    times = batch.times[0, : batch.num_regions[0]]
+    seconds = np.unique(times)
+    here = np.flatnonzero(times == seconds[shown.frame])
+    arrays = {
+        name: array[:, here]
+        for name, array in vars(batch).items()
+        if array is not None and name != "num_regions"
+    }
+    return Seen(
+        FeatureBatch(**arrays, num_regions=np.array([len(here)], np.int32)),
+        masks and [masks[region] for region in here.tolist()],
+        tuple(seconds.tolist()),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import ModelError
 from pipeline.models import (
@@ -21,6 +21,7 @@ from pipeline.models import (
 )
 from pipeline.models.base import ModelConfig, VisionLanguageModel
 from pipeline.models.layouts import Layout, LoadReport
+from pipeline.models.live import BACKBONE, live
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Family:
     """One way to fuse text and image."""
 
     config: type[Any]
-    model: Callable[[Any], VisionLanguageModel]
+    model: type[Any]  # of VisionLanguageModel, made from a config
     model_type: str  # in config.json; transformers' own where it has the family
     layouts: Mapping[str, Callable[[Any], Layout]]  # "saved" is the one we write
     to_document: Callable[[Any, Sequence[str]], dict[str, Any]]  # config, answers -> config.json
@@ -38,7 +39,7 @@ class Family:
 def _own_family(
     name: str,
     config_type: type[ModelConfig],
-    model: Callable[[Any], VisionLanguageModel],
+    model: type[Any],
     others: Mapping[str, Callable[[Any], Layout]],
 ) -> Family:
     """A family that nobody else has: saved under our own names, its config as it stands.
@@ -144,9 +145,19 @@ def family_of(config: ModelConfig) -> Family:
     return next(family for family in FAMILIES.values() if type(config) is family.config)
 
 
-def build(config: ModelConfig) -> VisionLanguageModel:
-    """Returns a newly initialised model. The caller seeds."""
-    return family_of(config).model(config)
+def build(config: ModelConfig, backbone: nn.Module | None = None) -> VisionLanguageModel:
+    """Returns a newly initialised model. The caller seeds.
+
+    With a backbone, which is left as it is, the model is given pixels instead of features.
+    """
+    family = family_of(config)
+    model: VisionLanguageModel
+    if backbone is None:
+        model = family.model(config)
+    else:
+        model = live(family.model)(config)
+        model.add_module(BACKBONE, backbone)
+    return model
 
 
 def load_weights(
@@ -155,11 +166,11 @@ def load_weights(
     layout: str = "saved",
     fresh: Sequence[str] = (),
 ) -> LoadReport:
-    """Copies tensors of a named layout into a model; see layouts.load."""
+    """Copies tensors of a named layout into a model, but for its backbone; see layouts.load."""
     known = family_of(model.config).layouts
     if layout not in known:
         raise ModelError(f"layout {layout!r}: {type(model).__name__} reads {', '.join(known)}")
-    return layouts.load(known[layout](model.config), model, tensors, fresh)
+    return layouts.load(known[layout](model.config), model, tensors, (*fresh, BACKBONE))
 
 
 def layout_of(model: VisionLanguageModel, document: Mapping[str, Any]) -> str:
@@ -179,21 +190,26 @@ def to_saved(
     """Returns `config.json` and the tensors of `model.safetensors`, in the HF layout.
 
     `parameters` are named as by `model.named_parameters()`, so a sharded engine can gather them
-    first. Where transformers has the family, it opens the result unchanged.
+    first; a backbone's are left out. Where transformers has the family, it opens the result
+    unchanged.
     """
     family = family_of(config)
-    tensors = layouts.export(family.layouts["saved"](config), parameters)
+    own = {name: one for name, one in parameters.items() if not name.startswith(f"{BACKBONE}.")}
+    tensors = layouts.export(family.layouts["saved"](config), own)
     return family.to_document(config, answers), tensors
 
 
 def from_saved(
-    document: Mapping[str, Any], tensors: Mapping[str, Tensor], fresh: Sequence[str] = ()
+    document: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    fresh: Sequence[str] = (),
+    backbone: nn.Module | None = None,
 ) -> tuple[VisionLanguageModel, LoadReport]:
     """Builds the model that a `config.json` describes, ours or transformers', and fills it.
 
-    `fresh` is as for layouts.load; name `answer_head` there to open a folder whose head is for
-    something that we do not do. Raises ModelError for a family we do not have, or weights that do
-    not fit it.
+    A backbone comes with its weights. `fresh` is as for layouts.load; name `answer_head` there to
+    open a folder whose head is for something that we do not do. Raises ModelError for a family we
+    do not have, or weights that do not fit it.
     """
     model_type = document.get("model_type")
     family = next((one for one in FAMILIES.values() if one.model_type == model_type), None)
@@ -206,5 +222,5 @@ def from_saved(
         raise ModelError(f"config.json: {error}") from None
     except KeyError as error:
         raise ModelError(f"config.json: {error} is missing") from None
-    model = build(config)
+    model = build(config, backbone)
     return model, load_weights(model, tensors, fresh=fresh)

@@ -35,6 +35,7 @@ from pipeline.training.launch import ClusterConfig, launch_all, resources
 from pipeline.training.memory import FP32_BYTES, state_bytes
 from pipeline.training.optimizer import freeze
 from pipeline.training.spec import Environment, TrainingConfig, TrainingSpec
+from pipeline.vision.live import backbone_config
 
 FOLDER = "check"  # RUN/check, while it lasts
 WARM_UP_STEPS, TIMED_STEPS = 2, 5
@@ -209,22 +210,24 @@ def _phases_of_data(recipe: Recipe, inputs: train.DataInputs, machine: Machine) 
 def _phases_without_data(recipe: Recipe, machine: Machine, unknown: list[str]) -> list[Phase]:
     """Tells what the recipe alone decides, with as many words and answers as it allows."""
     try:
-        dim = recipe.features.extractor.build("cpu").card()["dim"]
+        card = recipe.features.card()
     except FeatureError as error:
         unknown.append(f"parameters and bytes: {error}")
         return []
     given, vqa = recipe.model.tokenizer, recipe.benchmarks.vqa
     sizes = recipe.model.config(
         vocab_size=len(load_tokenizer(given)) if given else recipe.model.vocab_size,
-        feature_dim=dim,
+        feature_dim=card["dim"],
         num_answers=vqa.max_answers if vqa else 0,
     )
     trainings = {"pretrain": recipe.training.pretrain, "finetune": recipe.training.finetune}
+    network = backbone_config(card)
+    backbone = network.backbone() if network else None
     phases = []
     for name, training in trainings.items():
         if training is not None:
             with torch.device("meta"):
-                module = nn.ModuleDict({"model": families.build(sizes)})
+                module = nn.ModuleDict({"model": families.build(sizes, backbone)})
             phases.append(_phase(name, training, machine, module))
     return phases
 

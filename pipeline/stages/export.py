@@ -14,16 +14,15 @@ from pipeline import config, model_files, storage
 from pipeline.errors import CheckpointError, ConfigError, ModelError
 from pipeline.models import families
 from pipeline.models.base import ModelConfig
-from pipeline.stages.model_card import ModelCard
 from pipeline.training import checkpoint, model_folder
 from pipeline.training.launch import read_spec
-from pipeline.training.loop import CHECKPOINTS, RESULT
+from pipeline.training.loop import CHECKPOINTS
 from pipeline.training.metrics_log import read_metrics
+from pipeline.training.model_card import ModelCard
 from pipeline.training.optimizer import AVERAGE
 from pipeline.training.spec import TrainingSpec
 
 MODEL = "model"
-README = "README.md"
 PHASES = ("finetune", "pretrain")  # whose state is a run's, the last one first
 
 
@@ -86,14 +85,12 @@ def _copy(location: str, folder: str) -> Exported:
     own = model_files.read_own(location)
     run = _run_of(location)
     phase = storage.join(run, own["phase"])
-    ended = _json_of(phase, RESULT)  # of a folder that was copied out of its run there is none
-    step = ended["result"]["step"] if ended else own["training"]["steps"]
+    step = own["step"]
     card = ModelCard(
         model_type=document["model_type"],
         made=own,
         num_parameters=sum(tensor.numel() for tensor in tensors.values()),
         num_answers=len(own["answers"]),
-        step=step,
         figures=_losses(phase, step),
         metrics=_scores(run, own),
         environment=_json_of(run, "environment.json"),
@@ -103,7 +100,7 @@ def _copy(location: str, folder: str) -> Exported:
     names.remove(model_files.OWN)
     for name in [*names, model_files.OWN]:  # last, for a folder that has it is whole
         payload = storage.read_bytes(storage.join(location, name))
-        if name == README:
+        if name == model_folder.PAGE:
             payload = card.page().encode()
         storage.write_bytes(storage.join(folder, name), payload)
     return Exported(folder, location, step, card.num_parameters, card.model_type)
@@ -131,7 +128,6 @@ def _from_checkpoint(location: str, folder: str, skipped: tuple[str, ...]) -> Ex
         made=made,
         num_parameters=sum(parameter.numel() for parameter in parameters.values()),
         num_answers=len(spec.answers),
-        step=manifest.step,
         figures=_losses(phase, manifest.step),
         environment=_json_of(run, "environment.json"),
         recipe=_recipe(run),
@@ -142,9 +138,8 @@ def _from_checkpoint(location: str, folder: str, skipped: tuple[str, ...]) -> Ex
         parameters=parameters,
         tokenizer=tokenizer,
         answers=spec.answers,
-        card=made,
+        card=card,
     )
-    storage.write_bytes(storage.join(folder, README), card.page().encode())
     return Exported(folder, location, manifest.step, card.num_parameters, card.model_type, skipped)
 
 
@@ -153,8 +148,11 @@ def _parameters(
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Reads the model's weights out of what training keeps, as it would have written them."""
     sizes: ModelConfig = config.check(families.FAMILIES[spec.family].config, spec.model, "model")
+    backbone = None
+    if spec.backbone is not None:
+        backbone = spec.backbone.model_copy(update={"weights": "random"}).backbone()
     with torch.device("meta"):  # only for its names
-        model = families.build(sizes)
+        model = families.build(sizes, backbone)
     read = checkpoint.reader(location, manifest, cache)
     parameters = {}
     for name, _ in model.named_parameters():

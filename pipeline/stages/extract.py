@@ -14,6 +14,8 @@ NAME = "extract"
 
 def run(recipe: Recipe, progress: StageProgress) -> Outcome:
     """Gives every sample the features it lacks; it is incremental by itself."""
+    if recipe.features.live:
+        return Outcome("nothing to store", 0.0, {})
     started = time.monotonic()
     config = recipe.features.extract
     if recipe.cluster.runner == "process":

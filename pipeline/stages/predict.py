@@ -1,5 +1,6 @@
 """One photograph, with or without a question, to what a model says of it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,12 +9,15 @@ from pipeline import storage
 from pipeline.benchmarks.caption import CaptionConfig
 from pipeline.benchmarks.vqa import VqaConfig
 from pipeline.data.features import FeatureBatch, grid_boxes
+from pipeline.data.image_check import BadImageError
+from pipeline.data.images import live_features
 from pipeline.data.loader import Batch
 from pipeline.data.sample import Question, Texts
 from pipeline.errors import FeatureError, ModelError
 from pipeline.model_files import is_model
 from pipeline.training.model_folder import ModelFolder, load_model
 from pipeline.vision.extractor import from_card
+from pipeline.vision.live import live_config
 
 NUM_ANSWERS = 5
 
@@ -59,14 +63,11 @@ def _model_folder(location: str) -> str:
 
 def _batch(folder: ModelFolder, image: str, question: str) -> Batch:
     """Returns the image's features, made by the model's own extractor, with the question."""
-    card = folder.card["extractor"]
-    extractor = from_card(card)
+    payload = storage.read_bytes(image)
     try:
-        prepared = extractor.prepare(storage.read_bytes(image))
-    except FeatureError as error:
+        features = _features(folder.card["extractor"], payload)
+    except (FeatureError, BadImageError) as error:
         raise FeatureError(f"{image}: {error}") from error
-    (feature,) = extractor.extract([prepared])
-    boxes = grid_boxes(*card["grid"]) if feature.boxes is None else feature.boxes
     return Batch(
         keys=["image"],
         rows=np.zeros(1, np.int64),
@@ -81,11 +82,22 @@ def _batch(folder: ModelFolder, image: str, question: str) -> Batch:
         ],
         text_index=np.zeros(1, np.int64),
         distractors=[],
-        features=FeatureBatch(
-            values=feature.values[None],
-            boxes=boxes[None],
-            num_regions=np.array([len(feature.values)], np.int32),
-        ),
+        features=features,
         step=0,
         seed=0,
+    )
+
+
+def _features(card: Mapping[str, Any], image: bytes) -> FeatureBatch:
+    """Makes of an image what a model was trained on, as its extractor's card says."""
+    live = live_config(card)
+    if live is not None:
+        return live_features(image, live)
+    extractor = from_card(card)
+    (feature,) = extractor.extract([extractor.prepare(image)])
+    boxes = grid_boxes(*card["grid"]) if feature.boxes is None else feature.boxes
+    return FeatureBatch(
+        values=feature.values[None],
+        boxes=boxes[None],
+        num_regions=np.array([len(feature.values)], np.int32),
     )

@@ -105,6 +105,8 @@ def _made(recipe: Recipe, name: str, outputs: Mapping[str, Any]) -> str:
             + f" in {recipe.dataset.path}"
         )
     if name == "extract":
+        if not outputs:
+            return "features are live: made of the pictures of each batch"
         return f"{storage.join(recipe.dataset.path, 'features', outputs['features'])}"
     if name in ("pretrain", "finetune"):
         phases = [

@@ -1,15 +1,16 @@
 """The pretrain and finetune stages: a dataset with features to a model folder."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline import storage
 from pipeline.data.dataset import Dataset, Split
+from pipeline.data.images import LiveConfig
 from pipeline.data.vocabulary import build_tokenizer, load_tokenizer, save_tokenizer
 from pipeline.errors import ConfigError, PipelineError, StageError, StoppedError, TrainingError
-from pipeline.model_files import digest, is_model
+from pipeline.model_files import digest, is_model, read_own
 from pipeline.objectives.objective import ObjectivesConfig
 from pipeline.recipe import MixedInPart, Recipe
 from pipeline.stages.progress import StageProgress
@@ -18,6 +19,7 @@ from pipeline.training.launch import launch_all, read_spec
 from pipeline.training.spec import MixedIn, TrainingConfig, TrainingSpec
 from pipeline.training.trackers import tracking
 from pipeline.vision.feature import extractor_name
+from pipeline.vision.live import backbone_config, live_config
 
 # Raised when the same inputs would give another model.
 PRETRAIN_VERSION = 1
@@ -26,7 +28,10 @@ FINETUNE_VERSION = 1
 
 @dataclass(frozen=True)
 class DataInputs:
-    """What training reads, opened: the newest version of the dataset with its features."""
+    """What training reads, opened: the newest version of the dataset with its features.
+
+    Features are stored under the extractor's name, or `live`: made of the pictures for each batch.
+    """
 
     dataset: Dataset
     extractor: dict[str, Any]  # its card
@@ -36,18 +41,28 @@ class DataInputs:
     def open(cls, recipe: Recipe) -> "DataInputs":
         """Raises ManifestError or FeatureError if an earlier stage has work to do."""
         dataset = Dataset.open(recipe.dataset.path)
-        card = recipe.features.extractor.build("cpu").card()
+        card = recipe.features.card()
         others = ((Dataset.open(other.path), other) for other in recipe.dataset.mixed_in)
         inputs = cls(dataset, card, tuple(others))
         for other, part in inputs.mixed_in:
-            other.split(part.split, inputs.features)
+            other.split(part.split, inputs.live or inputs.features)
         for split in (recipe.dataset.train_split, recipe.dataset.validation_split):
             inputs.split(split)
         return inputs
 
     @property
-    def features(self) -> str:
-        """The extractor's folder under `features/`."""
+    def features(self) -> str | None:
+        """The extractor's folder under `features/`; None if nothing is stored there."""
+        return None if self.live else self.name
+
+    @property
+    def live(self) -> LiveConfig | None:
+        """How pictures become features as they are read, if they do."""
+        return live_config(self.extractor)
+
+    @property
+    def name(self) -> str:
+        """What made the features, in a word."""
         return extractor_name(self.extractor["type"], self.extractor["identity"])
 
     @property
@@ -57,14 +72,15 @@ class DataInputs:
         return (grid[0], grid[1]) if grid else None
 
     def split(self, name: str) -> Split:
-        return self.dataset.split(name, self.features)
+        """Opens a split whose pictures are seen as they are, without augmentation."""
+        return self.dataset.split(name, self.live.whole() if self.live else self.features)
 
     def identity(self, *splits: str) -> dict[str, Any]:
         """Says what there is to learn from in these splits, wherever and in which version."""
         return {
             "dataset": self.dataset.url,
             "content": {split: self.dataset.content(split) for split in splits},
-            "features": self.features,
+            "features": self.name,
             "mixed_in": [
                 {"dataset": other.url, "content": other.content(part.split), "weight": part.weight}
                 for other, part in self.mixed_in
@@ -83,7 +99,7 @@ def pretrain(recipe: Recipe, progress: StageProgress) -> Outcome:
         "code": PRETRAIN_VERSION,
         "inputs": inputs.identity(*_splits(recipe, training)),
         "answers": list(answers),
-        "teachers": {key: _content(place) for key, place in objectives.locations().items()},
+        "teachers": _teachers(objectives.locations()),
         "model": recipe.model.model_dump(mode="json"),
         "objectives": objectives.model_dump(mode="json"),
         "training": training.sequence() | {"precision": training.precision},
@@ -118,9 +134,7 @@ def finetune(recipe: Recipe, progress: StageProgress) -> Outcome:
         "model": recipe.model.model_dump(mode="json"),
         "initial": _content(initial) if initial else None,
         "benchmarks": recipe.benchmarks.model_dump(mode="json"),
-        "teachers": [
-            _content(place) for place in recipe.benchmarks.objectives().locations().values()
-        ],
+        "teachers": list(_teachers(recipe.benchmarks.objectives().locations()).values()),
         "training": training.sequence() | {"precision": training.precision},
         "blind_twin": recipe.training.blind_twin,
         "seed": recipe.training.seed,
@@ -234,6 +248,8 @@ def phase_spec(
         mixed_in=_mixed_in(folder, inputs),
         held_out_split=recipe.dataset.validation_split,
         features=inputs.features,
+        live=inputs.live,
+        backbone=backbone_config(inputs.extractor),
         family=recipe.model.family,
         model=config.model_dump(mode="json"),
         initial=storage.absolute(initial) if initial else None,
@@ -253,7 +269,7 @@ def phase_spec(
                 "dataset": inputs.dataset.url,
                 "version": version,
                 "split": recipe.dataset.train_split,
-                "features": inputs.features,
+                "features": inputs.name,
             },
             "extractor": inputs.extractor,
             "objectives": objectives.settings(),
@@ -358,6 +374,17 @@ def _pretrained(recipe: Recipe) -> str | None:
             f"{folder}: no pretrained model; run `sightline pretrain` with this recipe first"
         )
     return folder
+
+
+def _teachers(locations: Mapping[str, str]) -> dict[str, str]:
+    """Returns what is in each model that is learned from; ConfigError for one with a backbone."""
+    for key, place in locations.items():
+        if backbone_config(read_own(place).get("extractor") or {}):
+            raise ConfigError(
+                f"{key}: {place} sees with a backbone of its own, and a teacher is given features; "
+                "choose one that was trained on stored features or on pixels"
+            )
+    return {key: _content(place) for key, place in locations.items()}
 
 
 def _content(location: str) -> str:

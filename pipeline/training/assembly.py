@@ -1,29 +1,35 @@
 """A training spec to the parts of a run: the module that is trained, its batches, its folder."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline import config, storage
 from pipeline.data.dataset import Dataset, Split, TextKind
-from pipeline.data.loader import AnyOrder, AnySplit, Loader
+from pipeline.data.images import LiveConfig
+from pipeline.data.loader import AnyOrder, AnySplit, Batch, Loader
 from pipeline.data.mixture import MixedOrder, MixedSplit
 from pipeline.data.order import Order
+from pipeline.data.packing import pack, part
 from pipeline.data.vocabulary import load_tokenizer
 from pipeline.model_files import is_model, read_own
 from pipeline.models import families
 from pipeline.models.base import ModelConfig
+from pipeline.models.flops import EncodingFlops
 from pipeline.objectives import stream
 from pipeline.objectives.base import Objective
 from pipeline.objectives.objective import ObjectivesConfig, by_stream
 from pipeline.objectives.stream import ObjectiveModel, StreamCollator
 from pipeline.training import model_folder
 from pipeline.training.evaluation import Evaluate, held_out_losses
+from pipeline.training.model_card import ModelCard
 from pipeline.training.spec import Environment, MixedIn, TrainingSpec
 
 MODEL = "model"  # RUN/<phase>/model
@@ -59,14 +65,16 @@ class Assembly:
 
     `module` maps a micro-batch to (mean loss, {objective: detached mean loss}). `batches` maps
     (start step, rank, world size) to the rank's micro-batches of each step from there to the last.
-    `save` writes the model folder from fp32 weights named as in the module. `evaluate` finds
-    figures of held-out data; None: there is none.
+    `save` writes the model folder from fp32 weights, named as in the module, and their step.
+    `evaluate` finds figures of held-out data; None: there is none. `flops` counts the operations of
+    encoding a micro-batch, forward and backward; None: they cannot be told.
     """
 
     module: nn.Module
     batches: Batches
-    save: Callable[[dict[str, Tensor]], None]
+    save: Callable[[dict[str, Tensor], int], None]
     evaluate: Evaluate | None = None
+    flops: Callable[[Any], int] | None = None
 
 
 def assemble(spec: TrainingSpec) -> Assembly:
@@ -74,13 +82,13 @@ def assemble(spec: TrainingSpec) -> Assembly:
     objectives = ObjectivesConfig.model_validate(spec.objectives).build()
     sizes: ModelConfig = config.check(families.FAMILIES[spec.family].config, spec.model, "model")
     torch.manual_seed(spec.seed)
-    model = families.build(sizes)
+    model = families.build(sizes, spec.backbone.backbone() if spec.backbone else None)
     model.checkpoint_layers = spec.training.recompute_layers
     if spec.initial is not None:
         model_folder.initialise(model, spec.initial, _fresh_modules(spec, spec.initial))
     module = ObjectiveModel(model, objectives).train()
 
-    def save(weights: dict[str, Tensor]) -> None:
+    def save(weights: dict[str, Tensor], step: int) -> None:
         names = [name for name, _ in model.named_parameters()]
         model_folder.save_model(
             storage.join(spec.folder, MODEL),
@@ -88,10 +96,31 @@ def assemble(spec: TrainingSpec) -> Assembly:
             parameters={name: weights[f"model.{name}"] for name in names},
             tokenizer=spec.tokenizer,
             answers=spec.answers,
-            card=spec.card,
+            card=ModelCard(
+                model_type=families.family_of(sizes).model_type,
+                made={**spec.card, "step": step},
+                num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+                num_answers=len(spec.answers),
+            ),
         )
 
-    return Assembly(module, _batches(spec, objectives), save, _evaluation(spec))
+    # Of a model part of which is not trained, the backward pass takes less than twice the forward.
+    flops = None if spec.training.freeze or spec.backbone else _flops(sizes)
+    return Assembly(module, _batches(spec, objectives), save, _evaluation(spec), flops)
+
+
+def _flops(sizes: ModelConfig) -> Callable[[stream.MicroBatch], int]:
+    encoding = EncodingFlops(sizes)
+
+    def flops(batch: stream.MicroBatch) -> int:
+        lengths: Counter[tuple[int, int]] = Counter()
+        for one in batch.streams.values():
+            num_tokens = (~one.inputs.token_padding).sum(dim=1).tolist()
+            num_regions = (~one.inputs.region_padding).sum(dim=1).tolist()
+            lengths.update(zip(num_tokens, num_regions, strict=True))
+        return 3 * sum(count * encoding.of(*of_one) for of_one, count in lengths.items())
+
+    return flops
 
 
 @dataclass(frozen=True)
@@ -100,47 +129,86 @@ class _Feed:
 
     loaders: dict[TextKind, Loader]
     collators: list[StreamCollator]
+    global_batch_size: int
     micro_batch_size: int
+    most_places: int | None  # of a micro-batch; None: all have as many samples
     num_steps: int  # of an epoch of the smallest kind, at least one
 
     def batches(
         self, start: int, stop: int, rank: int, world_size: int
     ) -> Generator[list[stream.MicroBatch], None, None]:
         """Yields for each step in [start, stop) the rank's micro-batches."""
+        read_at_once = self.micro_batch_size
+        if self.most_places is not None:  # all of the rank's share, to be cut here
+            read_at_once = self.global_batch_size // world_size
         with contextlib.ExitStack() as opened:
             sources = [
-                loader.batches(start, stop, rank, world_size, self.micro_batch_size)
+                loader.batches(start, stop, rank, world_size, read_at_once)
                 for loader in self.loaders.values()
             ]
             for source in sources:
                 opened.enter_context(contextlib.closing(source))
             for step in zip(*sources, strict=True):  # for each kind, the step's batches
-                yield [
-                    stream.MicroBatch(
-                        {
-                            collate.stream.name: collate(batches[collate.stream.kind])
-                            for collate in self.collators
-                        }
-                    )
-                    for batches in (
-                        dict(zip(self.loaders, of_kinds, strict=True))
-                        for of_kinds in zip(*step, strict=True)
-                    )
+                read = [
+                    dict(zip(self.loaders, of_kinds, strict=True))
+                    for of_kinds in zip(*step, strict=True)
                 ]
+                if self.most_places is not None:
+                    read = self._cut(read[0], self.most_places)
+                yield [self._collated(batches) for batches in read]
+
+    def _collated(self, batches: Mapping[TextKind, Batch]) -> stream.MicroBatch:
+        return stream.MicroBatch(
+            {
+                collate.stream.name: collate(batches[collate.stream.kind])
+                for collate in self.collators
+            }
+        )
+
+    def _cut(
+        self, share: Mapping[TextKind, Batch], most_places: int
+    ) -> list[dict[TextKind, Batch]]:
+        """Cuts a rank's share of a step by what its examples take as the model shall see them.
+
+        How long a text comes to be is the objectives' doing, so the share is collated to find out.
+        """
+        collated = self._collated(share).streams
+        lengths = []
+        for kind, batch in share.items():
+            passes = [
+                collated[collate.stream.name].inputs
+                for collate in self.collators
+                if collate.stream.kind == kind
+            ]
+            taken = [
+                (~inputs.token_padding).sum(dim=1).numpy() + inputs.region_padding.shape[1]
+                for inputs in passes
+                if len(inputs.tokens)  # else the step trains none of this pass's objectives
+            ]
+            lengths.append(np.stack(taken) if taken else np.zeros((1, len(batch.rows)), np.int64))
+        return [
+            {
+                kind: part(batch, places)
+                for (kind, batch), places in zip(share.items(), of_kinds, strict=True)
+            }
+            for of_kinds in pack(lengths, most_places, self.micro_batch_size)
+        ]
 
 
 def _feed(
     spec: TrainingSpec,
     objectives: list[Objective],
     split_name: str,
+    features: str | LiveConfig | None,
     mixed_in: Sequence[MixedIn] = (),
+    most_places: int | None = None,
 ) -> _Feed:
     tokenizer = load_tokenizer(spec.tokenizer)
     dataset = Dataset.open(spec.dataset, spec.dataset_version)
-    splits = {dataset.split(split_name, spec.features): 1.0}
+    splits = {dataset.split(split_name, features): 1.0}
     for other in mixed_in:
         opened = Dataset.open(other.dataset, other.dataset_version)
-        splits[opened.split(other.split, spec.features)] = other.weight
+        splits[opened.split(other.split, features)] = other.weight
     for objective in objectives:
         objective.open(dataset, split_name)
     collators = [
@@ -162,7 +230,14 @@ def _feed(
             threads=training.loader_threads,
         )
         num_steps.append(max(1, order.num_examples // training.global_batch_size))
-    return _Feed(loaders, collators, training.micro_batch_size, min(num_steps))
+    return _Feed(
+        loaders,
+        collators,
+        training.global_batch_size,
+        training.micro_batch_size,
+        most_places,
+        min(num_steps),
+    )
 
 
 def _ordered(
@@ -179,7 +254,9 @@ def _ordered(
 
 
 def _batches(spec: TrainingSpec, objectives: list[Objective]) -> Batches:
-    feed = _feed(spec, objectives, spec.split, spec.mixed_in)
+    most_places = spec.training.tokens_per_micro_batch
+    features = spec.live or spec.features
+    feed = _feed(spec, objectives, spec.split, features, spec.mixed_in, most_places)
 
     def batches(
         start: int, rank: int, world_size: int
@@ -195,7 +272,10 @@ def _evaluation(spec: TrainingSpec) -> Evaluate | None:
         return None
     # objectives of its own: some open what they read of a split
     feed = _feed(
-        spec, ObjectivesConfig.model_validate(spec.objectives).build(), spec.held_out_split
+        spec,
+        ObjectivesConfig.model_validate(spec.objectives).build(),
+        spec.held_out_split,
+        spec.live.whole() if spec.live else spec.features,
     )
     num_steps = min(feed.num_steps, spec.training.evaluate_batches)
 

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ def engine_config(
     own = {
         "train_batch_size": config.global_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        # of as many samples each; `advance` itself says which micro-batch is a step's last
         "gradient_accumulation_steps": config.accumulation_steps(environment.world_size),
         "gradient_clipping": 0.0 if config.zero_stage == 0 else config.clip_norm,
         "bf16": {"enabled": precision == "bf16"},
@@ -123,42 +124,59 @@ class Engine:
                 setattr(self._engine.optimizer.loss_scaler, name, value)
 
     def advance(
-        self, micro_batches: list[Batch]
+        self, micro_batches: Sequence[Batch], shares: Sequence[float] | None = None
     ) -> tuple[list[tuple[Tensor, Mapping[str, Tensor]]], float]:
         """Makes one update from this rank's micro-batches.
 
-        Returns (loss, losses by objective) of each micro-batch, detached, and the norm of the
-        whole gradient before clipping. If a loss on any rank or the gradient is not finite, the
-        norm is not finite either, no update is made, and `skipped` counts the step.
+        `shares` are what each counts for in the mean of their losses; left out, all count alike.
+        Returns (loss, losses by objective) of each micro-batch, detached, and the norm of the whole
+        gradient before clipping. If a loss on any rank or the gradient is not finite, the norm is
+        not finite either, no update is made, and `skipped` counts the step.
         """
-        if len(micro_batches) != self._accumulation:
-            raise TrainingError(
-                f"a step has {self._accumulation} micro-batches on each rank, "
-                f"found {len(micro_batches)}"
-            )
+        if shares is None:
+            shares = [1 / len(micro_batches)] * len(micro_batches)
+        num_passes = self._num_passes(len(micro_batches))
         rate = self.learning_rate()
         for group in self._engine.basic_optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         losses = []
         norm: Any = 0.0
-        for index, batch in enumerate(micro_batches):
-            loss, parts = self._engine(batch)
-            losses.append((loss.detach(), parts))
+        for index in range(num_passes):
+            last = index == num_passes - 1
+            self._engine.set_gradient_accumulation_boundary(last)
+            # Ranks make each pass together: one with fewer micro-batches repeats, for nothing.
+            counts = index < len(micro_batches)
+            loss, parts = self._engine(micro_batches[index if counts else 0])
+            share = shares[index] if counts else 0.0
+            if counts:
+                losses.append((loss.detach(), parts))
             # A loss of infinity may have a finite gradient; times NaN it has none on any rank.
             whole = torch.stack([loss.detach(), *parts.values()]).isfinite().all()
-            self._engine.backward(loss * torch.where(whole, 1.0, math.nan))
-            if self._stage == 0 and index == self._accumulation - 1:
+            self._engine.backward(loss * torch.where(whole, share, math.nan), scale_wrt_gas=False)
+            if self._stage == 0 and last:
                 # DeepSpeed would clip here as well, and throw the norm away.
                 parameters = self._engine.module.parameters()
                 norm = float(nn.utils.clip_grad_norm_(parameters, self._clip_norm))
                 if not math.isfinite(norm):
                     self._engine.module.zero_grad(set_to_none=True)  # AdamW leaves these alone
-            self._engine.step()
+        self._engine.step()
         if self._stage:
             norm = float(self._engine.get_global_grad_norm())  # infinite if no update was made
         self._step += 1
         self.skipped += not math.isfinite(norm)
         return losses, norm
+
+    def _num_passes(self, mine: int) -> int:
+        """Returns the micro-batches of the rank that has most."""
+        if self._training.tokens_per_micro_batch is None:
+            if mine != self._accumulation:
+                raise TrainingError(
+                    f"a step has {self._accumulation} micro-batches on each rank, found {mine}"
+                )
+            return mine
+        most = torch.tensor(mine, device=self.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return int(most)
 
     def learning_rate(self) -> float:
         """Returns the rate of the next update, where no factor changes it."""
@@ -307,7 +325,6 @@ class Engine:
         if self._stage in (1, 2):
             self._engine.optimizer.update_lp_params()
         self._engine.global_steps = self._step
-        self._engine.micro_steps = self._step * self._accumulation
 
     def _link_moments(self) -> None:
         """Makes stages 1 and 2 find each parameter's moments in their flat partitions.

@@ -14,6 +14,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -23,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from pipeline import storage
 from pipeline.config import Config
@@ -39,6 +40,8 @@ Assembled = Callable[[TrainingSpec], "Assembly"]
 SPEC = "spec.json"  # RUN/<phase>/spec.json: what the phase is, for those who read its folder
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_CONNECT = 5.0
+_RESIZING = b"resizing"  # in a request to stop that its maker takes back
+SECONDS_BETWEEN_RESIZES = 60.0  # ranks start anew with each, which takes some ten seconds
 
 
 class ClusterConfig(Config):
@@ -51,15 +54,29 @@ class ClusterConfig(Config):
     runner: Literal["ray", "process"] = "ray"
     address: str | None = None  # null: a Ray of our own on this machine; auto; or host:port
     workers: PositiveInt = 1  # ranks
+    # A run starts, and goes on after losing nodes, on as few ranks as these where there is no room
+    # for `workers`, and takes in more when nodes come; null: it waits for room.
+    min_workers: PositiveInt | None = None
     cpus_per_worker: PositiveInt = 1
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
     max_failures: int = Field(default=3, ge=0)  # restarts after a lost worker, per launch
+    # Operations that a worker's device can make in a second at best, in the precision that is
+    # trained in: what MFU is a share of. Null: those of a GPU that is known.
+    device_flops: PositiveFloat | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.runner == "process" and self.address is not None:
             raise ValueError(f"runner=process runs here and has no use for address={self.address}")
+        if self.runner == "process" and self.min_workers is not None:
+            raise ValueError("runner=process loses and gains no nodes; leave min_workers out")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}")
         return self
+
+    def world_sizes(self) -> range:
+        """Returns the numbers of ranks that a run may have."""
+        return range(self.min_workers or self.workers, self.workers + 1)
 
 
 def start_ray(cluster: ClusterConfig) -> None:
@@ -135,10 +152,14 @@ def launch_all(
     from pipeline.training.loop import finished_result
 
     for spec in specs:
-        spec.training.accumulation_steps(cluster.workers)  # refused here, before anything starts
+        for world_size in cluster.world_sizes():  # refused here, before anything starts
+            spec.training.accumulation_steps(world_size)
     finished = [finished_result(spec) for spec in specs]
     if all(finished):
         return [result for result in finished if result is not None]
+    if cluster.device_flops is not None:
+        stated = {"device_flops": cluster.device_flops}
+        specs = [spec.model_copy(update=stated) for spec in specs]
     listeners: list[Progress] = []
     if os.environ.get("RANK", "0") == "0":  # under torchrun, one of the ranks tells
         listeners.append(on_progress)
@@ -228,21 +249,13 @@ def _run_on_ray(
     from pipeline.training.loop import finished_result
 
     finished_before = {spec.folder for spec in specs if finished_result(spec)}
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    class EndOnRefusal(UserCallback):  # type: ignore[misc]
-        """Keeps Ray from repeating what fails the same way each time: an error of our own."""
-
-        def after_exception(
-            self,
-            run_context: Any,  # noqa: ARG002 (Ray passes it by name)
-            worker_exceptions: dict[int, Any],
-        ) -> None:
-            refusal = _refusal(worker_exceptions)
-            if refusal is not None:
-                raise refusal
-
+    is_elastic = cluster.min_workers is not None
+    if is_elastic:
+        for name, value in _ELASTIC_SETTINGS.items():
+            os.environ.setdefault(name, value)
     resources = {"CPU": float(cluster.cpus_per_worker)}
     if cluster.gpus_per_worker:
         resources["GPU"] = float(cluster.gpus_per_worker)
@@ -263,7 +276,8 @@ def _run_on_ray(
             timeout_s=_timeout_seconds(specs),
         ),
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers,
+            num_workers=((cluster.min_workers, cluster.workers) if is_elastic else cluster.workers),
+            elastic_resize_monitor_interval_s=SECONDS_BETWEEN_RESIZES,
             use_gpu=cluster.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),
@@ -271,7 +285,7 @@ def _run_on_ray(
             name=uuid.uuid4().hex,  # never continued: its snapshot may be torn, ours cannot
             storage_path=storage.absolute(state),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[EndOnRefusal()],
+            callbacks=_callbacks(specs),
         ),
     )
     try:
@@ -281,6 +295,63 @@ def _run_on_ray(
     finally:
         storage.remove(state)
     return _results(specs, finished_before)
+
+
+def _callbacks(specs: Sequence[TrainingSpec]) -> list[Any]:
+    """Returns what Ray Train's controller is to do beside its own."""
+    from ray.train import UserCallback
+    from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+    from ray.train.v2._internal.execution.controller.state import ResizingState
+
+    folders = [spec.folder for spec in specs]
+    seconds = _timeout_seconds(specs)
+
+    class EndOnRefusal(UserCallback):  # type: ignore[misc]
+        """Keeps Ray from repeating what fails the same way each time: an error of our own."""
+
+        def after_exception(
+            self,
+            run_context: Any,  # noqa: ARG002 (Ray passes it by name)
+            worker_exceptions: dict[int, Any],
+        ) -> None:
+            refusal = _refusal(worker_exceptions)
+            if refusal is not None:
+                raise refusal
+
+    class SaveBeforeResizing(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
+        """Lets ranks write a checkpoint before Ray ends them to start more: no step is repeated."""
+
+        def after_worker_group_training_start(self, worker_group: Any) -> None:
+            self._ranks = worker_group
+
+        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:  # noqa: ARG002
+            if isinstance(current_state, ResizingState):
+                with _asked_to_leave(folders):
+                    deadline = time.monotonic() + seconds
+                    while time.monotonic() < deadline:
+                        time.sleep(SECONDS_BETWEEN_LOOKS)
+                        status = self._ranks.poll_status(timeout=SECONDS_BETWEEN_LOOKS)
+                        if status.finished or status.errors:
+                            return
+
+    return [EndOnRefusal(), SaveBeforeResizing()]
+
+
+@contextlib.contextmanager
+def _asked_to_leave(folders: Sequence[str]) -> Iterator[None]:
+    """Has ranks write a checkpoint and return, inside the block; what others ask stays asked."""
+    from pipeline.training.loop import STOP
+
+    requests = [storage.join(folder, STOP) for folder in folders]
+    for request in requests:
+        if not storage.exists(request):
+            storage.write_bytes(request, _RESIZING)
+    try:
+        yield
+    finally:
+        for request in requests:
+            if storage.exists(request) and storage.read_bytes(request) == _RESIZING:
+                storage.remove(request)
 
 
 def _fit(trainer: Any) -> None:
@@ -468,13 +539,18 @@ _GAUGES = {
     "tokens_per_second": "Real tokens and regions trained on, over all ranks",
     "step_seconds": "Time from one step to the next",
     "data_wait_fraction": "Share of the time in which ranks waited for data",
-    "mfu": "Share of the devices' best rate of computing that was useful",
+    "mfu": "Share of the devices' best rate of computing that the encoder made use of",
 }
 _RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray looks at its ranks every two seconds; a start and an end wait for a few such looks.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+}
+_ELASTIC_SETTINGS = {
+    # For twenty seconds after a node's end Ray counts on it, and tries to start as many ranks as
+    # before; it would wait a minute for each try.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
 }
 _LOCAL_RAY_SETTINGS = {
     # With 127.0.0.1 as the node's address, it makes every one of Ray's sockets listen there only.

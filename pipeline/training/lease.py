@@ -9,8 +9,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 
-import fsspec
-
 from pipeline import storage
 from pipeline.errors import StorageError, TrainingError
 
@@ -104,7 +102,7 @@ class _Lease:
             if found != seen:
                 seen, changed = found, now
             free = found[1] == _RELEASED or now - changed > SECONDS_UNTIL_DEAD
-            if free and self._create(newest + 1):
+            if free and storage.create(self._location(newest + 1), self._owner.encode()):
                 break
             if now - began > SECONDS_TO_WAIT:
                 raise TrainingError(f"{self._folder}: another process is training here")
@@ -128,17 +126,6 @@ class _Lease:
                 if time.monotonic() - heard > SECONDS_UNTIL_DEAD:
                     self._lost.set()
                     return
-
-    def _create(self, number: int) -> bool:
-        """Whether this process is the one that made the object."""
-        filesystem, path = fsspec.core.url_to_fs(self._location(number))
-        try:
-            filesystem.pipe_file(path, self._owner.encode(), mode="create")
-        except FileExistsError:
-            return False
-        except OSError as error:
-            raise StorageError(f"{self._folder}: cannot be locked: {error}") from error
-        return True
 
     def _newest(self) -> int:
         return max(self._numbers(), default=0)

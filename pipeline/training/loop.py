@@ -30,6 +30,7 @@ from pipeline.training.engine import Engine
 from pipeline.training.keeper import Keeper
 from pipeline.training.lease import IsLost, only_writer
 from pipeline.training.metrics_log import MetricsLog, read_metrics
+from pipeline.training.peak import peak_flops
 from pipeline.training.prefetch import Prefetch
 from pipeline.training.spec import Environment, TrainingResult, TrainingSpec
 from pipeline.training.tally import Tally
@@ -104,6 +105,7 @@ class _StepFigures:
     num_samples: int
     num_tokens: int
     num_places: int  # tokens, regions and their padding
+    flops: float  # that encoding took, forward and backward; 0 if nobody asks
     wait_seconds: float  # for data, averaged over ranks
     stop: bool
     lost: bool  # the folder is another process's by now
@@ -131,6 +133,7 @@ class _Run:
         self.assembled = assembled
         self.assembly = assembled(spec)
         self.evaluate = self.assembly.evaluate
+        self.device_flops = self._device_flops()
         self.log: MetricsLog | None = None  # rank 0's
         self.checkpoints = storage.join(spec.folder, CHECKPOINTS)
         writer = checkpoint.Writer(
@@ -212,7 +215,7 @@ class _Run:
         """Trains from `start` on; returns the last step, and whether a stop was requested."""
         config, environment = self.config, self.environment
         source = self.assembly.batches(start, environment.rank, environment.world_size)
-        meter = _Meter()
+        meter = _Meter(self.device_flops and self.device_flops * environment.world_size)
         step = start
         with Prefetch(source, config.prefetch_steps) as ahead:
             while step < config.steps and not self.tally.is_patience_spent(config):
@@ -223,10 +226,12 @@ class _Run:
                 torch.manual_seed(step_seed(self.spec.seed, step, environment.rank))
                 engine = self.engine
                 rate = engine.learning_rate()
+                counts = [batch.num_samples for batch in micro_batches]
+                shares = [count / sum(counts) for count in counts]
                 losses, norm = engine.advance(
-                    [batch.to(engine.device, engine.dtype) for batch in micro_batches]
+                    [batch.to(engine.device, engine.dtype) for batch in micro_batches], shares
                 )
-                figures = self._gather(micro_batches, losses, norm, wait_seconds)
+                figures = self._gather(micro_batches, shares, losses, norm, wait_seconds)
                 if figures.lost:
                     raise TrainingError(f"{self.spec.folder}: another process trains here by now")
                 meter.add(figures)
@@ -258,10 +263,6 @@ class _Run:
             return
         line = meter.line(step, figures, rate)
         line["skipped_steps"] = self.engine.skipped
-        flops, device_flops = self.spec.flops_per_token, self.spec.device_flops
-        if flops is not None and device_flops is not None:
-            of_all_ranks = device_flops * self.environment.world_size
-            line["mfu"] = round(line["tokens_per_second"] * flops / of_all_ranks, 4)
         scale = self.engine.loss_scale()
         if scale is not None:
             line["loss_scale"] = scale["cur_scale"]
@@ -285,23 +286,22 @@ class _Run:
     def _gather(
         self,
         micro_batches: Sequence[MicroBatch],
+        shares: Sequence[float],
         losses: list[tuple[Tensor, Any]],
         norm: float,
         wait_seconds: float,
     ) -> _StepFigures:
         """Tells every rank what all of them did."""
         names = sorted(losses[0][1])
-        means = (
-            torch.stack(
-                [torch.stack([loss, *(parts[name] for name in names)]) for loss, parts in losses]
-            )
-            .double()
-            .mean(dim=0)
-        )
+        found = torch.stack(
+            [torch.stack([loss, *(parts[name] for name in names)]) for loss, parts in losses]
+        ).double()
+        means = found.new_tensor(shares) @ found
         counts = [
             sum(batch.num_samples for batch in micro_batches),
             sum(batch.num_tokens for batch in micro_batches),
             sum(batch.num_places for batch in micro_batches),
+            self._flops(micro_batches),
             wait_seconds,
             self._is_stop_requested(),
             self.is_lost(),
@@ -320,12 +320,29 @@ class _Run:
             num_samples=int(sums[0]),
             num_tokens=int(sums[1]),
             num_places=int(sums[2]),
-            wait_seconds=float(sums[3]) / len(table),
-            stop=bool(sums[4]),
-            lost=bool(sums[5]),
-            written=int(sums[6]) == len(table),
+            flops=float(sums[3]),
+            wait_seconds=float(sums[4]) / len(table),
+            stop=bool(sums[5]),
+            lost=bool(sums[6]),
+            written=int(sums[7]) == len(table),
             fault=self._fault(["loss", *names], table, norm),
         )
+
+    def _device_flops(self) -> float | None:
+        """Returns the best that this rank's device can do, if MFU can be told from it."""
+        if self.assembly.flops is None:
+            return None
+        if self.spec.device_flops is not None:
+            return self.spec.device_flops
+        if not self.environment.device.startswith("cuda"):
+            return None
+        precision = self.config.resolved_precision(self.environment.device)
+        return peak_flops(torch.cuda.get_device_name(self.environment.device), precision)
+
+    def _flops(self, micro_batches: Sequence[MicroBatch]) -> float:
+        if self.device_flops is None or self.assembly.flops is None:
+            return 0.0
+        return float(sum(map(self.assembly.flops, micro_batches)))
 
     def _is_stop_requested(self) -> bool:
         now = time.monotonic()
@@ -393,9 +410,10 @@ class _Run:
 
     def _finish(self, step: int) -> TrainingResult:
         """Writes the model folder and, last, the file that says the run is complete."""
-        weights = self._final_weights(step)
+        chosen = self._chosen(step)
+        weights = self._weights(chosen, step)
         if self.is_first:
-            self.assembly.save(weights)
+            self.assembly.save(weights, chosen)
             loss, steps = self._last_loss(), self.config.steps
             document = {
                 "sequence": self.spec.sequence(),
@@ -410,15 +428,19 @@ class _Run:
         assert finished is not None
         return replace(finished, already_finished=False)
 
-    def _final_weights(self, step: int) -> dict[str, Tensor]:
-        """Returns the weights of the model folder on rank 0, as the config wants them."""
-        averaged = self.config.model_weights == "average"
+    def _chosen(self, step: int) -> int:
+        """Returns the step whose weights the model folder gets."""
         best = self.tally.best_step
-        if not self.config.keep_best or best is None or best == step:
+        return best if self.config.keep_best and best is not None else step
+
+    def _weights(self, chosen: int, step: int) -> dict[str, Tensor]:
+        """Returns the weights of a step on rank 0, as the config wants them; `step` is the last."""
+        averaged = self.config.model_weights == "average"
+        if chosen == step:
             return self.engine.weights(averaged)
         if not self.is_first:
             return {}
-        location = storage.join(self.checkpoints, checkpoint.name_of(best))
+        location = storage.join(self.checkpoints, checkpoint.name_of(chosen))
         with tempfile.TemporaryDirectory(prefix="sightline-") as cache:
             manifest = checkpoint.verify(location, Path(cache))
             read = checkpoint.reader(location, manifest, Path(cache))
@@ -444,11 +466,14 @@ class _Run:
 class _Meter:
     """Adds up steps until a line is logged."""
 
-    def __init__(self) -> None:
+    def __init__(self, peak_flops: float | None) -> None:
+        """`peak_flops` are what all ranks' devices together can make in a second, if known."""
+        self._peak_flops = peak_flops
         self._reset()
 
     def _reset(self) -> None:
         self._began = time.perf_counter()
+        self._flops = 0.0
         self._num_samples = 0
         self._num_tokens = 0
         self._wait_seconds = 0.0
@@ -456,6 +481,7 @@ class _Meter:
     def add(self, figures: _StepFigures) -> None:
         self._num_samples += figures.num_samples
         self._num_tokens += figures.num_tokens
+        self._flops += figures.flops
         self._wait_seconds += figures.wait_seconds
 
     def leave_out(self, seconds: float) -> None:
@@ -478,6 +504,8 @@ class _Meter:
             "data_wait_fraction": round(self._wait_seconds / seconds, 4),
             "time": time.time(),
         }
+        if self._peak_flops is not None:
+            line["mfu"] = round(self._flops / seconds / self._peak_flops, 4)
         self._reset()
         return line
 

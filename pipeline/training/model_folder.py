@@ -1,6 +1,7 @@
 """A trained model as others open it: a folder in the Hugging Face layout.
 
     config.json  model.safetensors  tokenizer.json …   what `transformers` reads
+    backbone.safetensors                               the network that it sees with, if its own
     sightline.json                                     answers, extractor card, data version
     README.md                                          the model card
 
@@ -10,11 +11,10 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import __version__, storage
 from pipeline.data.vocabulary import load_tokenizer
@@ -30,9 +30,19 @@ from pipeline.model_files import (
 from pipeline.models import families
 from pipeline.models.base import ModelConfig, VisionLanguageModel
 from pipeline.models.layouts import LoadReport
+from pipeline.models.live import BACKBONE, LiveModel
+from pipeline.training.model_card import ModelCard
+from pipeline.vision.backbone import NETWORK
+from pipeline.vision.live import backbone_config
+from pipeline.vision.weights import assign, load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+PAGE = "README.md"
+# A state dict with torchvision's names: `weights` of a grid extractor, whose features are the same.
+BACKBONE_WEIGHTS = "backbone.safetensors"
+_NETWORK = f"{BACKBONE}.{NETWORK}."  # before its names, in those of the whole model
 
 
 @dataclass(frozen=True)
@@ -52,25 +62,31 @@ def save_model(
     parameters: Mapping[str, Tensor],
     tokenizer: str,
     answers: Sequence[str],
-    card: Mapping[str, Any],
+    card: ModelCard,
 ) -> None:
     """Writes a model folder. `tokenizer` is the folder or vocab.txt whose files are copied."""
     document, tensors = families.to_saved(config, parameters, answers)
     storage.write_bytes(storage.join(folder, CONFIG), _json(document))
-    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    storage.write_bytes(storage.join(folder, WEIGHTS), weights)
+    storage.write_bytes(storage.join(folder, WEIGHTS), _safetensors(tensors))
+    network = {
+        name.removeprefix(_NETWORK): parameter.detach().contiguous()
+        for name, parameter in parameters.items()
+        if name.startswith(_NETWORK)
+    }
+    if network:
+        storage.write_bytes(storage.join(folder, BACKBONE_WEIGHTS), _safetensors(network))
     for name, payload in _tokenizer_files(tokenizer).items():
         storage.write_bytes(storage.join(folder, name), payload)
-    storage.write_bytes(storage.join(folder, "README.md"), _readme(document, card).encode())
-    own = {**card, "answers": list(answers), "sightline": __version__}
+    storage.write_bytes(storage.join(folder, PAGE), card.page().encode())
+    own = {**card.made, "answers": list(answers), "sightline": __version__}
     storage.write_bytes(storage.join(folder, OWN), _json(own))
 
 
 def load_model(folder: str) -> ModelFolder:
     """Opens a model folder of ours, or raises ModelError saying what is missing or damaged."""
     document, tensors = read_weights(folder)
-    model, _ = families.from_saved(document, tensors)
     card = read_own(folder)
+    model, _ = families.from_saved(document, tensors, backbone=_backbone(folder, card))
     answers = tuple(card.pop("answers"))
     return ModelFolder(model.eval(), load_tokenizer(folder), answers, card)
 
@@ -79,12 +95,29 @@ def initialise(model: VisionLanguageModel, location: str, fresh: Sequence[str] =
     """Takes over weights, and raises ModelError naming each that is missing or does not fit.
 
     From a folder: ours, BERT's, a decoder's, or another in the HF layout; or from one file of a
-    family's authors. `fresh` names modules that keep their initialisation whatever is there.
+    family's authors. `fresh` names modules that keep their initialisation whatever is there. A
+    folder's backbone is taken over by a model that has one.
     """
+    backbone = storage.join(location, BACKBONE_WEIGHTS)
+    if isinstance(model, LiveModel) and storage.exists(backbone):
+        assign(model.backbone.get_submodule(NETWORK), load(backbone), backbone)
     if is_original(location):
         return families.load_weights(model, read_original(location), "original", fresh)
     document, tensors = read_weights(location)
     return families.load_weights(model, tensors, families.layout_of(model, document), fresh)
+
+
+def _backbone(folder: str, card: Mapping[str, Any]) -> nn.Module | None:
+    """Returns the network that a model sees with, if it has one of its own."""
+    network = backbone_config(card.get("extractor") or {})
+    if network is None:
+        return None
+    weights = storage.join(folder, BACKBONE_WEIGHTS)
+    return network.model_copy(update={"weights": weights}).backbone()
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    return safetensors.torch.save(dict(tensors), metadata={"format": "pt"})
 
 
 def _tokenizer_files(location: str) -> dict[str, bytes]:
@@ -96,40 +129,3 @@ def _tokenizer_files(location: str) -> dict[str, bytes]:
 
 def _json(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document, indent=2, ensure_ascii=False).encode()
-
-
-def _readme(document: Mapping[str, Any], card: Mapping[str, Any]) -> str:
-    """A model card: what made this model, for a reader who has only the folder."""
-    data = card.get("data", {})
-    extractor = card.get("extractor") or {}
-    training = card.get("training", {})
-    rows = {
-        "family": document["model_type"],
-        "phase": card.get("phase", ""),
-        "dataset": PurePosixPath(str(data.get("dataset", ""))).name,
-        "dataset version": data.get("version", ""),
-        "visual features": f"{extractor.get('type', 'none')} ({extractor.get('identity', '')})",
-        "steps": training.get("steps", ""),
-        "global batch": training.get("global_batch_size", ""),
-        "learning rate": training.get("learning_rate", ""),
-        "seed": card.get("seed", ""),
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"""---
-library_name: transformers
-tags: [vision-language, {document["model_type"]}]
----
-# A vision–language model trained with Sightline {__version__}
-
-| | |
-|---|---|
-{table}
-
-Use it: `sightline predict MODEL --image photo.jpg --question "What is this?"`.
-`transformers` opens the folder too; give it features as its extractor, described in
-`{OWN}`, makes them. With `position_fourier` in `{CONFIG}`, each region's features end in that
-many sines and cosines of its box.
-
-It knows what its training data showed it and no more: expect it to be wrong, and to repeat that
-data's biases, elsewhere.
-"""

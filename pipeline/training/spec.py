@@ -7,8 +7,10 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from pipeline import storage
 from pipeline.config import Config
+from pipeline.data.images import LiveConfig
 from pipeline.data.loader import BatchConfig
 from pipeline.errors import ConfigError
+from pipeline.vision.grid import GridConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -35,6 +37,10 @@ class TrainingConfig(BatchConfig):
     # the factor of the last of them.
     learning_rate_factors: dict[str, PositiveFloat] = Field(default_factory=dict)
     freeze: tuple[str, ...] = ()  # patterns of parameters that are not trained
+    # Micro-batches are cut by what they take: at most so many tokens and regions with their
+    # padding, of texts of like length, and at most `micro_batch_size` samples. A sample that takes
+    # more is one by itself. None: each has `micro_batch_size` samples.
+    tokens_per_micro_batch: PositiveInt | None = None
     warmup_steps: int = Field(default=0, ge=0)
     decay: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: float = Field(default=0.01, ge=0)  # not applied to norms and biases
@@ -82,6 +88,8 @@ class TrainingConfig(BatchConfig):
                 f"global_batch_size={self.global_batch_size} is not a multiple of "
                 f"micro_batch_size={self.micro_batch_size}"
             )
+        if self.tokens_per_micro_batch is not None and self.group_by_length:
+            raise ValueError("tokens_per_micro_batch groups by length; leave group_by_length out")
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is more than steps={self.steps}")
         if self.zero_stage == 0 and self.precision in ("bf16", "fp16"):
@@ -113,6 +121,7 @@ class TrainingConfig(BatchConfig):
         """
         absent = {
             "micro_batch_size",
+            "tokens_per_micro_batch",
             "precision",
             "zero_stage",
             "recompute_layers",
@@ -180,7 +189,9 @@ class TrainingSpec(Config):
     split: str = "train"
     mixed_in: tuple[MixedIn, ...] = ()
     held_out_split: str | None = None  # what is evaluated on while training
-    features: str | None  # the extractor's folder name; None: text only
+    features: str | None  # the extractor's folder name; None: live features, or text only
+    live: LiveConfig | None = None  # pictures instead of stored features
+    backbone: GridConfig | None = None  # the network that makes features of them in the model
     family: str
     model: dict[str, Any]
     initial: str | None = None  # a model folder whose weights are taken over
@@ -191,9 +202,8 @@ class TrainingSpec(Config):
     blind: bool = False  # the twin that never sees an image
     seed: int = Field(default=0, ge=0)
     training: TrainingConfig
-    # For the fraction of the device's arithmetic that the model makes use of (MFU): operations per
-    # token of one step, forward and backward, and what one rank's device can make in a second.
-    flops_per_token: PositiveFloat | None = None
+    # Operations that one rank's device can make in a second, for the share that the model makes use
+    # of (MFU); None: those of a GPU that is known.
     device_flops: PositiveFloat | None = None
     # what the model folder records beside the weights
     card: dict[str, Any] = Field(default_factory=dict)
@@ -217,7 +227,6 @@ class TrainingSpec(Config):
             "tokenizer",
             "initial",
             "card",
-            "flops_per_token",
             "device_flops",
         ):
             del spec[name]

@@ -22,6 +22,7 @@ from pydantic import Field
 
 from pipeline import storage
 from pipeline.config import Config
+from pipeline.data.foreign_tar import ForeignTar
 from pipeline.data.manifest import Manifest
 from pipeline.data.shard_files import ShardFiles, default_cache
 from pipeline.errors import ConfigError, FeatureError, PipelineError
@@ -150,15 +151,18 @@ def extract(
 
 def plan_sidecars(manifest: Manifest, extractor: str) -> tuple[list[SidecarPlan], int]:
     """Returns the shards with live samples that lack features, and how many live samples do not."""
-    samples = manifest.samples(["key", "shard", "split"])
+    samples = manifest.samples(["key", "shard", "split", "tar"])
     listed = manifest.features(extractor).rows(["key", "shard"])
     missing = samples.join(listed, ["key", "shard"], join_type="left anti")
     stale = samples.filter(pc.is_in(samples["shard"], pc.unique(missing["shard"])))
     live: dict[tuple[str, str], set[str]] = {}
+    tars: dict[str, ForeignTar] = {}  # of the shards that refer to images
     for row in stale.to_pylist():
         live.setdefault((row["split"], row["shard"]), set()).add(row["key"])
+        if row["tar"] is not None:
+            tars[row["shard"]] = ForeignTar.named(row["tar"])
     plans = [
-        SidecarPlan(manifest.url, split, shard, frozenset(keys))
+        SidecarPlan(manifest.url, split, shard, frozenset(keys), tars.get(shard))
         for (split, shard), keys in sorted(live.items())
     ]
     return plans, samples.num_rows - missing.num_rows

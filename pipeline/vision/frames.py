@@ -17,9 +17,9 @@ from pipeline.vision.feature import (
     wrapped_identity,
 )
 from pipeline.vision.image import Prepared, Step, cell_boxes, preprocess
-from pipeline.vision.kind import is_video
 from pipeline.vision.packing import Storage, pack_one, packing_parts
-from pipeline.vision.video import FramesConfig, read_frames
+from pipeline.vision.video import FramesConfig, has_frames, read_frames
+from pipeline.vision.window import AnyWindow
 
 
 class ImageExtractor(Extractor, Protocol):
@@ -58,12 +58,14 @@ class FramesExtractor:
         extractor: ImageExtractor,
         config: FramesConfig,
         stored: Storage,
+        window: AnyWindow = None,
     ) -> None:
         self._extractor = extractor
         self._exact = extractor.exact()
         self._grid = extractor.card()["grid"]  # of a frame
         self._config = config
         self._storage = stored
+        self._window = window
         self._pyav = pyav_version()
 
     @property
@@ -74,10 +76,11 @@ class FramesExtractor:
     def card(self) -> dict[str, Any]:
         card = self._extractor.card()
         rule = self._config.rule()
+        windowed = {"windowed": True} if self._window else {}  # as they were not always
         (entry,) = card["environments"]
         parts = {name: part for name, part in card["parts"].items() if name != "scales"}
         return card | {
-            "identity": wrapped_identity(card["identity"], "frames", rule),
+            "identity": wrapped_identity(card["identity"], "frames", rule | windowed),
             "selection": card["selection"] | {"frames": rule},
             "num_regions": card["num_regions"] * self._config.largest(),
             "grid": None,
@@ -90,10 +93,10 @@ class FramesExtractor:
         }
 
     def prepare(self, image: bytes) -> Clip:
-        if not is_video(image):
+        if not has_frames(image):
             picture = self._extractor.prepare(image)
             return Clip(picture.pixels, picture.view, (picture,), (0.0,))
-        seconds, pictures = zip(*read_frames(image, self._config), strict=True)
+        seconds, pictures = zip(*read_frames(image, self._config, self._window), strict=True)
         frames = tuple(preprocess(pixels, self._extractor.steps) for pixels in pictures)
         return Clip(frames[0].pixels, frames[0].view, frames, seconds)
 

@@ -3,7 +3,7 @@
 import copy
 import difflib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -28,6 +28,8 @@ from pipeline.vision.packing import describe_storage, pack, packing_parts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from pipeline.vision.backbone import Backbone
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green, blue in [0, 1], as all torchvision weights
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -68,6 +70,12 @@ class GridConfig(NetworkConfig):
     def load(self, device: str) -> "GridExtractor":
         return GridExtractor(self, device)
 
+    def backbone(self) -> "Backbone":
+        """Returns the network as a part of a model that is trained with it."""
+        from pipeline.vision.backbone import Backbone
+
+        return Backbone(_load(self).network, self.image_size)
+
 
 class GridExtractor:
     """Computes (H * W, C) features, cells row by row, C channels each.
@@ -82,15 +90,8 @@ class GridExtractor:
         self._config = config
         self._device = device
         self.steps = config.steps()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(weights.RANDOM_SEED)
-            network = _cut(config.network, config.node)
-        if config.weights == "random":
-            self._weights, self._digest = config.weights, weights.digest(network)
-            weights.calibrate(network, network, config.image_size)
-        else:
-            self._weights = weights.fill(network, config.network, config.weights)
-            self._digest = weights.digest(network)
+        loaded = _load(config)
+        network, self._weights, self._digest = loaded.network, loaded.weights, loaded.digest
         self._dim, self._grid = _grid_shape(network, config)
         self._network = network.to(memory_format=torch.channels_last).to(device)
         self._mean, self._std = (
@@ -161,6 +162,28 @@ class GridExtractor:
         twin = copy.copy(self)
         twin._config = self._config.model_copy(update={"storage": "float32"})
         return twin
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    network: "nn.Module"
+    weights: str  # where they came from: default, random or a file
+    digest: str
+
+
+def _load(config: GridConfig) -> _Loaded:
+    """Returns the network up to its node with its weights; FeatureError if they cannot be had."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(weights.RANDOM_SEED)
+        network = _cut(config.network, config.node)
+    if config.weights == "random":
+        loaded = _Loaded(network, config.weights, weights.digest(network))
+        weights.calibrate(network, network, config.image_size)
+        return loaded
+    location = weights.fill(network, config.network, config.weights)
+    return _Loaded(network, location, weights.digest(network))
 
 
 def _cut(name: str, node: str) -> "nn.Module":

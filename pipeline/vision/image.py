@@ -14,8 +14,8 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
+from pipeline.data.kind import is_dicom, is_video
 from pipeline.errors import FeatureError
-from pipeline.vision.kind import is_dicom, is_video
 from pipeline.vision.window import (
     AnyWindow,
     Window,
@@ -48,7 +48,12 @@ def decode(payload: bytes, window: AnyWindow = None) -> Pixels:
     and 32-bit integer images are refused: they do not say which value is white.
     """
     if is_dicom(payload):
-        return decode_dicom(payload, window)
+        images, _ = decode_dicom(payload, window)
+        if len(images) > 1:
+            raise FeatureError(
+                f"a DICOM of {len(images)} images; set extractor.frames, as for a video"
+            )
+        return images[0]
     if is_video(payload):
         raise FeatureError("a video; set extractor.frames to {count: 8}, or to {rate: 1} a second")
     try:

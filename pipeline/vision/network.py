@@ -44,7 +44,7 @@ class NetworkConfig(Config):
         network = self.load(device)
         if self.frames is None:
             return network
-        return FramesExtractor(network, self.frames, self.storage)
+        return FramesExtractor(network, self.frames, self.storage, self.window)
 
 
 def fit_if_absent(url: str, config: NetworkConfig) -> None:

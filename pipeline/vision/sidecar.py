@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.data.foreign_tar import ForeignTar, ImageReference
 from pipeline.data.manifest import FEATURES
 from pipeline.data.sample import Sample
 from pipeline.data.shard import ShardWriter, shard_location
@@ -36,6 +37,7 @@ class SidecarPlan:
     split: str
     shard: str
     live: frozenset[str]
+    tar: ForeignTar | None = None  # that holds the images, if the shard only refers to them
 
     def location(self) -> str:
         """Where the shard is."""
@@ -105,18 +107,32 @@ def write_sidecar(
 
 
 def shard_images(plan: SidecarPlan, files: ShardFiles) -> Generator[tuple[str, bytes], None, None]:
-    """Yields key and image of every sample of a shard that has one, in the shard's order."""
+    """Yields key and image of every sample of a shard that has one, in the shard's order.
+
+    Images that the shard refers to come from the tar of others that holds them. One that is not
+    there as it was is a ShardError if its sample is live; else it is left out.
+    """
     file = files.open(plan.location())
+    images = None if plan.tar is None else files.open(plan.tar)
     with os.fdopen(os.dup(file.descriptor), "rb") as stream:
         stream.seek(0)
         try:
             with tarfile.open(fileobj=stream, mode="r:") as tar:
                 for member in tar:
                     key, _, suffix = member.name.partition(".")
-                    if suffix != "json":
-                        image = tar.extractfile(member)
-                        assert image is not None, member.name  # we write plain files only
-                        yield key, image.read()
+                    if suffix == "json":
+                        continue
+                    stored = tar.extractfile(member)
+                    assert stored is not None, member.name  # we write plain files only
+                    image = stored.read()
+                    if images is not None:
+                        try:
+                            image = ImageReference.from_json(image).read(images.descriptor)
+                        except ShardError as error:
+                            if key in plan.live:
+                                raise ShardError(f"{plan.tar}: sample {key!r}: {error}") from error
+                            continue
+                    yield key, image
         except (tarfile.TarError, OSError) as error:
             raise ShardError(f"{plan.location()}: cannot be read ({error})") from error
 

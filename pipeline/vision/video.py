@@ -14,9 +14,10 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pipeline.config import Config
+from pipeline.data.kind import is_dicom, is_video, is_zip
 from pipeline.errors import FeatureError
 from pipeline.vision.image import Pixels, decode
-from pipeline.vision.kind import ZIP
+from pipeline.vision.window import AnyWindow, decode_dicom, num_images
 
 Frame = tuple[float, Pixels]  # seconds since the first frame, and the picture
 
@@ -27,7 +28,8 @@ class FramesConfig(Config):
     count: int | None = Field(default=None, ge=1, le=4096)  # in the middle of as many equal parts
     rate: float | None = Field(default=None, gt=0)  # frames a second, from the first one on
     most: int = Field(default=256, ge=1)  # a video with more at this rate is refused
-    # Frames a second of a video that comes as a folder of pictures (a ZIP of them, by name).
+    # Frames a second of a video that comes as a folder of pictures (a ZIP of them, by name), or
+    # as a DICOM that does not say.
     folder_rate: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
@@ -45,13 +47,21 @@ class FramesConfig(Config):
         return self.most if self.count is None else self.count
 
 
-def read_frames(payload: bytes, config: FramesConfig) -> list[Frame]:
+def has_frames(payload: bytes) -> bool:
+    """Whether a part is a video, a folder of frames, or a DICOM of several images."""
+    return is_video(payload) or (is_dicom(payload) and num_images(payload) > 1)
+
+
+def read_frames(payload: bytes, config: FramesConfig, window: AnyWindow = None) -> list[Frame]:
     """Returns the frames that the rule asks for, in order of time, none of them twice.
 
-    Raises FeatureError if the video cannot be read or has more frames than `most`.
+    The window is for DICOM and for 16-bit pictures. Raises FeatureError if the video cannot be read
+    or has more frames than `most`.
     """
-    if payload.startswith(ZIP):
-        return _folder_frames(payload, config)
+    if is_zip(payload):
+        return _folder_frames(payload, config, window)
+    if is_dicom(payload):
+        return _dicom_frames(payload, config, window)
     try:
         import av
     except ImportError as error:
@@ -111,20 +121,34 @@ def _video_frames(container: Any, config: FramesConfig) -> Iterator[Frame]:
         yield seconds[place], np.ascontiguousarray(turned)
 
 
-def _folder_frames(payload: bytes, config: FramesConfig) -> list[Frame]:
+def _dicom_frames(payload: bytes, config: FramesConfig, window: AnyWindow) -> list[Frame]:
+    pictures, seconds = decode_dicom(payload, window)
+    if seconds is None and len(pictures) > 1:
+        seconds = 1 / _folder_rate("a DICOM of several images", config)
+    times = [place * (seconds or 0) for place in range(len(pictures))]
+    return [(times[place], pictures[place]) for place in choose(times, config)]
+
+
+def _folder_rate(what: str, config: FramesConfig) -> float:
     if config.folder_rate is None:
         raise FeatureError(
-            "a folder of frames, which does not say how many there are a second; set "
+            f"{what}, which does not say how many there are a second; set "
             "extractor.frames.folder_rate"
         )
+    return config.folder_rate
+
+
+def _folder_frames(payload: bytes, config: FramesConfig, window: AnyWindow) -> list[Frame]:
+    rate = _folder_rate("a folder of frames", config)
     try:
         with zipfile.ZipFile(io.BytesIO(payload)) as folder:
             names = sorted(name for name in folder.namelist() if not name.endswith("/"))
             if not names:
                 raise FeatureError("a folder of frames without any")
-            times = [place / config.folder_rate for place in range(len(names))]
+            times = [place / rate for place in range(len(names))]
             return [
-                (times[place], decode(folder.read(names[place]))) for place in choose(times, config)
+                (times[place], decode(folder.read(names[place]), window))
+                for place in choose(times, config)
             ]
     except (zipfile.BadZipFile, OSError) as error:
         raise FeatureError(f"a folder of frames that cannot be read: {error}") from error

@@ -4,8 +4,9 @@ A window is what radiologists read images by: which values lie between black and
 those of the modality (Hounsfield units of a CT) where the file says how to get them.
 """
 
+import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -43,37 +44,74 @@ def apply_window(values: npt.NDArray[Any], window: Window) -> npt.NDArray[np.uin
     return levels
 
 
-def decode_dicom(payload: bytes, window: AnyWindow) -> npt.NDArray[np.uint8]:
-    """Returns a DICOM image as RGB (height, width, 3), or raises FeatureError saying why not.
+def decode_dicom(
+    payload: bytes, window: AnyWindow
+) -> tuple[list[npt.NDArray[np.uint8]], float | None]:
+    """Returns a DICOM's images as RGB (height, width, 3), and the seconds from one to the next.
 
     Grey values are rescaled as the file says and windowed; MONOCHROME1, whose least value is
-    white, is turned over. Colours of eight bits are left as they are.
+    white, is turned over. Colours of eight bits are left as they are. The seconds are None if the
+    file does not say. Raises FeatureError saying why it cannot be shown.
     """
-    try:
-        import pydicom
+    with _faults_told(payload):
         from pydicom.pixels.processing import apply_rescale
         from pydicom.pixels.utils import pixel_array
+
+        dataset = _read(payload)
+        values = pixel_array(dataset)
+        images = values if _num_images(dataset) > 1 else values[None]
+        return [
+            _colours(image)
+            if image.ndim == 3
+            else _grey(apply_rescale(image, dataset), dataset, window)
+            for image in images
+        ], _seconds(dataset)
+
+
+def num_images(payload: bytes) -> int:
+    """Returns how many images a DICOM holds, from its header; raises FeatureError."""
+    with _faults_told(payload):
+        return _num_images(_read(payload, stop_before_pixels=True))
+
+
+@contextlib.contextmanager
+def _faults_told(payload: bytes) -> Iterator[None]:
+    try:
+        yield
+    except FeatureError:
+        raise
     except ImportError as error:
         raise FeatureError(
             "a DICOM image, which needs pydicom: pip install 'sightline[dicom]'"
         ) from error
-    try:
-        dataset = pydicom.dcmread(io.BytesIO(payload))
-        frames = int(dataset.get("NumberOfFrames") or 1)
-        if frames > 1:
-            raise FeatureError(f"a DICOM of {frames} images; expected one")
-        values = pixel_array(dataset)
-        if values.ndim == 3:
-            return _colours(values)
-        grey = apply_window(apply_rescale(values, dataset), _window(dataset, window))
-        if dataset.PhotometricInterpretation == "MONOCHROME1":
-            grey = 255 - grey
-    except FeatureError:
-        raise
     except Exception as error:  # readers let many kinds through on damaged files
         raise FeatureError(
             f"not a readable DICOM image ({type(error).__name__}: {error}); {len(payload)} bytes"
         ) from error
+
+
+def _read(payload: bytes, **options: bool) -> Any:
+    import pydicom
+
+    return pydicom.dcmread(io.BytesIO(payload), **options)
+
+
+def _num_images(dataset: Any) -> int:
+    return int(dataset.get("NumberOfFrames") or 1)
+
+
+def _seconds(dataset: Any) -> float | None:
+    """Returns the time from one image to the next: FrameTime is in milliseconds."""
+    if dataset.get("FrameTime"):
+        return float(dataset.FrameTime) / 1000
+    rate = dataset.get("CineRate") or dataset.get("RecommendedDisplayFrameRate")
+    return 1 / float(rate) if rate else None
+
+
+def _grey(values: npt.NDArray[Any], dataset: Any, window: AnyWindow) -> npt.NDArray[np.uint8]:
+    grey = apply_window(values, _window(dataset, window))
+    if dataset.PhotometricInterpretation == "MONOCHROME1":
+        grey = 255 - grey
     return np.repeat(grey[:, :, None], 3, axis=2)
 
 

@@ -1,4 +1,4 @@
-"""Counting by shapes, against torch's own counter watching the model run."""
+"""Counting by shapes, against torch's own counter watching the whole model run."""
 
 import pytest
 import torch
@@ -35,11 +35,3 @@ def test_a_base_sized_step_is_about_six_operations_for_each_weight_and_place() -
     encoder = 12 * (4 * 768 * 768 + 2 * 768 * 3072)
     found = flops.step_flops(visualbert_config("base"), [32], 36, 0)
     assert found == pytest.approx(6 * encoder * 68, rel=0.06)
-
-
-def test_peaks_are_found_by_the_devices_name() -> None:
-    assert flops.peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12
-    assert flops.peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
-    assert flops.peak_flops("NVIDIA A100-SXM4-80GB", "fp32") == 19.5e12
-    assert flops.peak_flops("NVIDIA L4", "bf16") == 121e12
-    assert flops.peak_flops("some GPU", "bf16") is None

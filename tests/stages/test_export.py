@@ -119,7 +119,7 @@ def test_any_checkpoint_gives_its_own_state(finished: Path, tmp_path: Path, phot
     assert all(torch.equal(last[name], tensor) for name, tensor in weights(folders[3]).items())
     assert any(not torch.equal(last[name], one) for name, one in weights(folders[2]).items())
     page = (folders[2] / "README.md").read_text()
-    assert "was not scored on held-out data. In training at step 2: loss " in page
+    assert "Not scored on held-out data when this was written. In training at step 2: loss " in page
     assert "taken from training at step 2 of 3" in page
 
 

@@ -29,6 +29,7 @@ from pipeline.training.loop import train
 from pipeline.training.spec import Environment, TrainingConfig, TrainingSpec
 
 OnStep = Callable[[int, int], None]
+Sizes = Callable[[int, int], list[int]]
 Assembled = Callable[..., Assembly]
 
 FEATURES, WIDTH, CLASSES = 5, 7, 3  # odd sizes: no stage divides them evenly over two ranks
@@ -101,8 +102,13 @@ def make_spec(folder: Path | str, **training: Any) -> TrainingSpec:
     )
 
 
-def stand_in(spec: TrainingSpec, on_step: OnStep | None = None) -> Assembly:
-    """`on_step` is called with (step, rank) as a rank begins a step, from 1."""
+def stand_in(
+    spec: TrainingSpec, on_step: OnStep | None = None, sizes: Sizes | None = None
+) -> Assembly:
+    """`on_step` is called with (step, rank) as a rank begins a step, from 1.
+
+    `sizes` are the micro-batches of (step, rank), if they are not those of the config.
+    """
     torch.manual_seed(spec.seed)
     config = spec.training
 
@@ -115,13 +121,15 @@ def stand_in(spec: TrainingSpec, on_step: OnStep | None = None) -> Assembly:
             rows = torch.stack([_row(spec.seed, step, place) for place in places])
             parts = [
                 StandInBatch(part[:, :FEATURES], part[:, FEATURES:], len(part), 3 * len(part), 12)
-                for part in torch.split(rows, config.micro_batch_size)
+                for part in torch.split(
+                    rows, sizes(step, rank) if sizes else config.micro_batch_size
+                )
             ]
             if on_step:
                 parts[0] = replace(parts[0], on_taken=partial(on_step, step + 1, rank))
             yield parts
 
-    def save(weights: dict[str, Tensor]) -> None:
+    def save(weights: dict[str, Tensor], _: int) -> None:
         location = storage.join(spec.folder, "model", "model.safetensors")
         storage.write_bytes(location, safetensors.torch.save(weights))
 
@@ -131,6 +139,17 @@ def stand_in(spec: TrainingSpec, on_step: OnStep | None = None) -> Assembly:
 def without_dropout(spec: TrainingSpec, on_step: OnStep | None = None) -> Assembly:
     """A rank draws dropout for its own samples; without it, the loss knows no world size."""
     assembly = stand_in(spec, on_step)
+    assembly.module.dropout.p = 0.0  # type: ignore[union-attr]
+    return assembly
+
+
+def unevenly(spec: TrainingSpec, on_step: OnStep | None = None) -> Assembly:
+    """Two ranks' four samples each, in micro-batches of all sizes, and seldom as many on both."""
+
+    def sizes(step: int, rank: int) -> list[int]:
+        return [[4], [1, 3], [2, 1, 1], [1, 1, 1, 1]][(step + 2 * rank + step // 4) % 4]
+
+    assembly = stand_in(spec, on_step, sizes)
     assembly.module.dropout.p = 0.0  # type: ignore[union-attr]
     return assembly
 

@@ -9,15 +9,17 @@ import pytest
 import torch
 
 from pipeline.data.vocabulary import build_tokenizer
+from pipeline.models.flops import EncodingFlops
 from pipeline.training.assembly import Assembly, assemble
 from pipeline.training.loop import train
 from pipeline.training.metrics_log import read_metrics
 from pipeline.training.model_folder import load_model
-from pipeline.training.spec import Environment, TrainingSpec
+from pipeline.training.spec import Environment, TrainingConfig, TrainingSpec
 from tests.data.tiny_dataset import EXTRACTOR, make_dataset, make_texts
 from tests.training.stand_in import in_processes, train_on
 
 HERE = Environment(rank=0, world_size=1, local_rank=0, device="cpu")
+TRAINING = {"steps": 6, "global_batch_size": 12, "micro_batch_size": 3}
 ANSWERS = ("yes", "no", "a cat")
 SIZES = {
     "feature_dim": 8,
@@ -54,7 +56,17 @@ def make_spec(data: Path, folder: Path, **changes: Any) -> TrainingSpec:
         "max_tokens": 9,
         "objectives": {"mlm": {}, "itm": {}, "lm": {}},
         "seed": 3,
-        "training": {"steps": 6, "global_batch_size": 12, "micro_batch_size": 3},
+        "card": {
+            "recipe": "tiny",
+            "family": "visualbert",
+            "phase": changes.get("phase", "pretrain"),
+            "max_tokens": 9,
+            "data": {"dataset": "tiny", "version": 1, "split": "train", "features": EXTRACTOR},
+            "objectives": changes.get("objectives", {}),
+            "training": TrainingConfig.model_validate(TRAINING).model_dump(mode="json"),
+            "seed": 3,
+        },
+        "training": TRAINING,
     }
     return TrainingSpec.model_validate(spec | changes)
 
@@ -119,6 +131,77 @@ def test_objectives_of_two_kinds_of_text_share_a_step(data: Path, tmp_path: Path
     assert batch.num_samples == 6
 
 
+@pytest.mark.parametrize("blind", [False, True])
+def test_micro_batches_take_at_most_so_many_places_and_a_step_is_the_same(
+    data: Path, tmp_path: Path, blind: bool
+) -> None:
+    objectives: dict[str, Any] = {"answer": {}, "lm": {}, "itm": {}}
+    most = 90
+    spec, plain = (
+        make_spec(
+            data,
+            tmp_path,
+            objectives=objectives,
+            answers=ANSWERS,
+            blind=blind,
+            training=TRAINING | {"micro_batch_size": 6, "tokens_per_micro_batch": tokens},
+        )
+        for tokens in (most, None)
+    )
+    streams = ("captions-full", "captions-prefix", "questions-full")
+    for rank in range(2):
+        cut = list(assemble(spec).batches(0, rank, 2))
+        whole = list(assemble(plain).batches(0, rank, 2))
+        for micro_batches, (share,) in zip(cut, whole, strict=True):
+            batches: list[Any] = list(micro_batches)
+            assert len(batches) > 1
+            for batch in batches:
+                sizes = {len(batch.streams[stream].inputs.tokens) for stream in streams}
+                assert len(sizes) == 1
+                assert batch.num_places <= most or sizes == {1}
+            assert sum(batch.num_samples for batch in batches) == share.num_samples
+            for stream in streams:
+                assert sorted(words(batches, stream)) == sorted(words([share], stream))
+
+
+def test_the_mean_loss_is_that_over_samples_however_they_are_cut(
+    data: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for tokens in (None, 70, 1):  # with one, each sample is by itself
+        training = TRAINING | {"micro_batch_size": 12, "tokens_per_micro_batch": tokens}
+        assembly = assemble(make_spec(data, tmp_path, training=training))
+        assembly.module.eval()
+        (step, *_) = assembly.batches(0, 0, 1)
+        counts = [batch.num_samples for batch in step]
+        with torch.no_grad():
+            found = [assembly.module(batch)[0].item() for batch in step]
+        losses.append(np.average(found, weights=counts))
+    assert len(step) == 12
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_operations_are_those_of_real_tokens_and_regions(data: Path, tmp_path: Path) -> None:
+    assembly = assemble(make_spec(data, tmp_path))
+    assert assembly.flops is not None
+    (batch, *_), *_ = assembly.batches(0, 0, 1)
+    for one in batch.streams.values():  # type: ignore[attr-defined]
+        one.inputs.token_padding[0, 4:] = True
+        one.inputs.region_padding[1, :2] = True
+    encoding = EncodingFlops(assembly.module.model.config)  # type: ignore[union-attr,arg-type]
+    expected = [
+        encoding.of(int((~padding).sum()), int((~regions).sum()))
+        for one in batch.streams.values()  # type: ignore[attr-defined]
+        for padding, regions in zip(
+            one.inputs.token_padding, one.inputs.region_padding, strict=True
+        )
+    ]
+    assert len(set(expected)) == 3
+    assert assembly.flops(batch) == 3 * sum(expected)
+    frozen = make_spec(data, tmp_path, training=TRAINING | {"freeze": ("model.embed*",)})
+    assert assemble(frozen).flops is None
+
+
 def test_the_blind_twin_sees_no_region(data: Path, tmp_path: Path) -> None:
     batch: Any
     (batch, *_), *_ = assemble(make_spec(data, tmp_path, blind=True)).batches(0, 0, 1)
@@ -136,22 +219,24 @@ def test_every_rank_starts_from_the_same_weights(data: Path, tmp_path: Path) -> 
 @pytest.mark.usefixtures("alone")
 def test_held_out_losses_are_found_while_training(data: Path, tmp_path: Path) -> None:
     """Here of the training split itself, which is what the tiny dataset has features for."""
-    training = {"steps": 6, "global_batch_size": 12, "micro_batch_size": 3}
     spec = make_spec(
-        data, tmp_path, held_out_split="train", training=training | {"evaluate_every_steps": 3}
+        data, tmp_path, held_out_split="train", training=TRAINING | {"evaluate_every_steps": 3}
     )
     train(spec, HERE)
     found = [line["evaluation"] for line in read_metrics(spec.folder) if "evaluation" in line]
     assert [set(line) for line in found] == [{"loss", "mlm", "itm", "lm"}] * 2
     assert found[0]["loss"] == pytest.approx(sum(found[0][name] for name in ("mlm", "itm", "lm")))
-    plain = make_spec(data, tmp_path / "plain", training=training)
+    plain = make_spec(data, tmp_path / "plain")
     train(plain, HERE)
     assert read_metrics(plain.folder)[-1]["loss"] == read_metrics(spec.folder)[-1]["loss"]
 
 
 @pytest.mark.usefixtures("alone")
 def test_a_model_is_pretrained_saved_and_fine_tuned(data: Path, tmp_path: Path) -> None:
-    pretrain = make_spec(data, tmp_path / "pretrain", card={"phase": "pretrain"})
+    pretrain = make_spec(
+        data,
+        tmp_path / "pretrain",
+    )
     assert train(pretrain, HERE).model_folder == str(tmp_path / "pretrain" / "model")
     assert set(read_metrics(pretrain.folder)[0]["losses"]) == {"mlm", "itm", "lm"}
     saved = load_model(str(tmp_path / "pretrain" / "model"))
@@ -204,9 +289,11 @@ def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "precision", "tokens"), [(1, "fp32", None), (3, "bf16", None), (2, "fp32", 60)]
+)
 def test_the_real_model_trains_on_two_ranks_and_goes_on_bit_by_bit(
-    data: Path, tmp_path: Path, stage: int, precision: str
+    data: Path, tmp_path: Path, stage: int, precision: str, tokens: int | None
 ) -> None:
     training = {
         "steps": 6,
@@ -215,6 +302,7 @@ def test_the_real_model_trains_on_two_ranks_and_goes_on_bit_by_bit(
         "checkpoint_every_steps": 2,
         "zero_stage": stage,
         "precision": precision,
+        "tokens_per_micro_batch": tokens,
     }
     unbroken, broken = (
         make_spec(data, tmp_path / name, training=training) for name in ("unbroken", "broken")

@@ -1,5 +1,7 @@
 import json
 import math
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +328,29 @@ def test_the_weights_are_the_modules_state_dict_in_fp32(tmp_path: Path) -> None:
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
     for name, tensor in expected.items():  # they went through bf16 when the engine was built
         assert torch.allclose(weights[name], tensor, rtol=1e-2)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_micro_batches_of_any_sizes_make_the_same_update(tmp_path: Path, stage: int) -> None:
+    """The mean over the samples is that of the micro-batches weighted by their samples."""
+    made: list[dict[str, Tensor]] = []
+    for sizes in ([2, 2, 2, 2], [1, 4, 3], [8]):
+        spec = make_spec(tmp_path, zero_stage=stage, tokens_per_micro_batch=100)
+        module, parts = StandIn(), partial(stand_in, sizes=lambda *_, sizes=sizes: sizes)
+        torch.manual_seed(0)
+        module.load_state_dict(stand_in(spec).module.state_dict())
+        module.dropout.p = 0.0
+        engine = Engine(module, spec.training, HERE)
+        norms = []
+        for batches in islice(parts(spec).batches(0, 0, 1), 4):
+            shares = [batch.num_samples / 8 for batch in batches]
+            norms.append(engine.advance(list(batches), shares)[1])
+        made.append({**engine.weights(), "norms": torch.tensor(norms)})
+        engine.close()
+    for other in made[1:]:
+        for name, tensor in made[0].items():
+            assert torch.allclose(tensor, other[name], atol=1e-6)
 
 
 @pytest.mark.usefixtures("alone")

@@ -25,9 +25,9 @@ from pipeline.training.loop import finished_result
 from pipeline.training.metrics_log import read_metrics
 from pipeline.training.spec import TrainingSpec
 from tests.training import stand_in
-from tests.training.driver import SEVERAL_NODES, STEPS
-from tests.training.stand_in import make_spec, train_on, unhurried
-from tests.training.test_loop import curve, events
+from tests.training.driver import ELASTIC, ELASTIC_STEPS, SEVERAL_NODES, STEPS, world_sizes
+from tests.training.stand_in import make_spec, train_on, unhurried, without_dropout
+from tests.training.test_loop import curve, events, losses
 
 PROCESS = ClusterConfig(runner="process")
 TWO_WORKERS = ClusterConfig(workers=2)
@@ -98,6 +98,22 @@ def test_a_batch_that_the_workers_cannot_share_is_refused_before_anything_starts
     with pytest.raises(ConfigError, match="not a positive multiple"):
         launch.launch(make_spec(tmp_path), ClusterConfig(workers=3), print)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_that_some_number_of_workers_cannot_share_is_refused(tmp_path: Path) -> None:
+    elastic = ClusterConfig(workers=4, min_workers=2)
+    with pytest.raises(ConfigError, match=r"not a positive multiple of .* 3 ranks"):
+        launch.launch(make_spec(tmp_path), elastic, print)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_range_of_workers_is_one_and_needs_nodes() -> None:
+    assert list(ClusterConfig(workers=3).world_sizes()) == [3]
+    assert list(ClusterConfig(workers=3, min_workers=1).world_sizes()) == [1, 2, 3]
+    with pytest.raises(ConfigError, match="min_workers=3 is more than workers=2"):
+        config.check(ClusterConfig, {"workers": 2, "min_workers": 3}, "cluster")
+    with pytest.raises(ConfigError, match="loses and gains no nodes"):
+        config.check(ClusterConfig, {"runner": "process", "min_workers": 1}, "cluster")
 
 
 def test_an_address_has_no_use_in_one_process() -> None:
@@ -356,3 +372,21 @@ def test_a_run_that_loses_a_node_goes_on_with_another(
     (resumed,) = events(spec, "resumed")
     assert resumed["world_size"] == 2
     assert curve(spec) == curve(unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("token")
+def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(tmp_path: Path) -> None:
+    steady = make_spec(tmp_path / "steady", steps=ELASTIC_STEPS)
+    train_on(2, steady, without_dropout)
+    spec = make_spec(tmp_path / "run", steps=ELASTIC_STEPS)
+    told = json.loads(ended(drive(spec.folder, ELASTIC), seconds=240))
+    assert told["states"] == ["finished"]
+    assert world_sizes(spec) == [2, 1, 2]
+    # no step is repeated for a node that comes
+    (stopped,) = events(spec, "stopped")
+    assert (
+        events(spec, "resumed")[1]["step"] == stopped["step"] > events(spec, "resumed")[0]["step"]
+    )
+    assert losses(spec) == pytest.approx(losses(steady), abs=1e-5)
+    assert [line["step"] for line in read_metrics(spec.folder)] == list(range(1, ELASTIC_STEPS + 1))

@@ -66,18 +66,3 @@ def test_a_writer_that_was_given_up_learns_of_it(object_store: str) -> None:
             threading.Event().wait(0.05)
         assert is_lost()
     assert storage.read_bytes(storage.join(object_store, ".lock-00000002")) == b"another"
-
-
-def test_of_two_that_come_at_once_one_gets_the_folder(object_store: str) -> None:
-    start, taken = threading.Barrier(2), []
-
-    def take() -> None:
-        start.wait()
-        taken.append(lease._Lease(object_store)._create(1))
-
-    threads = [threading.Thread(target=take) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(taken) == [False, True]

@@ -29,6 +29,7 @@ from tests.training.stand_in import (
     train_and_die,
     train_on,
     train_until,
+    unevenly,
     wait_for_writers,
     without_dropout,
 )
@@ -108,6 +109,25 @@ def test_a_run_goes_on_with_other_ranks_and_stages_within_rounding(tmp_path: Pat
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_ranks_with_other_numbers_of_micro_batches_train_as_with_the_same(
+    tmp_path: Path, stage: int
+) -> None:
+    plain = make_spec(tmp_path / "plain", zero_stage=stage)
+    train_on(2, plain, without_dropout)
+    settings: dict[str, Any] = {"zero_stage": stage, "tokens_per_micro_batch": 100}
+    unbroken, broken = (make_spec(tmp_path / name, **settings) for name in ("unbroken", "broken"))
+    train_on(2, unbroken, unevenly)
+    for line, expected in zip(curve(unbroken), curve(plain), strict=True):
+        assert line["losses"] == pytest.approx(expected["losses"], abs=1e-6)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    in_processes(2, train_and_die, broken, 1, 6, unevenly)
+    train_on(2, broken, unevenly)
+    assert [event["step"] for event in events(broken, "resumed")] == [3]
+    assert curve(broken) == curve(unbroken)
+    assert weights(broken) == weights(unbroken)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("policy", ["skip", "roll_back"])
 def test_a_run_with_a_step_that_is_not_finite_resumes_bit_by_bit(
     tmp_path: Path, stage: int, policy: str
@@ -173,16 +193,23 @@ class TestAlone:
             assert line["grad_norm"] > 0
         assert [round(line["lr"] / 0.02, 4) for line in lines[:3]] == [0.5, 1.0, 1.0]
 
-    def test_the_use_made_of_the_device_is_logged_where_both_figures_are_known(
+    def test_the_use_made_of_a_device_is_logged_where_its_best_is_known(
         self, tmp_path: Path
     ) -> None:
-        spec = make_spec(tmp_path / "run").model_copy(update={"flops_per_token": 5e3})
-        known = spec.model_copy(update={"device_flops": 1e6, "folder": str(tmp_path / "known")})
-        train(spec, HERE, stand_in)
-        train(known, HERE, stand_in)
+        spec = make_spec(tmp_path / "run")
+        stated = {"device_flops": 1e6, "folder": str(tmp_path / "stated")}
+
+        def counted(spec: TrainingSpec) -> Assembly:
+            return replace(stand_in(spec), flops=lambda batch: 5000 * batch.num_tokens)
+
+        train(spec, HERE, counted)
         assert all("mfu" not in line for line in read_metrics(spec.folder))
-        for line in read_metrics(known.folder):
-            assert line["mfu"] == pytest.approx(line["tokens_per_second"] * 5e3 / 1e6, abs=1e-4)
+        train(spec.model_copy(update=stated), HERE, counted)
+        for line in read_metrics(str(tmp_path / "stated")):
+            assert line["mfu"] == pytest.approx(line["tokens_per_second"] * 5e3 / 1e6, rel=1e-3)
+        uncountable = stated | {"folder": str(tmp_path / "uncountable")}
+        train(spec.model_copy(update=uncountable), HERE, stand_in)
+        assert all("mfu" not in line for line in read_metrics(str(tmp_path / "uncountable")))
 
     def test_only_every_so_many_steps_are_logged_and_the_last(self, tmp_path: Path) -> None:
         spec = make_spec(tmp_path / "run", log_every_steps=3)
@@ -212,7 +239,7 @@ class TestAlone:
     def test_a_run_that_died_before_its_model_was_written_writes_it(self, tmp_path: Path) -> None:
         spec = make_spec(tmp_path / "run")
 
-        def refuse(_: dict[str, Tensor]) -> None:
+        def refuse(_: dict[str, Tensor], step: int) -> None:  # noqa: ARG001
             raise InterruptedError
 
         with pytest.raises(InterruptedError):
@@ -365,7 +392,7 @@ class TestAlone:
         spec = make_spec(tmp_path / "run", evaluate_every_steps=1, patience=1)
         found = iter([1.0, 2.0])
 
-        def refuse(_: dict[str, Tensor]) -> None:
+        def refuse(_: dict[str, Tensor], step: int) -> None:  # noqa: ARG001
             raise InterruptedError
 
         def dying(spec: TrainingSpec) -> Assembly:

@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 import pytest
+import webdataset
 
 from pipeline.data.dataset import Dataset
+from pipeline.data.ingest import IngestConfig, ingest
 from pipeline.data.manifest import Manifest
-from pipeline.errors import ConfigError, FeatureError
+from pipeline.data.sources.webdataset import WebDatasetSourceConfig
+from pipeline.data.verify import verify
+from pipeline.errors import ConfigError, FeatureError, ShardError
 from pipeline.vision import extract as module
 from pipeline.vision.extract import ExtractConfig, ExtractProgress, ExtractReport, extract
 from pipeline.vision.grid import GridConfig
@@ -277,3 +281,46 @@ class TestOnActors:
                 break
             time.sleep(0.1)
         return found
+
+
+def test_images_in_tars_of_others_get_the_features_that_copies_get(tmp_path: Path) -> None:
+    images = pictures(7)
+    (tmp_path / "tars").mkdir()
+    for name, keys in (("a", sorted(images)[:4]), ("b", sorted(images)[4:])):
+        with webdataset.TarWriter(str(tmp_path / "tars" / f"{name}.tar")) as writer:
+            for key in keys:
+                writer.write({"__key__": f"deep.er/{key}", "jpg": images[key], "txt": key})
+    before = {path: path.read_bytes() for path in (tmp_path / "tars").iterdir()}
+    found = {}
+    for in_place in (True, False):
+        url = str(tmp_path / f"in-place-{in_place}")
+        tars: dict[str, Any] = {"type": "webdataset", "shards": {"train": str(tmp_path / "tars")}}
+        source = WebDatasetSourceConfig(**tars, in_place=in_place).build()
+        ingest(source, url, IngestConfig(shards_in_flight=0))
+        report = extract(url, PIXELS, HERE)
+        split = Dataset.open(url).split("train", report.extractor)
+        values = split.features(range(7)).values
+        found[in_place] = dict(zip(split.keys.tolist(), values, strict=True))
+        assert verify(url).faults == ()
+        assert extract(url, PIXELS, HERE).num_shards == 0
+    assert list(map(len, found.values())) == [7, 7]
+    for key, values in found[True].items():
+        np.testing.assert_array_equal(values, found[False][key])
+    assert {path: path.read_bytes() for path in (tmp_path / "tars").iterdir()} == before
+
+
+def test_a_replaced_tar_of_others_stops_the_run_and_is_named(tmp_path: Path) -> None:
+    images, tar = pictures(3), tmp_path / "a.tar"
+    with webdataset.TarWriter(str(tar)) as writer:
+        for key in images:
+            writer.write({"__key__": key, "jpg": images[key], "txt": key})
+    source = WebDatasetSourceConfig(type="webdataset", shards={"train": str(tar)}).build()
+    ingest(source, str(tmp_path / "out"), IngestConfig(shards_in_flight=0))
+    status, payload = tar.stat(), tar.read_bytes()
+    tar.write_bytes(payload.replace(b"\xff\xd8", b"\xff\xd9"))
+    os.utime(tar, ns=(status.st_atime_ns, status.st_mtime_ns))  # nothing else gives it away
+    with pytest.raises(ShardError, match=r"a\.tar: sample .*expected an image of .* bytes at byte"):
+        extract(str(tmp_path / "out"), PIXELS, HERE)
+    tar.touch()
+    with pytest.raises(ShardError, match=r"a\.tar: the tar has changed since it was indexed"):
+        extract(str(tmp_path / "out"), PIXELS, HERE)

@@ -1,3 +1,6 @@
+import io
+import zipfile
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -5,8 +8,9 @@ from hypothesis import strategies as st
 
 from pipeline.config import check
 from pipeline.errors import ConfigError, FeatureError
-from pipeline.vision.video import FramesConfig, choose, read_frames
-from tests.vision.video_files import HEIGHT, WIDTH, folder, frame, level, turned, video
+from pipeline.vision.video import FramesConfig, choose, has_frames, read_frames
+from pipeline.vision.window import Window
+from tests.vision.video_files import HEIGHT, WIDTH, dicom, folder, frame, level, turned, video
 
 EIGHT = FramesConfig(count=8)
 
@@ -98,3 +102,33 @@ def test_a_damaged_video_is_refused(share: float) -> None:
 def test_one_rule_is_given(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="either count or rate"):
         check(FramesConfig, settings, "recipe")
+
+
+@pytest.mark.parametrize(
+    ("stated", "seconds"),
+    [({"FrameTime": 40}, 0.04), ({"CineRate": 10}, 0.1), ({}, 0.5)],  # else as folder_rate says
+)
+def test_a_dicom_of_several_images_is_a_video(stated: dict[str, float], seconds: float) -> None:
+    values = np.stack([np.full((4, 6), level) for level in (0, 50, 100)])
+    pixels = values.astype("<i2").tobytes()
+    payload = dicom(values[0], NumberOfFrames=3, PixelData=pixels, **stated)
+    window = Window(center=50.5, width=101)
+    found = read_frames(payload, FramesConfig(count=3, folder_rate=2), window)
+    assert [second for second, _ in found] == pytest.approx([0, seconds, 2 * seconds])
+    assert [int(picture[0, 0, 0]) for _, picture in found] == [0, 128, 255]
+    assert found[1][1].shape == (4, 6, 3)
+    assert has_frames(payload)
+    assert not has_frames(dicom(values[0]))
+    if not stated:
+        with pytest.raises(FeatureError, match=r"set extractor\.frames\.folder_rate"):
+            read_frames(payload, FramesConfig(count=3), window)
+
+
+def test_the_window_is_that_of_frames_too() -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("0.dcm", dicom(np.array([[0, 50, 100]])))
+    ((_, pixels),) = read_frames(
+        buffer.getvalue(), FramesConfig(count=1, folder_rate=1), Window(center=50.5, width=101)
+    )
+    assert pixels[0, :, 0].tolist() == [0, 128, 255]

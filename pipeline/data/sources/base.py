@@ -6,11 +6,12 @@ time, where the shard is written.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import xxhash
 
 from pipeline.config import Config
+from pipeline.data.foreign_tar import ForeignTar
 from pipeline.data.sample import Texts
 
 
@@ -19,7 +20,9 @@ class Record:
     """One image with its texts, found in a source and not yet read.
 
     `image` is a locator that the same source's `read` understands. `suffix` names the image
-    part (`jpg`, `png`, `webp`). `detail` says what was left out of the texts, if anything.
+    part (`jpg`, `png`, `webp`). `detail` says what was left out of the texts, if anything. Where
+    the image is to be left where it lies, `tar` is that tar's `ForeignTar.name`, with the image's
+    offset and size in it, in bytes.
     """
 
     key: str
@@ -29,6 +32,9 @@ class Record:
     texts: Texts
     fingerprint: str
     detail: str = ""
+    tar: str = ""
+    image_offset: int = -1
+    image_size: int = -1
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,8 @@ class Reject:
     """A record that cannot become a sample: `reason` is a short slug, `detail` names the fault.
 
     A record rejected here is looked at again when its fingerprint or reason changes. `remains` is
-    what there is of it, the image (else "") or the texts: another source may have the rest.
+    what there is of it, the image (else "") or the texts: another source may have the rest. `tar`
+    is that of a record.
     """
 
     key: str
@@ -45,6 +52,7 @@ class Reject:
     detail: str
     fingerprint: str
     remains: Record | None = None
+    tar: str = ""
 
 
 class Source(Protocol):
@@ -64,6 +72,29 @@ class Source(Protocol):
         Raises SourceError if this image cannot be had, which rejects the record, and
         StorageError if reading failed for a passing reason, which stops the run.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class ListedTar:
+    """A tar of a source, and the split its samples are for: "" if their keys decide."""
+
+    tar: ForeignTar  # whose `listing` tells the settings by which it is listed
+    split: str
+
+
+@runtime_checkable
+class TarSource(Source, Protocol):
+    """A source that lists tar by tar, and may leave the images where they lie."""
+
+    in_place: bool
+
+    def tars(self) -> Iterator[ListedTar]:
+        """Lists the tars by a look at their folders, and opens none."""
+        ...
+
+    def samples(self, listed_tar: ListedTar) -> Iterator[Record | Reject]:
+        """Lists the samples of a tar in their order."""
         ...
 
 

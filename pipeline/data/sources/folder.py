@@ -9,11 +9,18 @@ the path without the suffix. What becomes of each file:
   that is not UTF-8: `malformed-texts`.
 - two images of one name, such as `dog.jpg` and `dog.png`: the second is a `duplicate-id`.
 - any other file: `unknown-suffix`, but for those whose name begins with a dot.
+
+A subfolder with a text beside it that has its name is one sample, a video: the images in it are its
+frames in the order of their names, and are stored as a ZIP that holds their bytes as they are.
 """
 
+import io
+import json
+import zipfile
 from collections.abc import Iterator
 from typing import Literal, Self
 
+import xxhash
 from pydantic import Field, model_validator
 
 from pipeline import storage
@@ -23,7 +30,7 @@ from pipeline.data.sources.image_files import ImageFile, listed, read_image
 from pipeline.data.sources.json_file import read_text
 from pipeline.data.sources.splits import check_splits, hash_split
 from pipeline.data.sources.text_columns import TextColumns, gathered, json_object
-from pipeline.errors import PipelineError, SourceError
+from pipeline.errors import PipelineError, SourceError, StorageError
 
 _TEXT_SUFFIXES = ("txt", "json")
 
@@ -67,8 +74,8 @@ class FolderSource:
             yield from self._folder(root, "", split)
 
     def read(self, record: Record) -> bytes:
-        """Returns the image file's bytes; `record.image` is its location."""
-        return read_image(record)
+        """Returns the image file's bytes, or a ZIP of a folder's; `record.image` is where."""
+        return _zipped(record) if record.image.endswith("/") else read_image(record)
 
     def _folder(self, folder: str, path: str, split: str) -> Iterator[Record | Reject]:
         stamps = storage.list_stamps(folder)
@@ -82,12 +89,18 @@ class FolderSource:
                 texts.setdefault(stem, []).append(file.location)
             elif name in stamps:
                 images.setdefault(stem if file.suffix else name, []).append(file)
+        videos = [name for name in names if name not in stamps and name in texts]
+        for name in videos:
+            frames = storage.list_stamps(storage.join(folder, name))
+            stamp = xxhash.xxh3_64_hexdigest(json.dumps(frames, sort_keys=True).encode())
+            video = ImageFile(f"{storage.join(folder, name)}/", stamp, "zip")
+            images.setdefault(name, []).append(video)
         for stem in sorted({*images, *texts}):
             absent = ImageFile.at(storage.join(folder, f"{stem}.jpg"), None)
             for image in images.get(stem, [absent]):
                 yield self._record(f"{path}{stem}", image, texts.get(stem, []), split)
         for name in names:
-            if name not in stamps:
+            if name not in stamps and name not in videos:
                 yield from self._folder(storage.join(folder, name), f"{path}{name}/", split)
 
     def _record(self, path: str, image: ImageFile, files: list[str], split: str) -> Record | Reject:
@@ -113,3 +126,17 @@ class FolderSource:
             return self.config.texts.texts(json_object(text), path)
         except (ValueError, PipelineError) as error:
             raise SourceError(f"{file}: {error}") from error
+
+
+def _zipped(record: Record) -> bytes:
+    """Returns a ZIP of the images in a folder: the same files make the same bytes."""
+    folder = record.image.rstrip("/")
+    packed = io.BytesIO()
+    try:
+        names = sorted(name for name in storage.list_stamps(folder) if not name.startswith("."))
+        with zipfile.ZipFile(packed, "w") as archive:  # stored: they are compressed already
+            for name in names:
+                archive.writestr(zipfile.ZipInfo(name), storage.read_bytes(f"{folder}/{name}"))
+    except StorageError as error:
+        raise SourceError(f"{folder}: its frames cannot be read: {error}") from error
+    return packed.getvalue()

@@ -1,4 +1,6 @@
-"""Photographs that lie in folders: found by the names or numbers that annotations call them by.
+"""Images that lie in folders: found by the names or numbers that annotations call them by.
+
+Videos, DICOM and folders of frames (ZIP) are images here as everywhere in a dataset.
 
 What becomes of an image with its texts is decided here for all sources of this kind: no file is
 a `missing-image` reject, a name that is not an image's `unknown-suffix`, and a source adds its
@@ -15,9 +17,10 @@ from pipeline.data.sample import Texts, safe_key
 from pipeline.data.sources.base import Record, Reject, fingerprint
 from pipeline.errors import SourceError, StorageError
 
+MEDIA = ("mp4", "mov", "webm", "mkv", "zip", "dcm")  # videos, frames in a ZIP, DICOM
 SUFFIXES = {
     "jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp", "gif": "gif", "bmp": "bmp",
-    "tif": "tif", "tiff": "tif",
+    "tif": "tif", "tiff": "tif", "m4v": "mp4", **{suffix: suffix for suffix in MEDIA},
 }  # fmt: skip
 
 _LAST_NUMBER = re.compile(r"(\d+)$")

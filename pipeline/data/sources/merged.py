@@ -138,6 +138,9 @@ def _joined(key: str, found: list[_Listed]) -> Record | Reject:
         texts=texts,
         fingerprint=with_texts(with_image.record.fingerprint, texts),
         detail="; ".join(details),
+        tar=with_image.record.tar,
+        image_offset=with_image.record.image_offset,
+        image_size=with_image.record.image_size,
     )
 
 
@@ -173,12 +176,13 @@ def _packed(index: int, entry: Record | Reject) -> list[Any]:
     return [
         index, reason, why,
         record.split, record.image, record.suffix, texts, record.fingerprint, record.detail,
+        record.tar, record.image_offset, record.image_size,
     ]  # fmt: skip
 
 
 def _unpacked(key: str, values: list[Any]) -> _Listed:
-    index, reason, why, split, image, suffix, texts, fingerprint, detail = values
+    index, reason, why, split, image, suffix, texts, fingerprint, detail, *place = values
     words = Texts.from_json(texts.encode())
     return _Listed(
-        index, reason, why, Record(key, split, image, suffix, words, fingerprint, detail)
+        index, reason, why, Record(key, split, image, suffix, words, fingerprint, detail, *place)
     )

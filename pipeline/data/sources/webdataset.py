@@ -3,8 +3,9 @@
 Members that follow each other under one name up to its first dot make one sample: `a/000.jpg`,
 `a/000.txt`, `a/000.json`. The recipe maps the parts to texts: `txt`, or `json.caption` for a
 field of a JSON part. Listing reads the tars' headers and the mapped parts; an image is one
-positioned read of a plain tar. The images are copied into this project's own shards: nothing is
-served from the foreign tar afterwards. What becomes of each sample:
+positioned read of a plain tar. With `in_place` the images stay where they are, and the dataset
+holds their places, digests and texts; else they are copied into shards of its own. What becomes
+of each sample:
 
 - it has an image and a text: a sample of that key. No image: `missing-image`; no text:
   `no-texts`; mapped parts that are not what the recipe says: `malformed-texts`.
@@ -17,19 +18,23 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, Literal, Self
 
+import xxhash
 from pydantic import Field, model_validator
 
 from pipeline import storage
+from pipeline.data.foreign_tar import ForeignTar
 from pipeline.data.sample import Texts
-from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key
+from pipeline.data.sources.base import ListedTar, Record, Reject, SourceConfig, by_key
 from pipeline.data.sources.image_files import SUFFIXES, ImageFile, image_key, listed
 from pipeline.data.sources.splits import check_splits, hash_split
 from pipeline.data.sources.text_columns import TextColumns
 from pipeline.errors import SourceError, StorageError
 
+_METHOD = 1  # raised when the same settings list other samples, so that tars are listed anew
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _OWN_COLUMNS = TextColumns(
     captions=["txt", "json.captions"], questions="json.questions", dialogs="json.dialogs"
@@ -45,6 +50,9 @@ class WebDatasetSourceConfig(SourceConfig):
     # The parts an image may be: the first that is there.
     image: str | list[str] = Field(default=list(SUFFIXES))
     texts: TextColumns = _OWN_COLUMNS
+    # Whether the images are read where they lie from now on; false: they are copied. In place, a
+    # tar that is changed or removed takes its samples with it, and no image is encoded anew.
+    in_place: bool = True
     # Of shards without splits: the share of images whose key's hash puts them into `validation`;
     # 0.1 if null.
     validation_fraction: float | None = Field(default=None, ge=0, lt=1)
@@ -81,15 +89,31 @@ class WebDatasetSource:
 
     def __init__(self, config: WebDatasetSourceConfig) -> None:
         self.config = config
+        self.in_place = config.in_place
 
     def records(self) -> Iterator[Record | Reject]:
         """Lists the samples of every tar in their order."""
+        for listed_tar in self.tars():
+            yield from self.samples(listed_tar)
+
+    def tars(self) -> Iterator[ListedTar]:
+        """Lists the tars in the order they are named in, by one look at each folder."""
         shards = self.config.shards
+        stamps: dict[str, dict[str, str]] = {}  # by folder
         for split, setting in (shards if isinstance(shards, dict) else {"": shards}).items():
             for location in [setting] if isinstance(setting, str) else setting:
                 for named in _expanded(storage.absolute(location)):
                     for shard in _tars(named):
-                        yield from self._shard(shard, split)
+                        folder, _, name = shard.rpartition("/")
+                        if folder not in stamps:
+                            stamps[folder] = storage.list_stamps(folder)
+                        if name not in stamps[folder]:
+                            raise SourceError(
+                                f"{shard}: no such file; if it is gone for good, take it out of "
+                                "`shards`, and its samples leave"
+                            )
+                        tar = ForeignTar(shard, stamps[folder][name], self._settings(split))
+                        yield ListedTar(tar, split)
 
     def read(self, record: Record) -> bytes:
         """Returns the image member's bytes, by one positioned read."""
@@ -102,15 +126,16 @@ class WebDatasetSource:
                 raise
             raise SourceError(f"{location}: vanished since it was listed") from error
 
-    def _shard(self, location: str, split: str) -> Iterator[Record | Reject]:
-        stamp = storage.stamp(location)
+    def samples(self, listed_tar: ListedTar) -> Iterator[Record | Reject]:
+        """Lists the samples of a tar in their order; raises SourceError if it is not whole."""
         wanted = {name.partition(".")[0].lower() for name in self.config.texts.columns()}
+        location = listed_tar.tar.location
         with storage.reader(location) as file:
             try:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
                     members = (member for member in tar if member.isfile())
                     for name, parts in groupby(members, _sample_name):
-                        yield self._record(name, list(parts), tar, location, stamp, split, wanted)
+                        yield self._record(name, list(parts), tar, listed_tar, wanted)
             except tarfile.TarError as error:
                 raise SourceError(
                     f"{location}: not a plain tar, or cut short ({error}); a packed one (.tar.gz) "
@@ -122,18 +147,20 @@ class WebDatasetSource:
         name: str,
         members: list[tarfile.TarInfo],
         tar: tarfile.TarFile,
-        location: str,
-        stamp: str,
-        split: str,
+        listed_tar: ListedTar,
         wanted: set[str],
     ) -> Record | Reject:
+        location, split = listed_tar.tar.location, listed_tar.split
+        # Moving in or out of the tar makes a sample anew.
+        stamp = f"{listed_tar.tar.stamp} in place" if self.in_place else listed_tar.tar.stamp
         parts = {_part(member): member for member in members}
         key = image_key(name)
         image = ImageFile(f"{location}: {name}.jpg", None, None)
+        offset = size = -1
         for suffix in self.config.images():
             if suffix in parts:
-                member = parts[suffix]
-                place = f"{location}#{member.offset_data}:{member.size}"
+                offset, size = parts[suffix].offset_data, parts[suffix].size
+                place = f"{location}#{offset}:{size}"
                 image = ImageFile(place, stamp, SUFFIXES[suffix.rpartition(".")[2].lower()])
                 break
         texts, fault = Texts(name), ("no-texts", f"{name}: nothing is written about it")
@@ -146,13 +173,29 @@ class WebDatasetSource:
             texts = self.config.texts.texts(row, name)
         except (ValueError, TypeError) as error:
             fault = ("malformed-texts", f"{location}: {name}: {error}")
-        return listed(
+        entry = listed(
             key=key,
             split=split or hash_split(key, self.config.validation_fraction),
             image=image,
             texts=texts,
             fault=None if texts.num_texts else fault,
         )
+        return self._left(entry, listed_tar.tar, offset, size) if self.in_place else entry
+
+    def _left(
+        self, entry: Record | Reject, tar: ForeignTar, offset: int, size: int
+    ) -> Record | Reject:
+        """Returns an entry whose image stays in its tar."""
+        if isinstance(entry, Record):
+            return replace(entry, tar=tar.name, image_offset=offset, image_size=size)
+        remains = entry.remains and self._left(entry.remains, tar, offset, size)
+        assert remains is None or isinstance(remains, Record)
+        return replace(entry, tar=tar.name, remains=remains)
+
+    def _settings(self, split: str) -> str:
+        """Returns what differs if a tar of this split may be listed otherwise."""
+        settings = self.config.model_dump_json(exclude={"shards"})
+        return xxhash.xxh3_64_hexdigest(f"{_METHOD} {split} {settings}".encode())
 
 
 def _sample_name(member: tarfile.TarInfo) -> str:

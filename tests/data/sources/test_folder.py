@@ -1,4 +1,6 @@
+import io
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,23 @@ def test_a_folder_may_be_on_an_object_store(tmp_path: Path, object_store: str) -
     source = build("folder", folder=object_store)
     assert [reason(entry) for entry in source.records()] == ["live", "live"]
     assert source.read(record(source, "a")) == (tmp_path / "a.jpg").read_bytes()
+
+
+def test_videos_dicom_and_folders_of_frames_are_samples_too(tmp_path: Path) -> None:
+    draw(tmp_path / "steps" / "2.png", tmp_path / "steps" / "10.png", tmp_path / "sub" / "cat.jpg")
+    for name, payload in {"clip.MP4": b"a", "scan.dcm": b"b", "packed.zip": b"c"}.items():
+        (tmp_path / name).write_bytes(payload)
+    for name in ("clip", "scan", "packed", "steps", "sub/cat"):
+        (tmp_path / f"{name}.txt").write_text("words")
+    source = build("folder", folder=str(tmp_path))
+    suffixes = {key.partition("-")[0]: record(source, key).suffix for key in listed(source)}
+    expected = {"clip": "mp4", "scan": "dcm", "packed": "zip", "steps": "zip", "sub": "jpg"}
+    assert suffixes == expected
+    payload = source.read(record(source, "steps"))
+    assert payload == source.read(record(source, "steps"))
+    with zipfile.ZipFile(io.BytesIO(payload)) as frames:
+        assert frames.namelist() == ["10.png", "2.png"]
+        assert frames.read("2.png") == (tmp_path / "steps" / "2.png").read_bytes()
+    before = record(source, "steps").fingerprint
+    draw(tmp_path / "steps" / "3.png")
+    assert record(source, "steps").fingerprint != before

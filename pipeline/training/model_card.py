@@ -1,4 +1,4 @@
-"""What is known of a model to the page that goes with it: README.md of an exported folder."""
+"""What is known of a model to the page that goes with it: README.md of a model folder."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +16,17 @@ BLIND = "_blind"  # the end of the name of what the twin without images scored
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What the page tells. `made` is what the model folder records: data, extractor, training."""
+    """What the page tells.
+
+    `made` is what the model folder records: data, extractor, training, and how many steps of it
+    were made.
+    """
 
     model_type: str
     made: Mapping[str, Any]
     num_parameters: int
     num_answers: int
-    step: int  # updates done
-    figures: Mapping[str, float]  # losses in training at that step
+    figures: Mapping[str, float] = field(default_factory=dict)  # losses in training at that step
     metrics: Mapping[str, float] = field(default_factory=dict)  # on the held-out split
     environment: Mapping[str, Any] = field(default_factory=dict)  # of RUN/environment.json
     recipe: str = ""  # YAML; empty if the run has left none
@@ -36,8 +39,8 @@ class ModelCard:
         parts = [
             f"---\n{header}---",
             f"# {title}",
-            f"Trained with Sightline {__version__}; phase `{self.made['phase']}`, step "
-            f"{self.step:,} of {self._training('steps'):,}, {self.num_parameters:,} parameters.",
+            f"Trained with Sightline {__version__}; phase `{self.made['phase']}`, "
+            f"{self._progress()}, {self.num_parameters:,} parameters.",
             f"## Use\n{self._use()}",
             f"## Metrics\n{self._metrics()}",
             f"## Data\n{_table(self._data())}",
@@ -85,9 +88,9 @@ class ModelCard:
 
     def _metrics(self) -> str:
         losses = ", ".join(f"{name} {value:.4f}" for name, value in self.figures.items())
-        training = f"In training at step {self.step:,}: {losses}." if losses else ""
+        training = f"In training at step {self.made['step']:,}: {losses}." if losses else ""
         if not self.metrics:
-            return f"This state was not scored on held-out data. {training}".strip()
+            return f"Not scored on held-out data when this was written. {training}".strip()
         rows = {name: f"{value:.2f}" for name, value in self._headlines().items()}
         return f"{_table(rows, ('held-out split', 'score'))}\n\n{training}".strip()
 
@@ -144,10 +147,10 @@ class ModelCard:
         weights = (self.made.get("extractor") or {}).get("weights")
         if isinstance(weights, Mapping) and weights.get("random"):
             limits.append("Its extractor has random weights: the features mean little.")
-        if self.step < self._training("steps"):
+        if self.made["step"] < self._training("steps"):
             limits.append(
-                f"It was taken from training at step {self.step:,} of "
-                f"{self._training('steps'):,}, before the learning rate had come down."
+                f"It was taken from training at {self._progress()}, before the learning rate had "
+                "come down."
             )
         for name, blind in self._headlines().items():
             whole = name.removesuffix(BLIND)
@@ -157,8 +160,11 @@ class ModelCard:
                     f"reaches {blind:.2f}."
                 )
         if not self.metrics:
-            limits.append("Nobody has measured how good it is on data that it has not seen.")
+            limits.append("When this was written, nobody had measured how good it is on new data.")
         return limits
+
+    def _progress(self) -> str:
+        return f"step {self.made['step']:,} of {self._training('steps'):,}"
 
     def _training(self, name: str) -> Any:
         return self.made["training"][name]

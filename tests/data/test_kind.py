@@ -3,7 +3,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from pipeline.vision.kind import is_dicom, is_video
+from pipeline.data.kind import is_dicom, is_video
 from tests.vision.photo_dataset import picture
 from tests.vision.video_files import dicom, folder, video
 

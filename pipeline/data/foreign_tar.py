@@ -1,0 +1,100 @@
+"""Where a dataset's image lies that was left in somebody else's tar, and in which version of it.
+
+Such a tar is read by position and never written. A shard of ours stands for its samples: it holds
+their texts and, in place of each image, a reference. So features, versions and `compact` deal in
+shards of ours alone, whatever becomes of the tar.
+"""
+
+import os
+from dataclasses import dataclass, replace
+from typing import Self
+
+import msgspec
+import xxhash
+
+from pipeline.errors import ManifestError, ShardError
+
+REFERENCE = ".ref"  # ends the name of a part that stands for an image
+
+
+@dataclass(frozen=True)
+class ForeignTar:
+    """A tar as it was when it was indexed."""
+
+    location: str  # absolute
+    stamp: str  # as `storage.stamp` gives it: it changes when the tar does
+    listing: str = ""  # by which settings it was listed, and how many records were found
+
+    def __str__(self) -> str:
+        return self.location
+
+    @property
+    def name(self) -> str:
+        """What the manifest has of it."""
+        return f"{self.stamp.replace('#', '')}#{self.listing}#{self.location}"
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """Returns the tar of a name in the manifest; raises ManifestError if it is none."""
+        parts = name.split("#", 2)
+        if len(parts) != 3:
+            raise ManifestError(f"{name!r}: expected a tar's stamp, listing and location")
+        stamp, listing, location = parts
+        return cls(location, stamp, listing)
+
+    def of(self, num_records: int) -> Self:
+        """Returns the tar as the manifest names it once it has all of its records."""
+        return replace(self, listing=f"{self.listing}-{num_records}")
+
+    def counted(self) -> tuple[Self, int]:
+        """Returns the tar before `of`, and the number; -1 if it was never counted."""
+        listing, _, number = self.listing.rpartition("-")
+        if not number.isdecimal() or not listing:
+            return self, -1
+        return replace(self, listing=listing), int(number)
+
+    def check_stamp(self, found: str) -> None:
+        """Raises ShardError unless the tar is still the one that was indexed."""
+        if found.replace("#", "") != self.stamp.replace("#", ""):
+            raise ShardError(
+                f"{self.location}: the tar has changed since it was indexed (size and time, or "
+                f"version, were {self.stamp}, are {found}); ingest again, then extract"
+            )
+
+
+Location = str | ForeignTar  # of a file that holds samples: ours, or somebody else's
+
+
+class ImageReference(msgspec.Struct, frozen=True):
+    """Where in the tar an image lies, in bytes, and the xxh3_128 of it in hex."""
+
+    offset: int
+    size: int
+    digest: str
+
+    def read(self, descriptor: int) -> bytes:
+        """Returns the image from its open tar; raises ShardError if it is not there as it was."""
+        try:
+            image = os.pread(descriptor, self.size, self.offset)
+        except OSError as error:
+            raise ShardError(f"the image at byte {self.offset} cannot be read ({error})") from error
+        found = xxhash.xxh3_128_hexdigest(image)
+        if found != self.digest:
+            raise ShardError(
+                f"expected an image of {self.size} bytes at byte {self.offset} with the digest "
+                f"{self.digest}, found {len(image)} bytes with {found}; the tar was replaced: "
+                "ingest again, then extract"
+            )
+        return image
+
+    def to_json(self) -> bytes:
+        """Returns JSON, the same for the same reference."""
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def from_json(cls, payload: bytes) -> Self:
+        """Reads what `to_json` wrote, or raises ShardError."""
+        try:
+            return msgspec.json.decode(payload, type=cls)
+        except msgspec.DecodeError as error:
+            raise ShardError(f"not a reference to an image ({error}): {payload[:60]!r}") from error

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-from pipeline.data.image_pixels import ORIENTATION_TAG, Pixels, upright_srgb
+from pipeline.data.image_pixels import ORIENTATION_TAG, Pixels, ToEightBits, scaled, upright_srgb
 
 # What says in a JPEG's header, which ends where its scan begins, that pixels may not be shown as
 # they are stored.
@@ -25,12 +25,12 @@ class Picture:
     Raises BadImageError if the bytes are no image that can be shown.
     """
 
-    def __init__(self, payload: bytes) -> None:
+    def __init__(self, payload: bytes, to_eight_bits: ToEightBits = scaled) -> None:
         self._payload = payload
         self._whole: Pixels | None = None
         size = _size_of_plain_jpeg(payload)
         if size is None:
-            self._whole = upright_srgb(payload)
+            self._whole = upright_srgb(payload, to_eight_bits=to_eight_bits)
             size = self._whole.shape[:2]
         self.height, self.width = size
 

@@ -7,13 +7,16 @@
   converted by the plain formula.
 - **Alpha**, of any form, is put over white, **palettes** are looked up, **grey** becomes three
   equal channels.
-- **16 bits** a channel are scaled to 8. 32 bits and floating point have no agreed white, and so
-  are `unsupported-pixels`, as are colour spaces that no viewer shows.
+- **16 bits** a channel are scaled to 8, or become 8 by another rule of the caller. 32 bits and
+  floating point have no agreed white, and so are `unsupported-pixels`, as are colour spaces that
+  no viewer shows.
 - Of several frames or pages the first is taken.
 """
 
 import functools
 import io
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +26,19 @@ from PIL import Image, ImageCms
 from pipeline.data.image_check import BadImageError, faults_as_reasons
 
 Pixels = npt.NDArray[np.uint8]  # (height, width), or with channels (height, width, channels)
+ToEightBits = Callable[[npt.NDArray[Any]], Pixels]  # of grey values, which have 16
+
+# These rules, as the cards of extractors say them. A change of what is made of an image changes
+# its features, so it must change this text: the identity of every extractor is taken from it.
+DECODING = {
+    "step": "decode",
+    "orientation": "as the EXIF tag says",
+    "colour profile": "to sRGB",
+    "transparency": "over white",
+    "16-bit": "scaled",
+    "CMYK": "by its colour profile, or the plain formula",
+    "animation": "first frame",
+}
 
 _ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")  # a TIFF has pages, an MPO other views
 ORIENTATION_TAG = 0x0112
@@ -31,7 +47,14 @@ _COLOUR_SPACES = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}  # of profiles, by
 _REDUCTIONS = (8, 4, 2)
 
 
-def upright_srgb(payload: bytes, shorter_side: int | None = None) -> Pixels:
+def scaled(values: npt.NDArray[Any]) -> Pixels:
+    """Maps 0 to 65535 evenly to 0 to 255."""
+    return (values.astype(np.float32) / 257).round().astype(np.uint8)
+
+
+def upright_srgb(
+    payload: bytes, shorter_side: int | None = None, to_eight_bits: ToEightBits = scaled
+) -> Pixels:
     """Returns RGB pixels (height, width, 3), scaled down to `shorter_side` if there are more.
 
     The picture is never enlarged. Raises BadImageError as `check_image` does, or with reason
@@ -41,7 +64,7 @@ def upright_srgb(payload: bytes, shorter_side: int | None = None) -> Pixels:
         pixels = _fast_jpeg(payload, file, shorter_side)
         if pixels is None:
             file.load()
-            pixels = np.array(_flat(file))
+            pixels = np.array(_flat(file, to_eight_bits))
         pixels = _shrunk(pixels, shorter_side)
         pixels = _in_srgb(pixels, file.info.get("icc_profile"))
         return np.ascontiguousarray(_turned(pixels, _orientation(file)))
@@ -78,10 +101,10 @@ def _fast_jpeg(payload: bytes, file: Image.Image, shorter_side: int | None) -> P
     return pixels[..., 0] if file.mode == "L" else pixels
 
 
-def _flat(image: Image.Image) -> Image.Image:
+def _flat(image: Image.Image, to_eight_bits: ToEightBits) -> Image.Image:
     """Returns the image in mode RGB, L or CMYK: eight bits a channel, opaque."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype("u1"))
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        return Image.fromarray(to_eight_bits(np.asarray(image)))
     if image.mode in ("I", "F"):
         raise BadImageError("unsupported-pixels", f"mode {image.mode}: 32 bits a channel")
     try:

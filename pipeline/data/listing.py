@@ -128,6 +128,8 @@ class Listing:
             return entry
         try:
             content = f"content {digest(self._source.read(entry))}"
+            if entry.tar:  # the same bytes at another place are to be found there
+                content += f" in {entry.image}"
         except SourceError:
             return entry
         return replace(entry, fingerprint=with_image(content, entry.fingerprint))

@@ -1,7 +1,7 @@
 """Row numbers to bytes: reads one part of any sample from its place in a shard."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -55,15 +55,14 @@ class Members:
 
     def read(self, rows: Int64Array) -> list[bytes]:
         """Returns the payloads, or raises ShardError naming the file and the sample."""
-        payloads = []
-        for row, file, offset, size in self._requests(rows):
-            try:
-                payload = os.pread(file.descriptor, size, offset)
-            except OSError as error:
-                raise self._unreadable(row, error) from error
-            if len(payload) != size:
-                raise self._cut_short(row, len(payload))
-            payloads.append(payload)
+        files, offsets, sizes = self._requests(rows)
+        payloads: list[bytes] = []
+        descriptors = [file.descriptor for file in files]
+        try:
+            payloads += map(os.pread, descriptors, sizes, offsets)
+        except OSError as error:
+            raise self._unreadable(int(rows[len(payloads)]), error) from error
+        self._check_whole(rows, sizes, [*map(len, payloads)])
         return payloads
 
     def read_into(self, rows: Int64Array, buffers: Sequence[list[memoryview]]) -> None:
@@ -71,28 +70,31 @@ class Members:
 
         Raises ShardError naming the file and the sample if it is not all there.
         """
-        requests = zip(self._requests(rows), buffers, strict=True)
-        for (row, file, offset, size), destination in requests:
-            try:
-                found = os.preadv(file.descriptor, destination, offset)
-            except OSError as error:
-                raise self._unreadable(row, error) from error
-            if found != size:
-                raise self._cut_short(row, found)
+        files, offsets, sizes = self._requests(rows)
+        found: list[int] = []
+        descriptors = [file.descriptor for file in files]
+        try:
+            found += map(os.preadv, descriptors, buffers, offsets)
+        except OSError as error:
+            raise self._unreadable(int(rows[len(found)]), error) from error
+        self._check_whole(rows, sizes, found)
 
-    def _requests(self, rows: Int64Array) -> Iterator[tuple[int, OpenFile, int, int]]:
-        """Returns row, file, offset and size for each row. Held, its files stay open."""
+    def _requests(self, rows: Int64Array) -> tuple[list[OpenFile], list[int], list[int]]:
+        """Returns file, offset and size for each row. Held, the files stay open."""
         places = self._location_of_row[rows]
         files = {
             place: self._files.open(self._locations[place]) for place in np.unique(places).tolist()
         }
-        return zip(
-            rows.tolist(),
+        return (
             [files[place] for place in places.tolist()],
             self._offsets[rows].tolist(),
             self.sizes[rows].tolist(),
-            strict=True,
         )
+
+    def _check_whole(self, rows: Int64Array, sizes: list[int], found: list[int]) -> None:
+        if found != sizes:
+            i = next(i for i, size in enumerate(sizes) if found[i] != size)
+            raise self._cut_short(int(rows[i]), found[i])
 
     def _unreadable(self, row: int, error: OSError) -> ShardError:
         return ShardError(

@@ -28,6 +28,10 @@ _SUFFIX = re.compile(r"[a-z0-9]+(\.[a-z0-9]+)*")  # readers turn suffixes to low
 _END = bytes(2 * _BLOCK)
 _ZEROS = bytes(_BLOCK)
 _LARGE_BYTES = 16 * 1024
+# Written at once: of a file that grows by megabytes Linux keeps fewer and larger pieces in memory,
+# which halves the cost of writing samples of 60 KB.
+_WRITE_BYTES = 1024 * 1024
+_WRITE_PIECES = 1024  # the most that Linux takes
 
 # A USTAR header is name, mode and owners, size, time, checksum, and the rest, in this order.
 _MODE_AND_OWNERS = b"0000644\0" + b"0000000\0" * 2
@@ -72,6 +76,8 @@ class ShardWriter:
         self._keys: set[str] = set()
         self._offset = 0
         self._digest = xxhash.xxh3_128()
+        self._waiting: list[bytes] = []  # digested and not written yet
+        self._waiting_bytes = 0
         self._closing = contextlib.ExitStack()
 
     @property
@@ -131,26 +137,34 @@ class ShardWriter:
         failure: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if failure is None and self._keys:
+        if failure is not None or not self._keys:
+            self._closing.__exit__(kind, failure, traceback)
+            return
+        with self._closing:
             self._append([_END])
+            self._write_waiting()
             digest = self._digest.hexdigest()
             name = self._name or digest[:16]
             self._draft.name = f"{name}.tar"
-            self._closing.close()
-            self._shard = Shard(name, digest, self._offset, len(self._keys))
-        else:
-            self._closing.__exit__(kind, failure, traceback)
+        self._shard = Shard(name, digest, self._offset, len(self._keys))
 
     def _append(self, pieces: list[bytes]) -> None:
         for piece in pieces:
             self._digest.update(piece)
         size_bytes = sum(map(len, pieces))
-        written = os.writev(self._file.fileno(), pieces)
-        if written < size_bytes:  # an almost full disk, or over 2 GiB at once
-            rest = memoryview(b"".join(pieces))[written:]
+        self._offset += size_bytes
+        self._waiting += pieces
+        self._waiting_bytes += size_bytes
+        if self._waiting_bytes >= _WRITE_BYTES or len(self._waiting) >= _WRITE_PIECES // 2:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        written = os.writev(self._file.fileno(), self._waiting[:_WRITE_PIECES])
+        if written < self._waiting_bytes:  # an almost full disk, or too much at once
+            rest = memoryview(b"".join(self._waiting))[written:]
             while rest:
                 rest = rest[self._file.write(rest) :]
-        self._offset += size_bytes
+        self._waiting, self._waiting_bytes = [], 0
 
 
 def stored_bytes(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

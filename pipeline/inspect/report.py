@@ -368,7 +368,9 @@ def _sentence(run: Run) -> str:
         if phase in run.phases and (names := run.phases[phase].objectives())
     ]
     opening = FAMILIES.get(family, family) if family else "A model"
-    if extractor:
+    if extractor == "grid" and _at(recipe, "features", "live"):
+        opening += " reading a grid of its own CNN's features"
+    elif extractor:
         opening += f" reading {EXTRACTORS.get(extractor, extractor)}"
     if source:
         opening += f" of the {source} dataset"

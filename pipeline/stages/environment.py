@@ -46,6 +46,7 @@ def write_environment(recipe: Recipe) -> None:
         "cpus": os.cpu_count(),
         "seed": recipe.training.seed,
         "workers": recipe.cluster.workers,
+        "min_workers": recipe.cluster.min_workers,
         "gpus_per_worker": recipe.cluster.gpus_per_worker,
         "dataset": recipe.dataset.path,
         "libraries": {name: version(name) for name in LIBRARIES},

@@ -250,7 +250,7 @@ def _run_on_ray(
 
     finished_before = {spec.folder for spec in specs if finished_result(spec)}
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     is_elastic = cluster.min_workers is not None
     if is_elastic:
@@ -265,7 +265,7 @@ def _run_on_ray(
         if storage.is_local(specs[0].folder)
         else tempfile.mkdtemp(prefix="sightline-ray-train-")
     )
-    trainer = TorchTrainer(
+    trainer = _trainer(cluster)(
         _on_ray_worker,
         train_loop_config={
             "specs": [spec.model_dump(mode="json") for spec in specs],
@@ -295,6 +295,26 @@ def _run_on_ray(
     finally:
         storage.remove(state)
     return _results(specs, finished_before)
+
+
+def _trainer(cluster: ClusterConfig) -> Any:
+    """Returns Ray's trainer without actors that are of no use here: each takes seconds to start."""
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import (
+        PlacementGroupCleanerCallback,
+    )
+
+    needless: tuple[type, ...] = (DatasetsCallback,)  # Ray's own datasets: there are none
+    if cluster.address is None:  # reservations of a controller that died: so did its Ray
+        needless += (PlacementGroupCleanerCallback,)
+
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [one for one in callbacks if not isinstance(one, needless)]
+
+    return Trainer
 
 
 def _callbacks(specs: Sequence[TrainingSpec]) -> list[Any]:
@@ -557,6 +577,8 @@ _LOCAL_RAY_SETTINGS = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # One process less to start: this machine is not one that a cloud takes back node by node.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Workers that Ray starts ahead of need are none that ranks could be: these have an environment.
+    "RAY_prestart_worker_first_driver": "0",
 }
 
 

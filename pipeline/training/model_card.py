@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from pipeline import __version__
+from pipeline.vision.live import backbone_config
 
 # transformers' classes for the families that it has, by `model_type`
 TRANSFORMERS_CLASSES = {"visual_bert": "VisualBertModel", "lxmert": "LxmertModel"}
@@ -83,6 +84,11 @@ class ModelCard:
                 "It wants an image's features as the extractor below makes them; "
                 "`sightline.json` describes it. With `position_fourier` in `config.json`, each "
                 "region's features end in that many sines and cosines of its box."
+            )
+        if backbone_config(self.made.get("extractor") or {}):
+            lines.append(
+                "It sees with a network that was trained with it: `backbone.safetensors` holds "
+                "that network's weights under torchvision's names."
             )
         return "\n\n".join(lines)
 

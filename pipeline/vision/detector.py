@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.data.image_pixels import Pixels
 from pipeline.errors import ConfigError
 from pipeline.vision import weights
 from pipeline.vision.grid import IMAGENET_MEAN, IMAGENET_STD, suggest
-from pipeline.vision.image import Pixels
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -4,16 +4,17 @@ Pixels are uint8 RGB arrays (height, width, 3). Every step is deterministic and 
 at a time, so that nothing of another image can reach a feature.
 """
 
-import io
-import struct
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 from PIL import Image
 
+from pipeline.data.decoding import Picture
+from pipeline.data.image_check import BadImageError
+from pipeline.data.image_pixels import DECODING, Pixels, scaled
 from pipeline.data.kind import is_dicom, is_video
 from pipeline.errors import FeatureError
 from pipeline.vision.window import (
@@ -24,28 +25,13 @@ from pipeline.vision.window import (
     describe_window,
 )
 
-Pixels = npt.NDArray[np.uint8]
 View = tuple[float, float, float, float]  # x1, y1, x2, y2 as fractions of width and height
-
-# What `decode` does, as the card says it. A change of these rules changes features, so it must
-# change this text: the identity of every extractor is taken from it.
-DECODING = {
-    "step": "decode",
-    "orientation": "as the EXIF tag says",
-    "transparency": "over white",
-    "16-bit": "high byte",
-    "CMYK": "without its colour profile",
-    "animation": "first frame",
-}
-_ORIENTATION_TAG = 0x0112
-_WHITE = (255, 255, 255, 255)
 
 
 def decode(payload: bytes, window: AnyWindow = None) -> Pixels:
     """Returns the picture as a viewer would show it, or raises FeatureError saying why not.
 
-    The rules are those of `DECODING`; a window is for DICOM and for 16-bit pictures. Floating-point
-    and 32-bit integer images are refused: they do not say which value is white.
+    The rules are those of `data.image_pixels`; a window is for DICOM and for 16-bit pictures.
     """
     if is_dicom(payload):
         images, _ = decode_dicom(payload, window)
@@ -56,17 +42,11 @@ def decode(payload: bytes, window: AnyWindow = None) -> Pixels:
         return images[0]
     if is_video(payload):
         raise FeatureError("a video; set extractor.frames to {count: 8}, or to {rate: 1} a second")
+    to_eight_bits = partial(apply_window, window=window) if isinstance(window, Window) else scaled
     try:
-        with Image.open(io.BytesIO(payload)) as image:
-            pixels = _rgb(image, payload, window)
-            return np.ascontiguousarray(_turn(pixels, _orientation(image)))
-    except FeatureError:
-        raise
-    except Exception as error:  # Pillow's readers let a dozen kinds through on damaged files
-        raise FeatureError(
-            f"not a readable image ({type(error).__name__}: {error}); {len(payload)} bytes "
-            f"beginning {payload[:8]!r}"
-        ) from error
+        return Picture(payload, to_eight_bits).pixels().copy()  # from memory that is used again
+    except BadImageError as error:
+        raise FeatureError(f"not a readable image: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -190,64 +170,6 @@ def describe(steps: tuple[Step, ...], window: AnyWindow = None) -> list[dict[str
     """Returns the decoding rules and every step with its settings, as the card lists them."""
     described = ({"step": step.name, **asdict(step)} for step in steps)
     return [DECODING, *describe_window(window), *described]
-
-
-def _rgb(image: Image.Image, payload: bytes, window: AnyWindow) -> Pixels:
-    if image.format == "JPEG" and image.mode in ("RGB", "L"):
-        jpeg = _fast_jpeg(image, payload)
-        if jpeg is not None:
-            return jpeg
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        values = np.asarray(image)
-        if isinstance(window, Window):
-            grey = apply_window(values, window)
-        else:
-            grey = (values.astype(np.uint32) >> 8).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.mode in ("I", "F"):
-        raise FeatureError(
-            f"a {image.format} image with 32 bits per pixel (mode {image.mode}) has no stated "
-            "range; convert it to 8 or 16 bits"
-        )
-    if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", picture.size, _WHITE), picture)
-    return np.asarray(image.convert("RGB"))
-
-
-def _fast_jpeg(image: Image.Image, payload: bytes) -> Pixels | None:
-    """Decodes about a third faster than Pillow, to the same values: both use libjpeg-turbo.
-
-    Returns None where Pillow should judge: damaged files, and sizes that it guards against.
-    """
-    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 0):
-        return None
-    try:
-        pixels: Pixels = simplejpeg.decode_jpeg(
-            payload, colorspace="RGB", fastdct=False, fastupsample=False
-        )
-    except ValueError:
-        return None
-    return pixels
-
-
-def _orientation(image: Image.Image) -> int:
-    """Returns the turn still to be made: Pillow makes that of a TIFF while loading its pixels."""
-    try:
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except (SyntaxError, ValueError, TypeError, struct.error):
-        return 1  # EXIF that cannot be read turns nothing, as in any viewer
-
-
-def _turn(pixels: Pixels, orientation: int) -> Pixels:
-    """Undoes the camera's rotation or mirroring. Numbers are those of the EXIF standard."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    return pixels
 
 
 def _short_side(pixels: Pixels, size: int) -> tuple[int, int]:

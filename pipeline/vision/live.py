@@ -8,23 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.data.augmentation import AugmentConfig
+from pipeline.data.image_pixels import DECODING
 from pipeline.data.images import ImageConfig, LiveConfig
 from pipeline.vision.extractor import AnyExtractor
 from pipeline.vision.feature import identity
 from pipeline.vision.grid import NORMALIZE, GridConfig
 from pipeline.vision.pixels import PixelsConfig
 
-# As `data.image_pixels` and `data.images` make pixels; a change of these rules changes what a
-# model has seen, so it must change this text.
-_DECODING = {
-    "step": "decode",
-    "orientation": "as the EXIF tag says",
-    "transparency": "over white",
-    "16-bit": "scaled",
-    "colour profile": "to sRGB",
-    "animation": "first frame",
-    "large JPEG": "at the half, quarter or eighth that has enough pixels",
-}
+# As `data.decoding` does, which extractors that store features do not ask for.
+_REDUCED = {"step": "take a large JPEG at the half, quarter or eighth that has enough pixels"}
 _REASONS = {
     "regions": "which boxes a detector keeps has no gradient",
     "segments": "which boxes a detector keeps has no gradient",
@@ -57,7 +49,8 @@ def live_card(extractor: AnyExtractor, augment: AugmentConfig | None) -> dict[st
     card = extractor.build("cpu").card()
     augmented = None if augment is None else augment.model_dump(mode="json")
     preprocessing = [
-        _DECODING,
+        DECODING,
+        _REDUCED,
         *([] if augmented is None else [{"step": "in training, a random crop", **augmented}]),
         {"step": "resize, antialiased bilinear, in torch", "size": extractor.image_size},
         *([NORMALIZE] if isinstance(extractor, GridConfig) else []),

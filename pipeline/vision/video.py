@@ -14,9 +14,10 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pipeline.config import Config
+from pipeline.data.image_pixels import Pixels
 from pipeline.data.kind import is_dicom, is_video, is_zip
 from pipeline.errors import FeatureError
-from pipeline.vision.image import Pixels, decode
+from pipeline.vision.image import decode
 from pipeline.vision.window import AnyWindow, decode_dicom, num_images
 
 Frame = tuple[float, Pixels]  # seconds since the first frame, and the picture

@@ -25,7 +25,7 @@ class Window(Config):
 
 
 # `stored`: of a DICOM, the first window that it states itself. None: DICOM is refused, and other
-# 16-bit pictures become their high byte.
+# 16-bit pictures are scaled to eight bits.
 AnyWindow = Window | Literal["stored"] | None
 
 

@@ -8,6 +8,12 @@ def address(array: np.ndarray) -> int:
     return int(array.__array_interface__["data"][0])
 
 
+def test_memory_begins_with_a_page() -> None:
+    pool = BufferPool()
+    held = [pool.empty((size, 3), np.float16) for size in (1, 7, 4096, 100_000)]
+    assert [address(array) % 4096 for array in held] == [0] * 4
+
+
 def test_memory_is_used_again_once_the_array_is_gone() -> None:
     pool = BufferPool()
     first = pool.empty((2, 3, 5), np.float16)

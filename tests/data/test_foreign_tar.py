@@ -230,6 +230,25 @@ def test_a_rewritten_tar_is_indexed_anew(tmp_path: Path) -> None:
     assert verify(str(tmp_path / "out")).faults == ()
 
 
+def test_images_told_by_their_content_are_found_where_a_rewritten_tar_has_them(
+    tmp_path: Path,
+) -> None:
+    make_tars(tmp_path / "tars", count=1)
+    config = CONFIG.model_copy(update={"fingerprint": "content"})
+    first = run(tmp_path / "tars", tmp_path / "out", config=config)
+    (tmp_path / "tars" / "s-0.tar").touch()
+    touched = run(tmp_path / "tars", tmp_path / "out", config=config)
+    assert (touched.num_unchanged, touched.num_shards) == (5, 0)
+    assert contents(tmp_path / "out")["003"][1] == picture(3)  # under the tar's new time
+    write_tar(tmp_path / "tars" / "s-0.tar", range(2, 5))
+    less = run(tmp_path / "tars", tmp_path / "out", config=config)
+    assert (first.num_live, less.num_live, less.num_removed) == (5, 3, 2)
+    assert contents(tmp_path / "out")["003"][1] == picture(3)
+    run(tmp_path / "tars", tmp_path / "out", config=config, in_place=False)
+    (tmp_path / "tars" / "s-0.tar").unlink()
+    assert contents(tmp_path / "out")["003"][1] == picture(3)
+
+
 def test_a_truncated_tar_stops_the_run_and_is_named(tmp_path: Path) -> None:
     make_tars(tmp_path / "tars")
     first = run(tmp_path / "tars", tmp_path / "out")

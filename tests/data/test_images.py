@@ -8,7 +8,13 @@ from PIL import Image
 from pipeline.data.augmentation import AugmentConfig, View
 from pipeline.data.dataset import Dataset, Split
 from pipeline.data.decoding import Picture
-from pipeline.data.images import ImageBatch, ImageConfig, render
+from pipeline.data.images import (
+    ImageBatch,
+    ImageConfig,
+    LiveConfig,
+    live_features,
+    render,
+)
 from pipeline.data.sample import Texts
 from pipeline.errors import ConfigError, ShardError
 from pipeline.vision.image import Prepared
@@ -150,3 +156,41 @@ def test_patches_are_those_of_the_pixels_extractor(split: Split) -> None:
     np.testing.assert_allclose(found.boxes[2, 5], [2 / 3, 1 / 3, 1, 2 / 3])
     with pytest.raises(ConfigError, match="12 is not a multiple of patch_size=5"):
         batch.patches(5)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 2), (5, 7)])  # the last leaves bytes to fill up
+def test_shares_joined_are_the_picture(split: Split, grid: tuple[int, int]) -> None:
+    batch = split.images(np.arange(3), ImageConfig(size=12))
+    found = batch.shares(grid)
+    assert found.values.shape[:2] == (3, grid[0] * grid[1])
+    joined = found.values.reshape(3, -1)
+    np.testing.assert_array_equal(joined[:, : 3 * 12 * 12], batch.pixels.reshape(3, -1))
+    assert not joined[:, 3 * 12 * 12 :].any()
+    assert found.boxes.shape == (3, grid[0] * grid[1], 4)
+
+
+@pytest.mark.parametrize("patches", [False, True])
+def test_a_live_split_makes_features_of_its_images(split: Split, patches: bool) -> None:
+    live = LiveConfig(
+        images=ImageConfig(size=12, augment=AugmentConfig()), grid=(3, 3), patches=patches
+    )
+    dataset = Dataset.open(split.url)
+    whole, varied = (dataset.split("train", config) for config in (live.whole(), live))
+    assert whole.has_features
+    rows = np.array([6, 2, 9])
+    pixels = whole.images(rows, ImageConfig(size=12))
+    expected = pixels.patches(4) if patches else pixels.shares((3, 3))
+    np.testing.assert_array_equal(whole.features(rows).values, expected.values)
+    (alone,) = live_features(whole.image(2), live).values
+    np.testing.assert_array_equal(alone, expected.values[1])
+    texts = whole.texts(rows)
+    seen = varied.features(rows, texts, np.random.default_rng)
+    again = varied.features(rows[1:2], texts[1:2], lambda i: np.random.default_rng(i + 1))
+    np.testing.assert_array_equal(seen.values[1], again.values[0])
+    assert (seen.values != expected.values).any()
+
+
+def test_a_grid_that_is_not_of_patches_is_refused(split: Split) -> None:
+    live = LiveConfig(images=ImageConfig(size=12), grid=(2, 3), patches=True)
+    with pytest.raises(ConfigError, match="12 pixels a side"):
+        split.images(np.arange(1), live.images).regions(live)

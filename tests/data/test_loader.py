@@ -2,6 +2,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -173,9 +174,9 @@ def test_no_more_than_the_bound_is_read_ahead(
     reads: list[Rows] = []
     features = split.features
 
-    def counted(rows: Rows) -> FeatureBatch:
+    def counted(rows: Rows, *how: Any) -> FeatureBatch:
         reads.append(rows)
-        return features(rows)
+        return features(rows, *how)
 
     monkeypatch.setattr(split, "features", counted)
     order = Order(split, "captions", SEED)

@@ -1,5 +1,6 @@
 import io
 import os
+import resource
 import subprocess
 import tarfile
 from pathlib import Path
@@ -12,7 +13,7 @@ import xxhash
 from pipeline import storage
 from pipeline.data.sample import Sample
 from pipeline.data.shard import ShardWriter, shard_location, sidecar_location
-from pipeline.errors import ShardError
+from pipeline.errors import ShardError, StorageError
 
 SAMPLES = [
     Sample("coco-41", {"jpg": b"\xff" * 513, "json": b"{}"}),
@@ -147,6 +148,34 @@ def test_a_short_write_is_carried_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("os.writev", write_a_little)
     assert write(tmp_path / "short", SAMPLES).shard == whole
     assert (tmp_path / "short" / f"{whole.name}.tar").stat().st_size == whole.size_bytes
+
+
+def test_a_sample_of_more_parts_than_the_system_writes_at_once_is_whole(tmp_path: Path) -> None:
+    large = {f"p{number}": bytes([number % 256]) * 16_384 for number in range(600)}
+    with ShardWriter(str(tmp_path)) as writer:
+        placed = [(s, writer.write(s)) for s in (*SAMPLES, Sample("large", large), Sample("z", {"a": b"1"}))]  # fmt: skip  # noqa: E501
+    location = storage.join(str(tmp_path), f"{writer.shard.name}.tar")
+    assert xxhash.xxh3_128_hexdigest(storage.read_bytes(location)) == writer.shard.digest
+    for sample, members in placed:
+        for suffix, member in members.items():
+            found = storage.read_range(location, member.offset, member.size)
+            assert found == sample.parts[suffix]
+
+
+@pytest.mark.parametrize("size_bytes", [100, 3_000_000])  # written at the end, or before
+def test_a_disk_without_room_leaves_nothing(tmp_path: Path, size_bytes: int) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with (
+            pytest.raises(StorageError, match="cannot be written"),
+            ShardWriter(str(tmp_path)) as w,
+        ):
+            w.write(Sample("a", {"jpg": bytes(size_bytes)}))
+            w.write(Sample("b", {"jpg": bytes(size_bytes)}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_shards_reach_an_object_store(object_store: str) -> None:

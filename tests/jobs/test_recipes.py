@@ -11,7 +11,8 @@ from pipeline import config
 from pipeline.cli import run_job
 from pipeline.models.families import build
 from pipeline.recipe import Recipe
-from pipeline.training.optimizer import parameter_groups
+from pipeline.training.optimizer import freeze, parameter_groups
+from pipeline.vision.grid import GridConfig
 
 RECIPES = Path(__file__).resolve().parents[2] / "jobs" / "recipes"
 COCO_TINY = str(RECIPES / "coco-tiny.yaml")
@@ -89,6 +90,27 @@ def test_what_starts_from_bert_learns_ten_times_slower_in_vilbert() -> None:
         name.split(".")[0] for name, parameter in model.named_parameters() if id(parameter) in slow
     }
     assert beginnings == {"text_embeddings", "text_norm", "text_layers"}
+
+
+def test_the_early_layers_of_a_live_backbone_stay_and_the_others_learn_slowly() -> None:
+    recipe = config.load(Recipe, str(RECIPES / "end-to-end-coco.yaml"))
+    extractor = recipe.features.extractor
+    assert isinstance(extractor, GridConfig)
+    backbone = extractor.model_copy(update={"weights": "random", "image_size": 64}).backbone()
+    with torch.device("meta"):
+        model = build(recipe.model.config(vocab_size=30522, feature_dim=2048), backbone)
+    module = torch.nn.ModuleDict({"model": model})
+    for training in (recipe.training.pretrain, recipe.training.finetune):
+        assert training is not None
+        freeze(module, training.freeze)
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        slow = {
+            names[id(parameter)].split(".")[3]
+            for group in parameter_groups(module, training)
+            for parameter in group["params"]
+            if group["factor"] == 0.1
+        }
+        assert slow == {"layer2", "layer3", "layer4"}
 
 
 @pytest.mark.slow

@@ -47,10 +47,12 @@ def test_no_feature_is_stored_and_a_second_run_does_nothing(finished: Path) -> N
     again = run_stages(small(finished, *BACKBONE), list(STAGES), QUIET)
     states = {stage["state"] for stage in again["stages"].values()}
     assert states == {"up to date", "nothing to store"}
-    assert (finished / "run" / "report.html").exists()
+    report = (finished / "run" / "report.html").read_text()
+    assert "reading a grid of its own CNN&#39;s features of the shapes dataset" in report
+    assert BACKBONE_WEIGHTS in (finished / "run" / "model" / "README.md").read_text()
     gallery = json.loads((finished / "run" / "evaluation" / "examples.json").read_text())
     looked = [example["attention"] for example in gallery["examples"] if example["kind"] == "vqa"]
-    assert {tuple(attention["grid"]) for attention in looked} == {(7, 7)}
+    assert {tuple(attention["grid"]) for attention in looked} == {(6, 6)}
 
 
 def test_predict_sees_with_the_trained_backbone(

@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 from pipeline import config
 from pipeline.errors import ConfigError, FeatureError, TrainingError
 from pipeline.training import launch
+from pipeline.training.assembly import Assembly
 from pipeline.training.launch import ClusterConfig
 from pipeline.training.loop import finished_result
 from pipeline.training.metrics_log import read_metrics
@@ -59,6 +61,15 @@ class TestInThisProcess:
             "finished",
         }
         assert {line["phase"] for line in told} == {"pretrain"}
+
+    def test_the_best_that_a_device_can_do_is_what_the_cluster_says(self, tmp_path: Path) -> None:
+        def counted(spec: TrainingSpec) -> Assembly:
+            return replace(stand_in.stand_in(spec), flops=lambda _: 1000)
+
+        cluster = ClusterConfig(runner="process", device_flops=1e6)
+        told: list[dict[str, Any]] = []
+        launch.launch(make_spec(tmp_path / "run"), cluster, told.append, counted)
+        assert all(line["mfu"] > 0 for line in told if "loss" in line)
 
     def test_a_finished_phase_says_so(self, tmp_path: Path) -> None:
         spec = make_spec(tmp_path / "run")
@@ -380,7 +391,7 @@ def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(tmp_path: Pa
     steady = make_spec(tmp_path / "steady", steps=ELASTIC_STEPS)
     train_on(2, steady, without_dropout)
     spec = make_spec(tmp_path / "run", steps=ELASTIC_STEPS)
-    told = json.loads(ended(drive(spec.folder, ELASTIC), seconds=240))
+    told = json.loads(ended(drive(spec.folder, ELASTIC), seconds=270))
     assert told["states"] == ["finished"]
     assert world_sizes(spec) == [2, 1, 2]
     # no step is repeated for a node that comes

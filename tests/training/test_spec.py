@@ -44,6 +44,7 @@ def test_a_global_batch_that_ranks_cannot_share_is_refused_with_the_numbers() ->
         ({"keep_checkpoints": 1}, "keep_checkpoints"),
         ({"deepspeed": {"train_batch_size": 8}}, "decided by global_batch_size"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "decided by zero_stage"),
+        ({"tokens_per_micro_batch": 90, "group_by_length": True}, "groups by length"),
         ({"learning_rat": 1}, "did you mean 'learning_rate'"),
     ],
 )

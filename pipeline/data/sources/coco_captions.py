@@ -81,9 +81,8 @@ class CocoCaptionsSource:
                 detail=found.dropped,
                 fault=found.fault,
             )
-        for image_id, entries in captions:
-            if image_id not in known:
-                yield self._orphan(image_id, entries, location, split)
+        for image_id, entries in captions.beside(known):
+            yield self._orphan(image_id, entries, location, split)
 
     def _orphan(
         self, image_id: Identity, captions: list[Fields], location: str, split: str

@@ -7,7 +7,7 @@ a `missing-image` reject, a name that is not an image's `unknown-suffix`, and a 
 own reason where nobody has written anything about it.
 """
 
-import io
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -158,9 +158,8 @@ def read_image(record: Record) -> bytes:
     """
     location = record.image
     try:
-        if storage.is_local(location):  # without a path object, which costs as much as the reading
-            with io.FileIO(location.removeprefix("file://")) as file:
-                return file.read()
+        if storage.is_local(location):
+            return _read_file(location.removeprefix("file://"))
         return storage.read_bytes(location)
     except FileNotFoundError as error:
         raise SourceError(f"{location}: vanished since it was listed") from error
@@ -170,6 +169,19 @@ def read_image(record: Record) -> bytes:
         if storage.exists(location):
             raise
         raise SourceError(f"{location}: vanished since it was listed") from error
+
+
+def _read_file(path: str) -> bytes:
+    """Reads by four calls to the system: a path object, or a file object, cost a third more."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size_bytes = os.fstat(descriptor).st_size
+        payload = os.read(descriptor, size_bytes + 1)
+        while len(payload) != size_bytes and (more := os.read(descriptor, 1024 * 1024)):
+            payload += more  # of a file that grows, or over 2 GiB
+        return payload
+    finally:
+        os.close(descriptor)
 
 
 def image_key(identity: int | str) -> str:

@@ -12,7 +12,7 @@ import zlib
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -171,9 +171,15 @@ class Groups:
 
     def __iter__(self) -> Iterator[tuple[Identity, list[Fields]]]:
         """Yields each identity with its objects, in the order of their first appearance."""
+        return self.beside(())
+
+    def beside(self, known: Collection[Identity]) -> Iterator[tuple[Identity, list[Fields]]]:
+        """Yields what iteration does, without the known identities, whose objects stay unparsed."""
         starts = np.flatnonzero(np.diff(self._hashes, prepend=self._hashes[:1] + np.uint64(1)))
         stops = np.append(starts[1:], len(self._hashes))
-        for group in np.argsort(self._order[starts]):
+        hashes = np.fromiter(map(_hash, known), np.uint64, len(known))
+        unknown = np.flatnonzero(~np.isin(self._hashes[starts], hashes))
+        for group in unknown[np.argsort(self._order[starts[unknown]])]:
             found: defaultdict[Identity, list[Fields]] = defaultdict(list)
             for index in self._order[starts[group] : stops[group]]:
                 entry = self._items.object(int(index))

@@ -49,13 +49,15 @@ def test_groups_keep_the_order_of_first_appearance(path: Path) -> None:
     ids = [7, 1, 9, 1, 4, 7]
     path.write_text(json.dumps([{"id": number} for number in ids]))
     items = read_json_list(str(path), "a test file")
-    assert [key for key, _ in Groups(items, "id")] == [7, 1, 9, 4]
+    groups = Groups(items, "id")
+    assert [key for key, _ in groups] == [7, 1, 9, 4]
+    assert [(key, len(found)) for key, found in groups.beside({9, 1, "7"})] == [(7, 2), (4, 1)]
 
 
 def test_an_empty_list_has_no_groups(path: Path) -> None:
     path.write_text("[]")
     groups = Groups(read_json_list(str(path), "a test file"), "id")
-    assert list(groups) == []
+    assert list(groups) == list(groups.beside({1})) == []
     assert groups.of(1) == []
 
 

@@ -3,6 +3,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,6 +12,7 @@ from pipeline import storage
 from pipeline.data.dataset import Dataset
 from pipeline.errors import ConfigError, SourceError
 from tests.data.sources.built import build, draw, ingested, listed, reason, reasons, record
+from tests.vision.video_files import dicom, video
 
 
 def write_jsonl(path: Path, *rows: dict[str, Any] | str) -> str:
@@ -195,3 +197,16 @@ def test_settings_that_disagree_are_refused(settings: dict[str, Any], match: str
     given: dict[str, Any] = {"table": "t", "image": "file", "texts": {"captions": "text"}}
     with pytest.raises(ConfigError, match=match):
         build("table", **given | settings)
+
+
+def test_a_row_may_name_a_video_or_a_dicom(tmp_path: Path) -> None:
+    (tmp_path / "clip.webm").write_bytes(video(5, form="webm"))
+    (tmp_path / "scan.dcm").write_bytes(dicom(np.zeros((4, 6))))
+    rows = [{"file": name, "text": "words"} for name in ("clip.webm", "scan.dcm")]
+    table = write_jsonl(tmp_path / "t.jsonl", *rows)
+    source = build("table", table=table, image="file", texts={"captions": "text"})
+    assert {key: record(source, key).suffix for key in listed(source)} == {
+        "clip": "webm",
+        "scan": "dcm",
+    }
+    assert ingested(source, tmp_path).num_live == 2

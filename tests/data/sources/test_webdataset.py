@@ -21,6 +21,7 @@ from tests.data.sources.built import (
     reasons,
     record,
 )
+from tests.vision.video_files import video
 
 
 def picture(folder: Path, name: str = "x.png") -> bytes:
@@ -158,3 +159,14 @@ def test_preflight_looks_for_the_ends_of_a_range() -> None:
 def test_an_image_part_that_is_no_image_is_refused() -> None:
     with pytest.raises(ConfigError, match="'txt': expected one of"):
         build("webdataset", shards="s", image="txt")
+
+
+def test_a_sample_may_be_a_video(tmp_path: Path) -> None:
+    clip = video(5)
+    members = [("a.mp4", clip), ("a.txt", b"a clip"), ("b.mp4", clip[:99]), ("b.txt", b"cut short")]
+    write_tar(tmp_path / "s.tar", members)
+    source = build("webdataset", shards=str(tmp_path / "s.tar"), validation_fraction=0.0)
+    assert (record(source, "a").suffix, source.read(record(source, "a"))) == ("mp4", clip)
+    report = ingested(source, tmp_path)
+    assert (report.num_live, report.rejects) == (1, {"undecodable-video": 1})
+    assert Dataset.open(str(tmp_path / "dataset")).split("train").image(0) == clip

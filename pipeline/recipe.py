@@ -151,14 +151,17 @@ class Recipe(Config):
             if training is None:
                 continue
             try:
-                accumulation_steps = training.accumulation_steps(self.cluster.workers)
+                most = max(map(training.accumulation_steps, self.cluster.world_sizes()))
             except ConfigError as error:
-                raise ValueError(f"training.{name}: {error} (cluster.workers)") from None
+                raise ValueError(
+                    f"training.{name}: {error} (cluster.workers, cluster.min_workers)"
+                ) from None
             contrasts = name == "pretrain" and self.objectives and self.objectives.itc
-            if contrasts and accumulation_steps > 1:
+            if contrasts and (most > 1 or training.tokens_per_micro_batch is not None):
                 raise ValueError(
                     "objectives.itc contrasts the whole global batch in one pass; set "
-                    "global_batch_size to micro_batch_size x cluster.workers"
+                    "global_batch_size to micro_batch_size x cluster.workers, and leave "
+                    "cluster.min_workers and tokens_per_micro_batch out"
                 )
         return self
 

@@ -61,10 +61,20 @@ def test_a_recipe_on_a_cluster_uses_the_cluster_it_is_part_of() -> None:
 
 def test_contrast_needs_the_global_batch_in_one_pass() -> None:
     contrast = ["objectives={itc: {}}", "model.family=late_fusion", "model.sizes={}"]
-    half = "training.pretrain.micro_batch_size=16"  # of 64 on two ranks: two passes
     config.load(Recipe, QUICKSTART, contrast)
-    with pytest.raises(ConfigError, match=r"objectives\.itc contrasts the whole global batch"):
-        config.load(Recipe, QUICKSTART, [*contrast, half])
+    for several_passes in (
+        "training.pretrain.micro_batch_size=16",  # of 64 on two ranks
+        "training.pretrain.tokens_per_micro_batch=500",
+        "cluster.min_workers=1",
+    ):
+        with pytest.raises(ConfigError, match=r"objectives\.itc contrasts the whole global batch"):
+            config.load(Recipe, QUICKSTART, [*contrast, several_passes])
+
+
+def test_each_number_of_ranks_of_a_range_divides_the_global_batch() -> None:
+    config.load(Recipe, QUICKSTART, ["cluster.workers=2", "cluster.min_workers=1"])
+    with pytest.raises(ConfigError, match=r"not .* 3 ranks.*cluster\.min_workers"):
+        config.load(Recipe, QUICKSTART, ["cluster.workers=4", "cluster.min_workers=2"])
 
 
 def test_a_teacher_of_either_phase_is_looked_for_before_work() -> None:

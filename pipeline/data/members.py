@@ -1,8 +1,8 @@
 """Row numbers to bytes: reads one part of any sample from its place in a shard."""
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -10,10 +10,12 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.data.foreign_tar import Location
-from pipeline.data.shard_files import OpenFile, ShardFiles
+from pipeline.data.shard_files import ShardFiles
 from pipeline.errors import ShardError
 
 Int64Array = npt.NDArray[np.int64]
+Wanted = TypeVar("Wanted")
+Found = TypeVar("Found")
 
 
 class Members:
@@ -55,13 +57,8 @@ class Members:
 
     def read(self, rows: Int64Array) -> list[bytes]:
         """Returns the payloads, or raises ShardError naming the file and the sample."""
-        files, offsets, sizes = self._requests(rows)
-        payloads: list[bytes] = []
-        descriptors = [file.descriptor for file in files]
-        try:
-            payloads += map(os.pread, descriptors, sizes, offsets)
-        except OSError as error:
-            raise self._unreadable(int(rows[len(payloads)]), error) from error
+        sizes = self.sizes[rows].tolist()
+        payloads = self._read(os.pread, rows, sizes)
         self._check_whole(rows, sizes, [*map(len, payloads)])
         return payloads
 
@@ -70,26 +67,23 @@ class Members:
 
         Raises ShardError naming the file and the sample if it is not all there.
         """
-        files, offsets, sizes = self._requests(rows)
-        found: list[int] = []
-        descriptors = [file.descriptor for file in files]
-        try:
-            found += map(os.preadv, descriptors, buffers, offsets)
-        except OSError as error:
-            raise self._unreadable(int(rows[len(found)]), error) from error
-        self._check_whole(rows, sizes, found)
+        self._check_whole(rows, self.sizes[rows].tolist(), self._read(os.preadv, rows, buffers))
 
-    def _requests(self, rows: Int64Array) -> tuple[list[OpenFile], list[int], list[int]]:
-        """Returns file, offset and size for each row. Held, the files stay open."""
+    def _read(
+        self, read: Callable[[int, Wanted, int], Found], rows: Int64Array, wanted: Sequence[Wanted]
+    ) -> list[Found]:
+        """Returns what a call gives for each row's descriptor, what is wanted of it, and offset."""
         places = self._location_of_row[rows]
-        files = {
+        files = {  # held until all is read, for a file that nobody holds may be closed
             place: self._files.open(self._locations[place]) for place in np.unique(places).tolist()
         }
-        return (
-            [files[place] for place in places.tolist()],
-            self._offsets[rows].tolist(),
-            self.sizes[rows].tolist(),
-        )
+        descriptors = [files[place].descriptor for place in places.tolist()]
+        found: list[Found] = []
+        try:
+            found += map(read, descriptors, wanted, self._offsets[rows].tolist())
+        except OSError as error:
+            raise self._unreadable(int(rows[len(found)]), error) from error
+        return found
 
     def _check_whole(self, rows: Int64Array, sizes: list[int], found: list[int]) -> None:
         if found != sizes:

@@ -157,7 +157,8 @@ class Recipe(Config):
                     f"training.{name}: {error} (cluster.workers, cluster.min_workers)"
                 ) from None
             contrasts = name == "pretrain" and self.objectives and self.objectives.itc
-            if contrasts and (most > 1 or training.tokens_per_micro_batch is not None):
+            is_uneven = any(training.global_batch_size % n for n in self.cluster.world_sizes())
+            if contrasts and (most > 1 or is_uneven or training.tokens_per_micro_batch is not None):
                 raise ValueError(
                     "objectives.itc contrasts the whole global batch in one pass; set "
                     "global_batch_size to micro_batch_size x cluster.workers, and leave "

@@ -1,9 +1,8 @@
 """A rank's share of a global batch to micro-batches of texts of similar length.
 
 Texts of a micro-batch are padded to the longest, so that short ones beside long ones are work for
-nothing. What is grouped is the share alone: which samples make a step, and which rank has them,
-stays arithmetic on the step; every micro-batch has the same number of samples as before, so that
-the mean of their losses is still the mean over the samples.
+nothing. What is grouped is the share alone: which samples make a step, which rank has them, and in
+how many micro-batches, stays arithmetic on the step.
 """
 
 from collections.abc import Sequence
@@ -15,13 +14,14 @@ from pipeline.data.members import Int64Array
 from pipeline.data.sample import Texts
 
 
-def group(lengths: Sequence[int], micro_batch_size: int) -> Int64Array:
-    """Returns places in the share for each micro-batch, shortest texts first: (micro-batches, M).
+def group(lengths: Sequence[int], num_micro_batches: int) -> list[Int64Array]:
+    """Returns places in the share for each micro-batch, shortest texts first.
 
-    Within a micro-batch places rise; of equal lengths the first place comes first.
+    The first have one more than the last, if they cannot all have as many. Within a micro-batch
+    places rise; of equal lengths the first place comes first.
     """
     by_length = np.argsort(np.asarray(lengths), kind="stable")
-    return np.sort(by_length.reshape(-1, micro_batch_size), axis=1)
+    return [np.sort(places) for places in np.array_split(by_length, num_micro_batches)]
 
 
 def length(texts: Texts, kind: TextKind, index: int) -> int:

@@ -35,23 +35,27 @@ _AUGMENT_SALT = zlib.crc32(b"augment")
 
 
 class BatchConfig(Config):
-    """How the samples of a step are divided."""
+    """How the samples of a step are divided among ranks, and a rank's among its micro-batches."""
 
     global_batch_size: int = Field(ge=1)  # samples per step, over all ranks and micro-batches
-    micro_batch_size: int = Field(ge=1)  # samples one rank holds in one forward pass
+    micro_batch_size: int = Field(ge=1)  # the most that one rank holds in one forward pass
     # Whether a rank divides its samples of a step into micro-batches by the length of their texts.
     group_by_length: bool = False
 
+    def share(self, rank: int, world_size: int) -> range:
+        """Returns a rank's positions in the global batch: as many as another's, or one less."""
+        size = self.global_batch_size
+        return range(rank * size // world_size, (rank + 1) * size // world_size)
+
     def accumulation_steps(self, world_size: int) -> int:
-        """Returns the micro-batches each rank runs per step, or raises ConfigError."""
-        per_pass = self.micro_batch_size * world_size
-        steps, remainder = divmod(self.global_batch_size, per_pass)
-        if remainder or steps == 0:
+        """Returns the micro-batches a step of the rank that has most, or raises ConfigError."""
+        if world_size > self.global_batch_size:
             raise ConfigError(
-                f"global_batch_size={self.global_batch_size} is not a positive multiple of "
-                f"micro_batch_size={self.micro_batch_size} x {world_size} ranks = {per_pass}"
+                f"global_batch_size={self.global_batch_size} leaves some of {world_size} ranks "
+                "without a sample; use fewer ranks or a larger one"
             )
-        return steps
+        largest_share = -(-self.global_batch_size // world_size)
+        return -(-largest_share // self.micro_batch_size)
 
 
 @dataclass(frozen=True)
@@ -126,14 +130,16 @@ class Loader:
         """Yields for each step in [start_step, stop_step) the rank's micro-batches.
 
         Rank r of W holds positions [r * B / W, (r + 1) * B / W) of a global batch of B, in order
-        or grouped by length. An error of a reading thread is raised at its step. Closing the
-        iterator, or its end, ends the threads. Raises ConfigError at once if the batch cannot be
-        divided so, or there are fewer examples than ranks.
+        or grouped by length, in as many micro-batches as another rank (or one less, if these are
+        of one sample), whose sizes differ by one at most. An error of a reading thread is raised at
+        its step. Closing the iterator, or its end, ends the threads. Raises ConfigError at once if
+        there are fewer examples, in a step or in all, than ranks.
         """
         config = BatchConfig(
             global_batch_size=self._global_batch_size, micro_batch_size=micro_batch_size
         )
-        accumulation_steps = config.accumulation_steps(world_size)
+        positions = config.share(rank, world_size)
+        num_micro_batches = min(len(positions), config.accumulation_steps(world_size))
         if world_size > self._order.num_examples:
             raise ConfigError(
                 f"split {self._split.name!r} has {self._order.num_examples} examples, fewer than "
@@ -143,20 +149,17 @@ class Loader:
             self._split,
             self._order,
             self._global_batch_size,
-            range(
-                rank * self._global_batch_size // world_size,
-                (rank + 1) * self._global_batch_size // world_size,
-            ),
-            micro_batch_size,
+            positions,
+            num_micro_batches,
             self._group_by,
         )
         places = (
-            (step, i) for step in range(start_step, stop_step) for i in range(accumulation_steps)
+            (step, i) for step in range(start_step, stop_step) for i in range(num_micro_batches)
         )
         fetcher = _Fetcher(self._split, self._order, with_images=self._images is not None)
         read = partial(self._read, share, fetcher)
         batches = _read_ahead(read, places, self._threads, self._prefetch, fetcher.close)
-        return _steps(batches, accumulation_steps)
+        return _steps(batches, num_micro_batches)
 
     def _read(self, share: "_Share", fetcher: "_Fetcher", place: tuple[int, int]) -> Batch:
         step, i = place
@@ -183,14 +186,14 @@ class _Share:
         order: AnyOrder,
         global_batch_size: int,
         positions: range,
-        micro_batch_size: int,
+        num_micro_batches: int,
         group_by: TextKind | None,
     ) -> None:
         self._split = split
         self._order = order
         self._global_batch_size = global_batch_size
         self._positions = positions
-        self._micro_batch_size = micro_batch_size
+        self._in_order = np.array_split(np.arange(len(positions)), num_micro_batches)
         self._group_by = group_by
         self._lock = threading.Lock()
         # Threads read the micro-batches of a step or two at once.
@@ -198,15 +201,14 @@ class _Share:
 
     def start(self, step: int, i: int) -> int:
         """Returns where a micro-batch, if not grouped, begins in the order's stream."""
-        first = self._positions[i * self._micro_batch_size]
-        return step * self._global_batch_size + first
+        return step * self._global_batch_size + self._positions.start + int(self._in_order[i][0])
 
     def micro_batch(self, step: int, i: int) -> tuple[Int64Array, Examples]:
         """Returns positions in the global batch, and the examples there."""
         if self._group_by is None:
-            places = np.arange(self._micro_batch_size) + i * self._micro_batch_size
+            places = self._in_order[i]
             start = self.start(step, i)
-            found = self._order.between(start, start + self._micro_batch_size)
+            found = self._order.between(start, start + len(places))
         else:
             with self._lock:
                 places = self._groups(step)[i]
@@ -217,12 +219,12 @@ class _Share:
         start = self.start(step, 0)
         return self._order.between(start, start + len(self._positions))
 
-    def _group(self, step: int) -> Int64Array:
+    def _group(self, step: int) -> list[Int64Array]:
         assert self._group_by is not None
         found = self._all(step)
         texts = zip(self._split.texts(found.rows), found.text_index.tolist(), strict=True)
         lengths = [length(each, self._group_by, index) for each, index in texts]
-        return group(lengths, self._micro_batch_size)
+        return group(lengths, len(self._in_order))
 
 
 class _Fetcher:
@@ -328,10 +330,10 @@ def _batch(
 
 
 def _steps(
-    batches: Generator[Batch, None, None], accumulation_steps: int
+    batches: Generator[Batch, None, None], num_micro_batches: int
 ) -> Generator[list[Batch], None, None]:
     with closing(batches):
-        while step := list(islice(batches, accumulation_steps)):
+        while step := list(islice(batches, num_micro_batches)):
             yield step
 
 

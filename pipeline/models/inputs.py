@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pipeline.models.tensors import mapped
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -24,12 +26,7 @@ class Inputs:
 
     def to(self, device: torch.device | str) -> "Inputs":
         """Returns the batch on a device; pinned tensors are copied without waiting."""
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if value is not None
-        }
-        return replace(self, **moved)
+        return mapped(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def without_image(self) -> "Inputs":
         """Returns the batch with no regions at all: what a blind twin sees."""

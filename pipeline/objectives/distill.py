@@ -1,7 +1,7 @@
 """Distillation: what a trained model makes of the same pairs, as a target for another."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -91,14 +91,6 @@ class TeacherView:
     features: Tensor | None  # (B, R, F) of the teacher's own extractor, and so the next two
     boxes: Tensor | None  # (B, R, 4)
     region_padding: Tensor | None  # (B, R) bool
-
-    def to(self, device: torch.device | str) -> "TeacherView":
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if value is not None
-        }
-        return replace(self, **moved)
 
     def of(self, inputs: Inputs) -> Inputs:
         """Returns the teacher's inputs beside the student's: the same text, as corrupted."""

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -82,11 +82,6 @@ class Labels:
     label: Tensor  # (N,) int64
     confidence: Tensor  # (N,) float32, from 0 to 1
 
-    def to(self, device: torch.device | str) -> "Labels":
-        return Labels(
-            self.label.to(device, non_blocking=True), self.confidence.to(device, non_blocking=True)
-        )
-
 
 @dataclass(frozen=True)
 class RegionTarget:
@@ -96,10 +91,6 @@ class RegionTarget:
     features: Tensor | None  # (N, F) as stored
     classes: Tensor | Labels | None  # (N, C) probabilities, or the likeliest
     attributes: Tensor | Labels | None  # (N, A) probabilities, or the likeliest
-
-    def to(self, device: torch.device | str) -> "RegionTarget":
-        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
-        return replace(self, **moved)
 
 
 class MaskedRegionModelling(Objective):

@@ -14,6 +14,7 @@ from pipeline.data.loader import Batch
 from pipeline.errors import ConfigError, FeatureError
 from pipeline.models.base import VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs
+from pipeline.models.tensors import mapped
 from pipeline.objectives.base import Encodings, Objective, Vocabulary
 from pipeline.objectives.objective import by_stream
 
@@ -55,14 +56,11 @@ class MicroBatch:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "MicroBatch":
         """Returns it on a device, features and boxes in a dtype; pixels stay uint8."""
+        there = mapped(self, lambda tensor: tensor.to(device, non_blocking=True))
         return MicroBatch(
             {
-                name: StreamBatch(
-                    moved(stream.inputs, device, dtype),
-                    {name: target.to(device) for name, target in stream.targets.items()},
-                    stream.is_matched.to(device, non_blocking=True),
-                )
-                for name, stream in self.streams.items()
+                name: replace(stream, inputs=_cast(stream.inputs, dtype))
+                for name, stream in there.streams.items()
             }
         )
 
@@ -263,8 +261,10 @@ def _nothing() -> StreamBatch:
 
 def moved(inputs: Inputs, device: torch.device, dtype: torch.dtype) -> Inputs:
     """Returns inputs on a device, features and boxes in a dtype; pixels stay uint8."""
-    inputs = inputs.to(device)
-    features, boxes = inputs.features, inputs.boxes
-    if features.dtype != torch.uint8:
-        features = features.to(dtype)
-    return replace(inputs, features=features, boxes=boxes.to(dtype))
+    return _cast(inputs.to(device), dtype)
+
+
+def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    is_pixels = inputs.features.dtype == torch.uint8
+    features = inputs.features if is_pixels else inputs.features.to(dtype)
+    return replace(inputs, features=features, boxes=inputs.boxes.to(dtype))

@@ -140,7 +140,7 @@ class _Feed:
         """Yields for each step in [start, stop) the rank's micro-batches."""
         read_at_once = self.micro_batch_size
         if self.most_places is not None:  # all of the rank's share, to be cut here
-            read_at_once = self.global_batch_size // world_size
+            read_at_once = self.global_batch_size
         with contextlib.ExitStack() as opened:
             sources = [
                 loader.batches(start, stop, rank, world_size, read_at_once)
@@ -281,8 +281,10 @@ def _evaluation(spec: TrainingSpec) -> Evaluate | None:
 
     def evaluate(module: nn.Module, environment: Environment) -> dict[str, float]:
         steps = feed.batches(0, num_steps, environment.rank, environment.world_size)
+        num_passes = spec.training.accumulation_steps(environment.world_size)
         with contextlib.closing(steps):
-            return held_out_losses(module, chain.from_iterable(steps), environment)
+            batches = chain.from_iterable(steps)
+            return held_out_losses(module, batches, environment, num_steps * num_passes)
 
     return evaluate
 

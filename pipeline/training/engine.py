@@ -45,9 +45,9 @@ def engine_config(
     # It must be a multiple of an alignment that depends on the world size.
     bucket = min(500_000_000, -(-num_parameters // 4096) * 4096)
     own = {
-        "train_batch_size": config.global_batch_size,
+        # Its third number, the samples of a step, would be their product, which ours need not be:
+        # what a micro-batch counts for, and which is a step's last, is said by `advance`.
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        # of as many samples each; `advance` itself says which micro-batch is a step's last
         "gradient_accumulation_steps": config.accumulation_steps(environment.world_size),
         "gradient_clipping": 0.0 if config.zero_stage == 0 else config.clip_norm,
         "bf16": {"enabled": precision == "bf16"},
@@ -126,9 +126,10 @@ class Engine:
     def advance(
         self, micro_batches: Sequence[Batch], shares: Sequence[float] | None = None
     ) -> tuple[list[tuple[Tensor, Mapping[str, Tensor]]], float]:
-        """Makes one update from this rank's micro-batches.
+        """Makes one update from this rank's micro-batches: at least one.
 
-        `shares` are what each counts for in the mean of their losses; left out, all count alike.
+        `shares` are what each counts for in the mean of the ranks' sums; left out, all of a rank
+        count alike, and one rank as much as another.
         Returns (loss, losses by objective) of each micro-batch, detached, and the norm of the whole
         gradient before clipping. If a loss on any rank or the gradient is not finite, the norm is
         not finite either, no update is made, and `skipped` counts the step.
@@ -169,11 +170,11 @@ class Engine:
     def _num_passes(self, mine: int) -> int:
         """Returns the micro-batches of the rank that has most."""
         if self._training.tokens_per_micro_batch is None:
-            if mine != self._accumulation:
+            if mine > self._accumulation:
                 raise TrainingError(
-                    f"a step has {self._accumulation} micro-batches on each rank, found {mine}"
+                    f"a step has up to {self._accumulation} micro-batches on a rank, found {mine}"
                 )
-            return mine
+            return int(self._accumulation)
         most = torch.tensor(mine, device=self.device)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         return int(most)

@@ -18,25 +18,29 @@ Evaluate = Callable[[nn.Module, Environment], Mapping[str, float]]
 
 
 def held_out_losses(
-    module: nn.Module, batches: Iterable["MicroBatch"], environment: Environment
+    module: nn.Module, batches: Iterable["MicroBatch"], environment: Environment, num_passes: int
 ) -> dict[str, float]:
     """Returns the mean `loss`, and that of each objective, over the samples of all ranks.
 
-    Collective: each rank gives its own part of the samples, in as many batches as the others
-    (ZeRO stage 3 gathers the weights for each), and at least one.
+    Collective: each rank gives its own part of the samples, in at least one batch and at most
+    `num_passes`, which are those of the rank that has most.
     """
     dtype = next(module.parameters()).dtype
     device = torch.device(environment.device)
     totals: dict[str, torch.Tensor] = {}
-    num_samples = 0
+    num_samples = made = 0
     for batch in batches:
-        loss, parts = module(batch.to(device, dtype))
+        moved = batch.to(device, dtype)
+        loss, parts = module(moved)
+        made += 1
         num_samples += batch.num_samples
         for name, mean in {"loss": loss, **parts}.items():
             total = totals.get(name, torch.zeros((), dtype=torch.float64, device=device))
             totals[name] = total + mean.double() * batch.num_samples
     if not totals:
         raise TrainingError(f"rank {environment.rank}: it has no held-out samples to evaluate on")
+    for _ in range(num_passes - made):  # for nothing: ZeRO stage 3 gathers the weights for each
+        module(moved)
     names = sorted(totals)
     sums = torch.stack([*(totals[name] for name in names), torch.tensor(num_samples).to(loss)])
     dist.all_reduce(sums)

@@ -26,12 +26,12 @@ from pipeline import storage
 from pipeline.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.training import checkpoint
 from pipeline.training.assembly import MODEL, Assembly, MicroBatch, assemble
+from pipeline.training.device_feed import DeviceFeed
 from pipeline.training.engine import Engine
 from pipeline.training.keeper import Keeper
 from pipeline.training.lease import IsLost, only_writer
 from pipeline.training.metrics_log import MetricsLog, read_metrics
 from pipeline.training.peak import peak_flops
-from pipeline.training.prefetch import Prefetch
 from pipeline.training.spec import Environment, TrainingResult, TrainingSpec
 from pipeline.training.tally import Tally
 
@@ -217,21 +217,19 @@ class _Run:
         source = self.assembly.batches(start, environment.rank, environment.world_size)
         meter = _Meter(self.device_flops and self.device_flops * environment.world_size)
         step = start
-        with Prefetch(source, config.prefetch_steps) as ahead:
+        device, dtype = self.engine.device, self.engine.dtype
+        with DeviceFeed(source, config.prefetch_steps, device, dtype) as feed:
             while step < config.steps and not self.tally.is_patience_spent(config):
                 step += 1
                 began = time.perf_counter()
-                micro_batches = ahead.take()
+                batches = feed.take()
                 wait_seconds = time.perf_counter() - began
                 torch.manual_seed(step_seed(self.spec.seed, step, environment.rank))
                 engine = self.engine
                 rate = engine.learning_rate()
-                counts = [batch.num_samples for batch in micro_batches]
-                shares = [count / sum(counts) for count in counts]
-                losses, norm = engine.advance(
-                    [batch.to(engine.device, engine.dtype) for batch in micro_batches], shares
-                )
-                figures = self._gather(micro_batches, shares, losses, norm, wait_seconds)
+                shares = self._shares(batches.on_host)
+                losses, norm = engine.advance(batches.on_device, shares)
+                figures = self._gather(batches.on_host, shares, losses, norm, wait_seconds)
                 if figures.lost:
                     raise TrainingError(f"{self.spec.folder}: another process trains here by now")
                 meter.add(figures)
@@ -252,6 +250,16 @@ class _Run:
                 if figures.stop and not last:
                     return step, True
         return step, False
+
+    def _shares(self, micro_batches: Sequence[MicroBatch]) -> list[float]:
+        """Returns what each counts for in the mean over ranks, so that it is that over samples.
+
+        A rank whose share of the global batch is larger than another's counts for more than one.
+        """
+        world_size, whole = self.environment.world_size, self.config.global_batch_size
+        share = len(self.config.share(self.environment.rank, world_size)) * world_size / whole
+        counts = [batch.num_samples for batch in micro_batches]
+        return [share * count / sum(counts) for count in counts]
 
     def _report(self, step: int, figures: _StepFigures, rate: float, meter: "_Meter") -> None:
         """Evaluates and logs a step, where it is due."""

@@ -39,7 +39,7 @@ class TrainingConfig(BatchConfig):
     freeze: tuple[str, ...] = ()  # patterns of parameters that are not trained
     # Micro-batches are cut by what they take: at most so many tokens and regions with their
     # padding, of texts of like length, and at most `micro_batch_size` samples. A sample that takes
-    # more is one by itself. None: each has `micro_batch_size` samples.
+    # more is one by itself. None: they have as many samples each, or one less.
     tokens_per_micro_batch: PositiveInt | None = None
     warmup_steps: int = Field(default=0, ge=0)
     decay: Literal["linear", "cosine", "constant"] = "linear"
@@ -83,10 +83,10 @@ class TrainingConfig(BatchConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.global_batch_size % self.micro_batch_size:
+        if self.micro_batch_size > self.global_batch_size:
             raise ValueError(
-                f"global_batch_size={self.global_batch_size} is not a multiple of "
-                f"micro_batch_size={self.micro_batch_size}"
+                f"micro_batch_size={self.micro_batch_size} is more than "
+                f"global_batch_size={self.global_batch_size}"
             )
         if self.tokens_per_micro_batch is not None and self.group_by_length:
             raise ValueError("tokens_per_micro_batch groups by length; leave group_by_length out")

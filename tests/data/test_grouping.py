@@ -8,13 +8,13 @@ from pipeline.data.grouping import group, length
 from pipeline.data.sample import Dialog, Question, Round, Texts
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=10), st.integers(1, 4))
+@given(st.lists(st.integers(0, 9), min_size=4, max_size=40), st.integers(1, 4))
 def test_every_place_is_in_one_group_and_groups_follow_by_length(
-    lengths: list[int], micro_batch_size: int
+    lengths: list[int], num_micro_batches: int
 ) -> None:
-    lengths = lengths * micro_batch_size
-    groups = group(lengths, micro_batch_size).tolist()
-    assert {len(places) for places in groups} == {micro_batch_size}
+    groups = [places.tolist() for places in group(lengths, num_micro_batches)]
+    assert len(groups) == num_micro_batches
+    assert max(map(len, groups)) - min(map(len, groups)) == bool(len(lengths) % num_micro_batches)
     assert sorted(place for places in groups for place in places) == list(range(len(lengths)))
     assert all(places == sorted(places) for places in groups)
     for one, other in pairwise(groups):
@@ -22,8 +22,8 @@ def test_every_place_is_in_one_group_and_groups_follow_by_length(
 
 
 def test_equal_lengths_leave_the_order_as_it_is() -> None:
-    assert group([7] * 6, 2).tolist() == [[0, 1], [2, 3], [4, 5]]
-    assert group([3, 1, 2, 1], 2).tolist() == [[1, 3], [0, 2]]
+    assert [places.tolist() for places in group([7] * 5, 3)] == [[0, 1], [2, 3], [4]]
+    assert [places.tolist() for places in group([3, 1, 2, 1], 2)] == [[1, 3], [0, 2]]
 
 
 def test_a_length_is_that_of_what_is_read() -> None:

@@ -70,8 +70,8 @@ def seen(loader: Loader, start: int, stop: int, world_size: int, micro: int) -> 
     ]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("micro_batch_size", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 5])
 def test_ranks_and_micro_batches_only_divide_the_same_global_batches(
     split: Split, world_size: int, micro_batch_size: int
 ) -> None:
@@ -87,6 +87,25 @@ def test_each_micro_batch_has_its_size_and_consecutive_positions(split: Split) -
     ] * 2
     assert [[batch.step for batch in share] for share in shares] == [[5] * 3, [6] * 3]
     assert {batch.seed for share in shares for batch in share} == {SEED}
+
+
+@pytest.mark.parametrize(("size", "world_size", "micro"), [(24, 5, 2), (23, 4, 4), (7, 4, 1)])
+def test_shares_and_micro_batches_that_cannot_be_equal_differ_by_one_sample(
+    split: Split, size: int, world_size: int, micro: int
+) -> None:
+    loader = make_loader(split, size)
+    ranks = [
+        [len(batch.keys) for batch in next(loader.batches(0, 1, rank, world_size, micro))]
+        for rank in range(world_size)
+    ]
+    shares = [sum(sizes) for sizes in ranks]
+    assert sum(shares) == size
+    assert max(shares) - min(shares) == 1
+    assert all(max(sizes) - min(sizes) <= 1 for sizes in ranks)
+    assert max(map(max, ranks)) <= micro
+    passes = BatchConfig(global_batch_size=size, micro_batch_size=micro).accumulation_steps
+    assert max(map(len, ranks)) == passes(world_size)
+    assert micro == 1 or len(set(map(len, ranks))) == 1
 
 
 def test_an_epoch_holds_every_caption_exactly_once(split: Split) -> None:
@@ -221,13 +240,8 @@ def first_step(order: Order, split: Split, keys: list[str]) -> int:
 
 
 def test_a_batch_that_cannot_be_divided_is_refused_before_anything_is_read(split: Split) -> None:
-    loader = make_loader(split, 8)
-    with pytest.raises(
-        ConfigError, match=r"global_batch_size=8 is not a positive multiple of micro_batch_size=3"
-    ):
-        loader.batches(0, 1, 0, 1, 3)
-    with pytest.raises(ConfigError, match="x 4 ranks = 16"):
-        loader.batches(0, 1, 0, 4, 4)
+    with pytest.raises(ConfigError, match="global_batch_size=8 leaves some of 9 ranks without"):
+        make_loader(split, 8).batches(0, 1, 0, 9, 1)
     with pytest.raises(ConfigError, match="33 examples, fewer than the 40 ranks"):
         make_loader(split, 40).batches(0, 1, 0, 40, 1)
     assert BatchConfig(global_batch_size=24, micro_batch_size=4).accumulation_steps(3) == 2

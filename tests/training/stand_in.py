@@ -115,14 +115,16 @@ def stand_in(
     def batches(
         start: int, rank: int, world_size: int
     ) -> Generator[list[StandInBatch], None, None]:
-        per_rank = config.global_batch_size // world_size
+        places = config.share(rank, world_size)
+        num_parts = min(len(places), config.accumulation_steps(world_size))
         for step in range(start, config.steps):
-            places = range(rank * per_rank, (rank + 1) * per_rank)
             rows = torch.stack([_row(spec.seed, step, place) for place in places])
             parts = [
                 StandInBatch(part[:, :FEATURES], part[:, FEATURES:], len(part), 3 * len(part), 12)
-                for part in torch.split(
-                    rows, sizes(step, rank) if sizes else config.micro_batch_size
+                for part in (
+                    torch.split(rows, sizes(step, rank))
+                    if sizes
+                    else torch.tensor_split(rows, num_parts)
                 )
             ]
             if on_step:
@@ -188,9 +190,23 @@ def evaluated(
             StandInBatch(part[:, :FEATURES], part[:, FEATURES:], len(part), len(part), 1)
             for part in torch.split(rows, 4)
         )
-        return held_out_losses(module, batches, environment)
+        num_passes = math.ceil(math.ceil(12 / environment.world_size) / 4)
+        return held_out_losses(module, batches, environment, num_passes)
 
     return replace(stand_in(spec, on_step), evaluate=evaluate or held_out)
+
+
+def evaluated_without_dropout(spec: TrainingSpec, on_step: OnStep | None = None) -> Assembly:
+    """The held-out samples of a rank in passes of the config's size, as those of a run are."""
+    assembly = without_dropout(spec, on_step)
+    held_out = stand_in(spec).batches
+
+    def evaluate(module: nn.Module, environment: Environment) -> Mapping[str, float]:
+        step = next(held_out(0, environment.rank, environment.world_size))
+        num_passes = spec.training.accumulation_steps(environment.world_size)
+        return held_out_losses(module, step, environment, num_passes)
+
+    return replace(assembly, evaluate=evaluate)
 
 
 def _row(seed: int, step: int, place: int) -> Tensor:

@@ -354,11 +354,11 @@ def test_micro_batches_of_any_sizes_make_the_same_update(tmp_path: Path, stage: 
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_step_of_too_few_micro_batches_is_refused(tmp_path: Path) -> None:
+def test_a_step_of_too_many_micro_batches_is_refused(tmp_path: Path) -> None:
     spec = make_spec(tmp_path)
     engine = Engine(stand_in(spec).module, spec.training, HERE)
-    with pytest.raises(TrainingError, match="4 micro-batches on each rank, found 1"):
-        engine.advance([None])
+    with pytest.raises(TrainingError, match="up to 4 micro-batches on a rank, found 5"):
+        engine.advance([None] * 5)
     engine.close()
 
 
@@ -371,7 +371,7 @@ def config_of(**settings: Any) -> dict[str, Any]:
 def test_the_resolved_configuration_is_plain_and_whole() -> None:
     config = config_of(zero_stage=2, precision="bf16", clip_norm=0.5)
     assert json.loads(json.dumps(config)) == config
-    assert config["train_batch_size"] == 24
+    assert config["train_micro_batch_size_per_gpu"] == 2
     assert config["gradient_accumulation_steps"] == 4
     assert config["bf16"] == {"enabled": True}
     assert config["gradient_clipping"] == 0.5
@@ -386,6 +386,6 @@ def test_further_keys_are_merged_in() -> None:
     assert config["wall_clock_breakdown"] is False
 
 
-def test_ranks_that_cannot_share_the_global_batch_are_refused() -> None:
-    with pytest.raises(ConfigError, match="not a positive multiple"):
-        config_of(micro_batch_size=12)
+def test_ranks_without_a_sample_are_refused() -> None:
+    with pytest.raises(ConfigError, match="leaves some of 3 ranks without a sample"):
+        config_of(global_batch_size=2)

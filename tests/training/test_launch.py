@@ -103,18 +103,12 @@ def test_more_workers_than_processes_are_refused(tmp_path: Path) -> None:
         launch.launch(make_spec(tmp_path), cluster, print)
 
 
-def test_a_batch_that_the_workers_cannot_share_is_refused_before_anything_starts(
-    tmp_path: Path,
+@pytest.mark.parametrize("smallest", [None, 2])
+def test_more_workers_than_samples_of_a_step_are_refused_before_anything_starts(
+    tmp_path: Path, smallest: int | None
 ) -> None:
-    with pytest.raises(ConfigError, match="not a positive multiple"):
-        launch.launch(make_spec(tmp_path), ClusterConfig(workers=3), print)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_batch_that_some_number_of_workers_cannot_share_is_refused(tmp_path: Path) -> None:
-    elastic = ClusterConfig(workers=4, min_workers=2)
-    with pytest.raises(ConfigError, match=r"not a positive multiple of .* 3 ranks"):
-        launch.launch(make_spec(tmp_path), elastic, print)
+    with pytest.raises(ConfigError, match="leaves some of 9 ranks without a sample"):
+        launch.launch(make_spec(tmp_path), ClusterConfig(workers=9, min_workers=smallest), print)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -23,6 +23,7 @@ from pipeline.training.spec import Environment, TrainingSpec
 from tests.training.stand_in import (
     Poisoned,
     evaluated,
+    evaluated_without_dropout,
     in_processes,
     make_spec,
     stand_in,
@@ -106,6 +107,33 @@ def test_a_run_goes_on_with_other_ranks_and_stages_within_rounding(tmp_path: Pat
     assert losses(third) == pytest.approx(losses(steady), abs=1e-6)
     for name, values in weights(steady).items():
         assert np.allclose(weights(third)[name], values, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_ranks_that_do_not_divide_the_global_batch_train_as_those_that_do(
+    tmp_path: Path, stage: int, micro_batch_size: int
+) -> None:
+    """Eight samples on three ranks: 2, 3 and 3, in two micro-batches or in two and three."""
+    settings: dict[str, Any] = {
+        "zero_stage": stage,
+        "micro_batch_size": micro_batch_size,
+        "steps": 6,
+        "evaluate_every_steps": 2,
+    }
+    even, uneven = (make_spec(tmp_path / name, **settings) for name in ("even", "uneven"))
+    train_on(2, even, evaluated_without_dropout)
+    in_processes(3, train_and_die, uneven, 1, 5, evaluated_without_dropout)
+    train_on(3, uneven, evaluated_without_dropout)
+    assert [event["step"] for event in events(uneven, "resumed")] == [3]
+    for line, expected in zip(curve(uneven), curve(even), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+        assert line["losses"] == pytest.approx(expected["losses"], abs=1e-6)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+        found = line.get("evaluation", {}), expected.get("evaluation", {})
+        assert found[0] == pytest.approx(found[1], abs=1e-6)
+    for name, values in weights(even).items():
+        assert np.allclose(weights(uneven)[name], values, atol=1e-5)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -16,17 +16,25 @@ def check(**settings: object) -> TrainingConfig:
 
 def test_each_rank_accumulates_what_is_left_of_the_global_batch() -> None:
     assert check().accumulation_steps(world_size=3) == 4
+    assert check().accumulation_steps(world_size=5) == 3  # of 5 samples, or of 4
 
 
-def test_a_global_batch_that_ranks_cannot_share_is_refused_with_the_numbers() -> None:
-    with pytest.raises(ConfigError, match=r"24 is not a positive multiple .* 5 ranks = 10"):
-        check().accumulation_steps(world_size=5)
+def test_shares_of_any_number_of_ranks_are_the_global_batch_in_order() -> None:
+    for world_size in range(1, 25):
+        shares = [check().share(rank, world_size) for rank in range(world_size)]
+        assert [place for share in shares for place in share] == list(range(24))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_rank_without_a_sample_is_refused_with_the_numbers() -> None:
+    with pytest.raises(ConfigError, match=r"24 leaves some of 25 ranks without a sample"):
+        check().accumulation_steps(world_size=25)
 
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"micro_batch_size": 7}, "not a multiple of micro_batch_size=7"),
+        ({"micro_batch_size": 25}, "25 is more than global_batch_size=24"),
         ({"warmup_steps": 11}, "more than steps=10"),
         ({"zero_stage": 0, "precision": "bf16"}, "use zero_stage=1"),
         ({"zero_stage": 0, "precision": "fp16"}, "use zero_stage=1"),

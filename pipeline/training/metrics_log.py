@@ -59,6 +59,11 @@ def read_metrics(folder: str) -> list[dict[str, Any]]:
     return [line for line, _ in _lines(storage.join(folder, METRICS))]
 
 
+def read_events(folder: str) -> list[dict[str, Any]]:
+    """Returns what happened on the way, in order; a torn last line is left out."""
+    return [line for line, _ in _lines(storage.join(folder, EVENTS))]
+
+
 class Follower:
     """Reads the lines that a run appends to one of its logs, while it runs."""
 

@@ -16,7 +16,7 @@ from tests.stages.test_run import QUICKSTART, SMALL, small
 STEPS = 200
 LONGER = [
     f"training.pretrain.steps={STEPS}",
-    "training.pretrain.log_every_steps=1",
+    "training.pretrain.log_every_steps=7",
     "training.pretrain.checkpoint_every_steps=50",
 ]
 
@@ -33,26 +33,38 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(str(run / "pretrain"))]
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a dataset, `data`, and of a run of the command that nobody stopped, `run`."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    run_stages(small(folder), ["ingest", "extract"], Console(stderr=True, quiet=True))
+    process = pretraining(folder / "run", folder / "data")
+    process.communicate(timeout=240)
+    assert process.returncode == 0
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_saves_and_says_so_and_the_same_command_goes_on(
-    tmp_path: Path, number: signal.Signals
+    unbroken: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    run_stages(small(tmp_path), ["ingest", "extract"], Console(stderr=True, quiet=True))
-    run, data = tmp_path / "stopped", tmp_path / "data"
-    unbroken = pretraining(tmp_path / "run", data)
-    unbroken.communicate(timeout=240)
-    assert unbroken.returncode == 0
+    run, data = tmp_path / "stopped", unbroken / "data"
     first = pretraining(run, data)
-    while len(losses(run)) < 20:
+    while len(losses(run)) < 3:
         assert first.poll() is None
         time.sleep(0.05)
     first.send_signal(number)
     _, told = first.communicate(timeout=120)
     assert first.returncode == 143
-    assert "the same command goes on from there" in " ".join(told.split())
-    assert 20 <= len(losses(run)) < STEPS
+    (checkpoint,) = (run / "pretrain" / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert 21 <= step < STEPS
+    assert (
+        f"left a checkpoint at step {step} of {STEPS}; the same command goes on from there"
+        in " ".join(told.split())
+    )
     second = pretraining(run, data)
     second.communicate(timeout=240)
     assert second.returncode == 0
-    assert losses(run) == losses(tmp_path / "run")
+    assert losses(run) == losses(unbroken / "run")

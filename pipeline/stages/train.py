@@ -232,7 +232,7 @@ def phase_spec(
     answers: Sequence[str],
 ) -> TrainingSpec:
     folder = storage.absolute(storage.join(recipe.run, phase))
-    version = _version(folder, inputs)
+    version, mixed_in = _versions(folder, inputs)
     tokenizer = storage.absolute(storage.join(recipe.run, "tokenizer"))
     config = recipe.model.config(
         vocab_size=len(load_tokenizer(tokenizer)),
@@ -245,7 +245,7 @@ def phase_spec(
         dataset=inputs.dataset.url,
         dataset_version=version,
         split=recipe.dataset.train_split,
-        mixed_in=_mixed_in(folder, inputs),
+        mixed_in=mixed_in,
         held_out_split=recipe.dataset.validation_split,
         features=inputs.features,
         live=inputs.live,
@@ -286,22 +286,16 @@ def _splits(recipe: Recipe, training: TrainingConfig) -> Sequence[str]:
     return (recipe.dataset.train_split, *held_out)
 
 
-def _version(folder: str, inputs: DataInputs) -> int:
-    """Returns the manifest version to train on: of an unfinished run that with which it began.
+def _versions(folder: str, inputs: DataInputs) -> tuple[int, tuple[MixedIn, ...]]:
+    """Returns the manifest version to train on, and the datasets beside the own one in theirs.
 
-    A later version may hold the same samples in another order.
+    Those of an unfinished run are what it began with: a later version may hold the same samples in
+    another order.
     """
-    try:
-        return read_spec(folder).dataset_version
-    except TrainingError:
-        return inputs.dataset.version
-
-
-def _mixed_in(folder: str, inputs: DataInputs) -> tuple[MixedIn, ...]:
-    """Returns the datasets beside the own one, in the versions to train on as `_version` says."""
     with contextlib.suppress(TrainingError):
-        return read_spec(folder).mixed_in
-    return tuple(
+        begun = read_spec(folder)
+        return begun.dataset_version, begun.mixed_in
+    return inputs.dataset.version, tuple(
         MixedIn(
             dataset=other.url,
             dataset_version=other.version,

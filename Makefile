@@ -9,7 +9,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/sightline run jobs/recipes/quickstart.yaml
 
 test: $(VENV)/installed-dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -31,6 +31,7 @@ from pipeline.stages import train
 from pipeline.stages.preflight import preflight
 from pipeline.stages.progress import StageProgress
 from pipeline.training.assembly import MicroBatch, assemble
+from pipeline.training.engine import require_swapping
 from pipeline.training.launch import ClusterConfig, launch_all, resources
 from pipeline.training.memory import FP32_BYTES, state_bytes
 from pipeline.training.optimizer import freeze
@@ -53,6 +54,11 @@ class Machine:
     name: str
     bytes_per_rank: int | None
     workers: int
+
+    @property
+    def rank(self) -> Environment:
+        """One of its ranks."""
+        return Environment(0, self.workers, 0, self.device)
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,8 @@ class Phase:
     parameters: int
     trained_parameters: int
     state_bytes: Mapping[str, int | None]  # by stage, on the device
-    offloaded_bytes: int
+    offloaded_bytes: int  # in the host's memory
+    swapped_bytes: int  # in files
     checkpoint_bytes: int
     activation_bytes: int | None = None  # of one micro-batch, kept from forward to backward
     data: Data | None = None
@@ -145,6 +152,10 @@ def check(recipe: Recipe, console: Console) -> Report:
     """
     preflight(recipe)
     machine = _machine(recipe.cluster)
+    if recipe.cluster.address is None:  # else the swap files will be on other machines
+        for training in (recipe.training.pretrain, recipe.training.finetune):
+            if training is not None:
+                require_swapping(training, machine.rank)
     unknown: list[str] = []
     if machine.bytes_per_rank is None:
         unknown.append(f"the memory of {machine.name}; compare the bytes with it yourself")
@@ -237,19 +248,18 @@ def _phase(name: str, training: TrainingConfig, machine: Machine, module: nn.Mod
     parameters = list(module.parameters())
     num_parameters = sum(parameter.numel() for parameter in parameters)
     num_trained = sum(p.numel() for p in parameters if p.requires_grad)
-    rank = Environment(0, machine.workers, 0, machine.device)
     by_stage: dict[str, int | None] = {}
-    offloaded = 0
+    offloaded = swapped = 0
     for stage in STAGES:
         changed = training.model_copy(update={"zero_stage": stage})
         refused = stage == 0 and changed.resolved_precision(machine.device) != "fp32"
         if refused:
             by_stage[str(stage)] = None
             continue
-        found = state_bytes(changed, rank, num_parameters, num_trained)
+        found = state_bytes(changed, machine.rank, num_parameters, num_trained)
         by_stage[str(stage)] = found.device
         if stage == training.zero_stage:
-            offloaded = found.offloaded
+            offloaded, swapped = found.offloaded, found.swapped
     copies = 2 + (training.ema_decay is not None)
     return Phase(
         name=name,
@@ -262,6 +272,7 @@ def _phase(name: str, training: TrainingConfig, machine: Machine, module: nn.Mod
         trained_parameters=num_trained,
         state_bytes=by_stage,
         offloaded_bytes=offloaded,
+        swapped_bytes=swapped,
         checkpoint_bytes=FP32_BYTES * (num_parameters + copies * num_trained),
     )
 
@@ -500,6 +511,8 @@ def _lines(phase: Phase) -> Iterator[str]:
     )
     if phase.offloaded_bytes:
         yield f"{phase.offloaded_bytes / GB:.3f} GB a rank lie outside the device"
+    if phase.swapped_bytes:
+        yield f"{phase.swapped_bytes / GB:.3f} GB a rank lie in swap files"
     if phase.data is not None:
         examples = ", ".join(
             f"{number:,} {kind} ({phase.data.epochs[kind]:g} epochs)"

@@ -16,15 +16,20 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, TrainingError
+from pipeline.training import async_io
+from pipeline.training.async_io import is_swapped
 from pipeline.training.optimizer import AVERAGE, build_optimizer, freeze
 from pipeline.training.schedule import rate_factor
 from pipeline.training.spec import Environment, TrainingConfig
+from pipeline.training.swap_folder import SwapFolder
+from pipeline.training.swapped_state import SwappedState
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # What DeepSpeed's dynamic loss scaler goes by, which a run must go on with.
@@ -56,6 +61,7 @@ def engine_config(
             "stage": config.zero_stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            **_swapping(config),
         },
         # torch's AdamW also where the optimizer is offloaded: DeepSpeed's own is compiled at start
         "zero_force_ds_cpu_optimizer": False,
@@ -63,6 +69,30 @@ def engine_config(
         "timers": {"throughput": {"enabled": False}},
     }
     return _merged(own, config.deepspeed)
+
+
+def _swapping(config: TrainingConfig) -> dict[str, Any]:
+    """Returns what DeepSpeed must be told to swap AdamW's state to files, if that is asked for."""
+    zero = config.deepspeed.get("zero_optimization", {})
+    if not is_swapped(zero):
+        return {}
+    # Of a group there are in memory at once weights, gradients and what AdamW keeps; and of its
+    # neighbours too where they are read ahead or written behind.
+    offload = zero["offload_optimizer"]
+    groups = 1 + bool(offload.get("pipeline_read")) + bool(offload.get("pipeline_write"))
+    buffers = groups * (2 + len(_kinds(config)))
+    if offload.get("buffer_count", buffers) < buffers:
+        raise ConfigError(
+            "training.deepspeed.zero_optimization.offload_optimizer.buffer_count: this optimizer "
+            f"needs {buffers}, found {offload['buffer_count']}; leave it out"
+        )
+    # With DeepSpeed's own size, a billion, most models are one group, in memory as a whole.
+    return {"offload_optimizer": {"buffer_count": buffers}, "sub_group_size": 2**24}
+
+
+def _kinds(config: TrainingConfig) -> tuple[str, ...]:
+    """Returns the names of what AdamW keeps of each parameter."""
+    return (*MOMENTS, AVERAGE) if config.ema_decay is not None else MOMENTS
 
 
 class Engine:
@@ -97,20 +127,23 @@ class Engine:
         count = sum(parameter.numel() for parameter in module.parameters())
         self.config = engine_config(config, environment, count)
         _require_ability(self.config)
+        require_swapping(config, environment)
         self.skipped = skipped  # steps whose update is not in the weights
         self._step = step
         self._training = config
-        self._kinds = (*MOMENTS, AVERAGE) if config.ema_decay is not None else MOMENTS
+        self._kinds = _kinds(config)
         self._accumulation = self.config["gradient_accumulation_steps"]
         self._stage = config.zero_stage
         self._clip_norm = config.clip_norm or float("inf")
+        self._swap_folder: SwapFolder | None = None
         freeze(module, config.freeze)
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=build_optimizer(module, config),
             dist_init_required=False,
-            config=self.config,
+            config=_merged(self.config, {"zero_optimization": self._make_swap_folder()}),
         )
+        self._swapped = SwappedState(self._engine.optimizer)
         self.device = torch.device(environment.device)
         self.dtype = _DTYPES[config.resolved_precision(environment.device)]
         self._make_state()
@@ -160,7 +193,8 @@ class Engine:
                 norm = float(nn.utils.clip_grad_norm_(parameters, self._clip_norm))
                 if not math.isfinite(norm):
                     self._engine.module.zero_grad(set_to_none=True)  # AdamW leaves these alone
-        self._engine.step()
+        with self._swapped.updating():
+            self._engine.step()
         if self._stage:
             norm = float(self._engine.get_global_grad_norm())  # infinite if no update was made
         self._step += 1
@@ -218,11 +252,12 @@ class Engine:
         A yielded tensor is valid until the next one is asked for; keep a copy, not the tensor.
         """
         self._link_moments()
-        for name, parameter in self._engine.module.named_parameters():
-            yield f"weight/{name}", self._weight(parameter)
-            if parameter.requires_grad:
-                for kind in self._kinds:
-                    yield f"{kind}/{name}", self._kept(parameter, kind)
+        with self._looking():
+            for name, parameter in self._parameters():
+                yield f"weight/{name}", self._weight(parameter)
+                if parameter.requires_grad:
+                    for kind in self._kinds:
+                        yield f"{kind}/{name}", self._kept(parameter, kind)
         for name, buffer in _persistent_buffers(self._engine.module):
             yield f"buffer/{name}", buffer.detach()
 
@@ -233,27 +268,57 @@ class Engine:
         """
         self._link_moments()
         weights = {}
-        for name, parameter in self._engine.module.named_parameters():
-            if averaged and parameter.requires_grad:
-                weight = self._kept(parameter, AVERAGE)
-            else:
-                weight = self._weight(parameter)
-            if torch.distributed.get_rank() == 0:
-                weights[name] = weight.detach().cpu().clone()
+        with self._looking():
+            for name, parameter in self._parameters():
+                if averaged and parameter.requires_grad:
+                    weight = self._kept(parameter, AVERAGE)
+                else:
+                    weight = self._weight(parameter)
+                if torch.distributed.get_rank() == 0:
+                    weights[name] = weight.detach().cpu().clone()
         if torch.distributed.get_rank() == 0:
             for name, buffer in _persistent_buffers(self._engine.module):
                 weights[name] = buffer.detach().cpu().clone()
         return weights
 
     def close(self) -> None:
-        """Takes DeepSpeed's hooks off the module."""
+        """Takes DeepSpeed's hooks off the module, and removes what was swapped to files."""
         self._engine.destroy()
+        if self._swap_folder is not None:
+            self._swap_folder.close()
+
+    def _make_swap_folder(self) -> dict[str, Any]:
+        """Makes this process's folder, if one is wanted; returns what DeepSpeed is told of it."""
+        zero = self.config["zero_optimization"]
+        if not is_swapped(zero):
+            return {}
+        self._swap_folder = SwapFolder(Path(zero["offload_optimizer"]["nvme_path"]))
+        async_io.load(_async_io_builder(), self._swap_folder.path)
+        return {"offload_optimizer": {"nvme_path": str(self._swap_folder.path)}}
+
+    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Returns the parameters by name, those together that are swapped in together."""
+        named = list(self._engine.module.named_parameters())
+        if self._stage < 3:
+            return named
+        return sorted(named, key=lambda item: self._swapped.group_of(item[1]))
+
+    @contextlib.contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Lets stage 3's state be looked at, and written; training goes on after it."""
+        try:
+            yield
+        finally:
+            if self._stage == 3:
+                self._swapped.release()
 
     def _weight(self, parameter: nn.Parameter) -> Tensor:
         from deepspeed import zero
         from deepspeed.utils import safe_get_full_fp32_param
 
-        if not parameter.requires_grad and self._stage == 3:
+        if self._stage == 3:
+            if parameter.requires_grad:
+                return self._whole(parameter, "weight")
             with zero.GatheredParameters([parameter]):
                 return parameter.detach().float().clone()
         if not parameter.requires_grad or self._stage == 0:
@@ -265,11 +330,19 @@ class Engine:
         """Returns a moment or the moving average of a parameter, whole."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        if self._stage == 3:
+            return self._whole(parameter, kind)
         if self._stage == 0:
             kept: Tensor = self._engine.basic_optimizer.state[parameter][kind]
             return kept.detach()
         whole: Tensor = safe_get_full_optimizer_state(parameter, kind)
         return whole.detach()
+
+    def _whole(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """Gathers what stage 3 has of a parameter from all ranks."""
+        part = self._swapped.part(parameter, kind)
+        whole: Tensor = self._engine.optimizer._fp32_state_allgather(parameter, part)
+        return whole
 
     @contextlib.contextmanager
     def _average_shown(self) -> Iterator[None]:
@@ -277,7 +350,7 @@ class Engine:
         from deepspeed import zero
 
         self._link_moments()
-        trainable = [p for p in self._engine.module.parameters() if p.requires_grad]
+        trainable = [parameter for _, parameter in self._parameters() if parameter.requires_grad]
         if self._stage < 3:
             before = [parameter.detach().clone() for parameter in trainable]
             for parameter in trainable:
@@ -290,10 +363,11 @@ class Engine:
             return
 
         def show(read: Callable[[nn.Parameter], Tensor]) -> None:
-            for parameter in trainable:
-                whole = read(parameter)
-                with zero.GatheredParameters([parameter], modifier_rank=0):
-                    parameter.copy_(whole)
+            with self._looking():
+                for parameter in trainable:
+                    whole = read(parameter)
+                    with zero.GatheredParameters([parameter], modifier_rank=0):
+                        parameter.copy_(whole)
 
         show(lambda parameter: self._kept(parameter, AVERAGE))
         try:
@@ -303,26 +377,33 @@ class Engine:
 
     def _make_state(self) -> None:
         """Gives AdamW the state that it would make at its first update."""
-        wrapper, inner = self._engine.optimizer, self._engine.basic_optimizer
-        if self._stage == 3:
-            partitions = list(wrapper.fp32_partitioned_groups_flat)
-        else:
-            partitions = [p for group in inner.param_groups for p in group["params"]]
+        inner = self._engine.basic_optimizer
         updates = float(self._step - self.skipped)
-        for partition in partitions:
-            inner.state[partition] = {
-                "step": torch.tensor(updates, device=partition.device),
-                **{moment: torch.zeros_like(partition) for moment in MOMENTS},
-            }
-            if AVERAGE in self._kinds:
-                inner.state[partition][AVERAGE] = partition.detach().clone()
+        with self._looking():
+            for partition in self._partitions():
+                inner.state[partition] = {
+                    "step": torch.tensor(updates, device=partition.device),
+                    **{moment: torch.zeros_like(partition) for moment in MOMENTS},
+                }
+                if AVERAGE in self._kinds:
+                    inner.state[partition][AVERAGE] = partition.detach().clone()
+
+    def _partitions(self) -> Iterator[nn.Parameter]:
+        """Yields what AdamW updates; of stage 3 one is in memory, to be written, at a time."""
+        if self._stage == 3:
+            for index in range(len(self._engine.optimizer.fp32_partitioned_groups_flat)):
+                yield self._swapped.hold(index, changes=True)
+        else:
+            for group in self._engine.basic_optimizer.param_groups:
+                yield from group["params"]
 
     def _restore(self, restored: ReadTensor) -> None:
         self._link_moments()
-        for name, parameter in self._engine.module.named_parameters():
-            if parameter.requires_grad:
-                for kind in ("weight", *self._kinds):
-                    self._set(parameter, kind, restored(f"{kind}/{name}"))
+        with self._looking():
+            for name, parameter in self._parameters():
+                if parameter.requires_grad:
+                    for kind in ("weight", *self._kinds):
+                        self._set(parameter, kind, restored(f"{kind}/{name}"))
         if self._stage in (1, 2):
             self._engine.optimizer.update_lp_params()
         self._engine.global_steps = self._step
@@ -351,11 +432,8 @@ class Engine:
             size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
             rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
             padded = nn.functional.pad(value.flatten(), (0, size * world_size - value.numel()))
-            part = padded.narrow(0, rank * size, size)
-            if kind == "weight":
-                utils.safe_set_local_fp32_param(parameter, part)
-            else:
-                utils.safe_set_local_optimizer_state(parameter, part, kind)
+            mine = padded.narrow(0, rank * size, size)
+            self._swapped.part(parameter, kind, changes=True).copy_(mine)
         elif kind == "weight":
             utils.safe_set_full_fp32_param(parameter, value)
         else:
@@ -386,14 +464,26 @@ def _require_ability(config: Mapping[str, Any]) -> None:
         raise ConfigError(
             "training.precision: fp16 needs a GPU, or a CPU that computes in halves; use bf16"
         )
-    for key in ("offload_optimizer", "offload_param"):
-        offload = config["zero_optimization"].get(key) or {}
-        if offload.get("device") == "nvme":
-            raise ConfigError(
-                f"training.deepspeed.zero_optimization.{key}.device: nvme is not supported: what "
-                "DeepSpeed has swapped out is in no checkpoint of ours, and it needs async_io, "
-                "which is compiled at start; use device: cpu, or more ranks"
-            )
+
+
+def require_swapping(config: TrainingConfig, environment: Environment) -> None:
+    """Raises ConfigError if optimizer state is to be in files and cannot be on this machine.
+
+    DeepSpeed is imported only if it is to be, and nothing is compiled yet.
+    """
+
+    def builder() -> Any:
+        _import_deepspeed(environment.device)
+        return _async_io_builder()
+
+    zero = engine_config(config, environment, num_parameters=1)["zero_optimization"]
+    async_io.require_ability(zero, builder)
+
+
+def _async_io_builder() -> Any:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return AsyncIOBuilder()
 
 
 def _merged(own: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ buffers that it makes for a moment and the allocator's loss come on top.
 
 from dataclasses import dataclass
 
+from pipeline.training.async_io import is_swapped
 from pipeline.training.engine import engine_config
 from pipeline.training.spec import Environment, TrainingConfig
 
@@ -16,10 +17,11 @@ FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class StateBytes:
-    """What one rank keeps where: on its device, and in the host's memory or on its NVMe."""
+    """What one rank keeps where: on its device, in the host's memory, and in swap files."""
 
     device: int
     offloaded: int = 0
+    swapped: int = 0
 
 
 def state_bytes(
@@ -54,14 +56,18 @@ def state_bytes(
     else:
         weights = -(-weights // world_size)
         transient = bucket + updating
-    offloaded = 0
+    offloaded = swapped = 0
     if _is_offloaded(zero.get("offload_optimizer")):
         offloaded += optimizer + FP32_BYTES * mine
         optimizer, transient = 0, transient - min(transient, FP32_BYTES * mine)
+    if stage == 3 and is_swapped(zero):  # but for the group that is updated
+        swapped = offloaded
+        buffers = zero["offload_optimizer"]["buffer_count"]
+        offloaded = buffers * FP32_BYTES * min(zero["sub_group_size"], mine)
     if stage == 3 and _is_offloaded(zero.get("offload_param")):
         offloaded += weights
         weights = 0
-    return StateBytes(weights + optimizer + transient, offloaded)
+    return StateBytes(weights + optimizer + transient, offloaded, swapped)
 
 
 def _is_offloaded(settings: dict[str, object] | None) -> bool:

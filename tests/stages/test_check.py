@@ -136,3 +136,18 @@ def test_gpus_that_are_not_here_are_refused(tmp_path: Path) -> None:
             "cluster={workers: 64, gpus_per_worker: 1}",
             *(f"training.{phase}.global_batch_size=256" for phase in ("pretrain", "finetune")),
         )
+
+
+def test_swap_files_that_this_machine_cannot_have_are_refused(extracted: Path) -> None:
+    def swapped(**offload: object) -> list[str]:
+        settings = {"offload_optimizer": {"device": "nvme", **offload}}
+        return [
+            "training.finetune.zero_stage=3",
+            f"training.finetune.deepspeed={json.dumps({'zero_optimization': settings})}",
+        ]
+
+    with pytest.raises(ConfigError, match=r"nvme_path: device nvme needs a folder"):
+        looked_at(extracted, *swapped())
+    (extracted / "a-file").touch()
+    with pytest.raises(ConfigError, match=r"nvme_path: .*a-file.* cannot be written"):
+        looked_at(extracted, *swapped(nvme_path=str(extracted / "a-file" / "below")))

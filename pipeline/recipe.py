@@ -47,6 +47,11 @@ class DatasetPart(Config):
     validation_split: str = "validation"
     mixed_in: tuple[MixedInPart, ...] = ()  # each with features of the same extractor
 
+    @model_validator(mode="after")
+    def _images_can_be_treated(self) -> Self:
+        self.ingest.check_source(self.source)
+        return self
+
 
 class FeaturesPart(Config):
     """What the model sees of an image.

@@ -59,6 +59,15 @@ def test_a_recipe_on_a_cluster_uses_the_cluster_it_is_part_of() -> None:
     assert recipe.on_cluster().cluster.address == "auto"
 
 
+def test_pictures_in_the_tars_of_others_cannot_be_encoded_anew() -> None:
+    tars = "dataset.source={type: webdataset, shards: [a.tar]}"
+    config.load(Recipe, QUICKSTART, [tars])
+    with pytest.raises(ConfigError, match=r"dataset.*in_place: false"):
+        config.load(Recipe, QUICKSTART, [tars, "dataset.ingest.reencode={}"])
+    copied = "dataset.source={type: webdataset, shards: [a.tar], in_place: false}"
+    config.load(Recipe, QUICKSTART, [copied, "dataset.ingest.reencode={}"])
+
+
 def test_contrast_needs_the_global_batch_in_one_pass() -> None:
     contrast = ["objectives={itc: {}}", "model.family=late_fusion", "model.sizes={}"]
     config.load(Recipe, QUICKSTART, contrast)

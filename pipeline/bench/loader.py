@@ -28,7 +28,7 @@ from pipeline.data.augmentation import View
 from pipeline.data.buffers import BufferPool
 from pipeline.data.dataset import Split
 from pipeline.data.decoding import Picture
-from pipeline.data.images import ImageConfig, render
+from pipeline.data.images import ImageConfig, LiveConfig, render
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import Order
@@ -55,7 +55,7 @@ class LoaderBenchConfig(Config):
     """What is measured and how often."""
 
     samples: PositiveInt = 4096  # with features; a sample takes 147 KB at dim 2048, twice
-    images: PositiveInt = 512
+    images: PositiveInt = 1024
     dim: PositiveInt = 2048  # values of a region
     image_size: PositiveInt = 224
     photographs: str | None = None  # a folder of JPEGs; None: drawn ones, of COCO's size
@@ -106,14 +106,7 @@ def _features(config: LoaderBenchConfig, folder: str) -> Comparison:
     loader = Loader(
         split, order, global_batch_size=config.batch_size, seed=1, threads=config.threads
     )
-    epochs: dict[str, Epoch] = {
-        OURS: _epochs(
-            loader,
-            config,
-            config.samples,
-            lambda batch: None if batch.features is None else batch.features.values,
-        )
-    }
+    epochs: dict[str, Epoch] = {OURS: _epochs(loader, config, config.samples)}
     versions, absent = _peers("webdataset", "litdata")
     if "webdataset" in versions:
         tars = loader_data.shard_paths(split, dataset, f"features/{EXTRACTOR}")
@@ -152,31 +145,26 @@ def _features(config: LoaderBenchConfig, folder: str) -> Comparison:
 
 def _images(config: LoaderBenchConfig, folder: str) -> Comparison:
     payloads = loader_data.photographs(config.images, config.photographs)
-    split = loader_data.image_split(folder, payloads, config.images)
     size = config.image_size
+    # As a run's whose backbone is a network of pictures, which gives a cell for 32 pixels.
+    per_side = -(-size // 32)
+    live = LiveConfig(images=ImageConfig(size=size), grid=(per_side, per_side), patches=False)
+    split = loader_data.image_split(folder, payloads, config.images, live)
     loader = Loader(
         split,
         Order(split, "captions", seed=1),
         global_batch_size=config.batch_size,
         seed=1,
-        images=ImageConfig(size=size),
         threads=config.threads,
     )
-    epochs: dict[str, Epoch] = {
-        OURS: _epochs(
-            loader,
-            config,
-            config.images,
-            lambda batch: None if batch.images is None else batch.images.pixels,
-        )
-    }
+    epochs: dict[str, Epoch] = {OURS: _epochs(loader, config, config.images)}
     versions, absent = _peers("webdataset")
     if "webdataset" in versions:
         tars = loader_data.shard_paths(split, folder, f"shards/{SPLIT}")
         epochs["webdataset"] = loader_peers.webdataset_images(
             tars, config.batch_size, WORKERS, size
         )
-    _check_same(epochs, config.images, lambda batch: batch.mean((1, 2, 3)), tolerance=4)
+    _check_same(epochs, config.images, _means, tolerance=4)
     images = [split.image(row) for row in range(split.num_samples)]
     contestants: dict[str, Callable[[], object]] = {
         BARE: partial(_decode_all, images, config.threads, _decode),
@@ -243,12 +231,7 @@ def _compare(
     return Comparison.of(title, times, columns=columns, notes=[*told, *notes], figures=figures)
 
 
-def _epochs(
-    loader: Loader,
-    config: LoaderBenchConfig,
-    num_samples: int,
-    array_of: Callable[[Any], npt.NDArray[Any] | None],
-) -> Epoch:
+def _epochs(loader: Loader, config: LoaderBenchConfig, num_samples: int) -> Epoch:
     """Returns what gives the loader's next epoch each time; a last smaller batch is left out."""
     steps = num_samples // config.batch_size
     starts = count(0, steps)
@@ -256,9 +239,8 @@ def _epochs(
     def epoch() -> Iterator[npt.NDArray[Any]]:
         start = next(starts)
         for (batch,) in loader.batches(start, start + steps, 0, 1, config.batch_size):
-            array = array_of(batch)
-            assert array is not None
-            yield array
+            assert batch.features is not None
+            yield batch.features.values
 
     return epoch
 
@@ -331,6 +313,11 @@ def _decode_to(size: int, images: Sequence[bytes]) -> None:
     for image in images:
         picture = Picture(image)
         render(picture, View.whole(picture.width, picture.height), output)
+
+
+def _means(pictures: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    means: npt.NDArray[Any] = pictures.reshape(len(pictures), -1).mean(1)
+    return means
 
 
 def _check_same(

@@ -12,6 +12,7 @@ import simplejpeg
 
 from pipeline import storage
 from pipeline.data.dataset import Dataset, Split
+from pipeline.data.images import LiveConfig
 from pipeline.data.manifest import FEATURES, LIVE, SAMPLES, Manifest
 from pipeline.data.sample import Sample, Texts
 from pipeline.data.shard import ShardWriter
@@ -55,11 +56,11 @@ def feature_split(folder: str, num_samples: int, dim: int) -> Split:
     return Dataset.open(folder).split(SPLIT, EXTRACTOR)
 
 
-def image_split(folder: str, images: Sequence[bytes], num_samples: int) -> Split:
+def image_split(folder: str, images: Sequence[bytes], num_samples: int, live: LiveConfig) -> Split:
     """Writes samples with a caption and a JPEG, each of them as often as need be; opens them."""
     for numbers in _shards(num_samples):
         _write_shard(folder, numbers, [images[number % len(images)] for number in numbers])
-    return Dataset.open(folder).split(SPLIT)
+    return Dataset.open(folder).split(SPLIT, live)
 
 
 def photographs(count: int, images: str | None) -> list[bytes]:

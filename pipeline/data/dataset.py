@@ -1,8 +1,9 @@
 """Manifest to samples: opens one version of a dataset, whose every sample is read by position."""
 
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +15,15 @@ from pipeline import storage
 from pipeline.data.features import FeatureBatch as FeatureBatch
 from pipeline.data.features import FeatureReader, open_features
 from pipeline.data.foreign_tar import ForeignTar, Location
-from pipeline.data.images import ImageBatch, ImageConfig, ImageReader, LiveConfig, LiveReader
+from pipeline.data.images import ImageReader, LiveConfig, LiveReader
 from pipeline.data.manifest import Manifest
 from pipeline.data.members import Int64Array, Members, sorted_codes
+from pipeline.data.sample import TextKind as TextKind
 from pipeline.data.sample import Texts
 from pipeline.data.shard import shard_location
 from pipeline.data.shard_files import CACHE_SIZE_BYTES, ShardFiles, default_cache
 from pipeline.errors import FeatureError, ManifestError, ShardError
 
-TextKind = Literal["captions", "questions", "rounds"]
 Rows = Sequence[int] | Int64Array
 
 _COLUMNS = (
@@ -154,9 +155,9 @@ class Split:
             )
 
         self._images = members("image", *_image_files(url, name, samples))
-        self._pictures = ImageReader(self._images)
+        self._features: FeatureReader | LiveReader | None
         if isinstance(features, LiveConfig):
-            self._features: FeatureReader | LiveReader | None = LiveReader(self._pictures, features)
+            self._features = LiveReader(ImageReader(self._images), features)
         else:
             self._features = features
         shards, shard_of_row = sorted_codes(samples["texts_shard"])
@@ -176,25 +177,31 @@ class Split:
         """Whether the split was opened with an extractor's features, or with live ones."""
         return self._features is not None
 
+    @property
+    def is_augmented(self) -> bool:
+        """Whether its features vary, as far as all that was written about an image allows it."""
+        return isinstance(self._features, LiveReader) and self._features.is_augmented
+
     def counts(self, kind: TextKind) -> npt.NDArray[np.int32]:
         """Returns how many captions, questions or dialog rounds each row has."""
         counts: npt.NDArray[np.int32] = self._samples[f"num_{kind}"].to_numpy()
         return counts
 
-    def texts(self, rows: Rows) -> list[Texts]:
-        """Reads what people wrote about the images of these rows."""
+    def texts(self, rows: Rows, kind: TextKind | None = None) -> list[Texts]:
+        """Reads what people wrote about the images of these rows, or of that only one kind."""
         rows = _array(rows)
-        texts = []
-        for row, payload in zip(rows.tolist(), self._texts.read(rows), strict=True):
-            try:
-                texts.append(Texts.from_json(payload))
-            except ShardError as error:
-                raise ShardError(
-                    f"{self._texts.location(row)}: sample {self.keys[row]!r}: {error}"
-                ) from error
+        payloads = self._texts.read(rows)
+        texts: list[Texts] = []
+        try:
+            texts += map(Texts.from_json, payloads, repeat(kind))
+        except ShardError as error:
+            row = int(rows[len(texts)])
+            raise ShardError(
+                f"{self._texts.location(row)}: sample {self.keys[row]!r}: {error}"
+            ) from error
         return texts
 
-    def fetch(self, shards: Int64Array, with_images: bool) -> None:
+    def fetch(self, shards: Int64Array) -> None:
         """Brings what a loader reads of these shards into the cache, if they are far away.
 
         `shards` are numbered as in `shard_starts`. Raises ShardError if a file is not there.
@@ -204,26 +211,10 @@ class Split:
             self._texts.fetch(rows)
             if self._features is not None:
                 self._features.fetch(rows)
-            if with_images:
-                self._images.fetch(rows)
 
     def image(self, row: int) -> bytes:
         """Reads the image file of a row, as it is stored."""
         return self._images.read(_array([row]))[0]
-
-    def images(
-        self,
-        rows: Rows,
-        config: ImageConfig,
-        texts: Sequence[Texts] = (),
-        rng: Callable[[int], np.random.Generator] | None = None,
-    ) -> ImageBatch:
-        """Decodes the images of these rows and scales them to one size.
-
-        With `config.augment` each is varied by random numbers of `rng(i)`, as far as `texts[i]`
-        allow it.
-        """
-        return self._pictures.read(_array(rows), config, texts, rng)
 
     def features(
         self,
@@ -233,9 +224,9 @@ class Split:
     ) -> FeatureBatch:
         """Reads the features of these rows, padded to the most regions among them.
 
-        Live ones, if augmented, are varied as `images` says; stored ones are what they are.
-        Raises FeatureError if the split was opened without features, or a sidecar holds other
-        arrays than the manifest says.
+        Live ones, if augmented, are each varied by random numbers of `rng(i)`, as far as `texts[i]`
+        allow it; stored ones are what they are. Raises FeatureError if the split was opened without
+        features, or a sidecar holds other arrays than the manifest says.
         """
         if self._features is None:
             raise FeatureError(

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ class ArrayReader:
         self._members = members
         self._num_regions = num_regions
         self._pool = BufferPool()
-        self._headers: dict[int, npt.NDArray[np.uint8]] = {}  # by number of regions
+        self._headers: dict[int, bytes] = {}  # that were parsed, by number of regions
         first = storage.read_range(
             members.location(0), members.offset(0), min(int(members.sizes[0]), MAX_HEADER_BYTES)
         )
@@ -141,53 +142,44 @@ class ArrayReader:
         num_regions = self._num_regions[rows]
         shape = (len(rows), int(num_regions.max(initial=0)), *self._region)
         array = self._pool.empty(shape, self.dtype)
-        header_sizes = self._header_sizes[rows]
-        headers = np.zeros((len(rows), int(header_sizes.max(initial=0))), np.uint8)
-
-        header_view, data_view = _bytes_of(headers), _bytes_of(array)
-        header_stride, data_stride = headers.shape[1], array[:1].nbytes
+        header_sizes = self._header_sizes[rows].tolist()
+        headers = bytearray(sum(header_sizes))
+        ends = [*accumulate(header_sizes)]
+        header_view, data_view = memoryview(headers), _bytes_of(array)
+        data_stride = array[:1].nbytes
         self._members.read_into(
             rows,
             [
                 [
-                    header_view[i * header_stride : i * header_stride + header_size],
+                    header_view[end - header_size : end],
                     data_view[i * data_stride : i * data_stride + data_size],
                 ]
-                for i, (header_size, data_size) in enumerate(
-                    zip(header_sizes.tolist(), self._data_sizes[rows].tolist(), strict=True)
+                for i, (end, header_size, data_size) in enumerate(
+                    zip(ends, header_sizes, self._data_sizes[rows].tolist(), strict=True)
                 )
             ],
         )
-        self._check_headers(rows, headers, header_sizes)
+        # One comparison of bytes, which keeps the interpreter: numpy's would let another thread
+        # have it, and wait for it, at each of several steps.
+        known = [self._headers.get(count, b"") for count in num_regions.tolist()]
+        if [*map(len, known)] != header_sizes or b"".join(known) != headers:
+            for row, end, header_size in zip(rows.tolist(), ends, header_sizes, strict=True):
+                self._check_header(row, bytes(headers[end - header_size : end]))
         for i in np.flatnonzero(num_regions < shape[1]).tolist():
             array[i, num_regions[i] :] = 0
         return array
 
-    def _check_headers(
-        self, rows: Int64Array, headers: npt.NDArray[np.uint8], header_sizes: Int64Array
-    ) -> None:
-        """Compares all at once those that should be equal; parses those that are not known."""
-        num_regions = self._num_regions[rows]
-        for count in np.unique(num_regions).tolist():
-            places = np.flatnonzero(num_regions == count)
-            known = self._headers.get(count)
-            if known is None or not (header_sizes[places] == len(known)).all():
-                unknown = places
-            else:
-                same = (headers[places, : len(known)] == known).all(axis=1)
-                unknown = places[~same]
-            for i in unknown.tolist():
-                self._check_header(int(rows[i]), headers[i, : header_sizes[i]].tobytes())
-
     def _check_header(self, row: int, header: bytes) -> None:
         expected = (int(self._num_regions[row]), *self._region)
+        if self._headers.get(expected[0]) == header:
+            return
         shape, dtype, size = self._parse(row, header)
         if (shape, dtype, size) != (expected, self.dtype, len(header)):
             raise FeatureError(
                 f"{self._where(row)}: expected an array {expected} of {self.dtype}, found "
                 f"{shape} of {dtype}; the sidecar is not the one that the manifest lists"
             )
-        self._headers[expected[0]] = np.frombuffer(header, np.uint8)
+        self._headers[expected[0]] = header
 
     def _parse(self, row: int, header: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
         stream = BytesIO(header)

@@ -13,9 +13,10 @@ The size of a video or a folder of frames is that of its first frame. Copies of 
 images, are known by their bytes alone: `near` compares no frames.
 """
 
-from dataclasses import replace
+import dataclasses
 from typing import Literal, Self
 
+from msgspec.structs import replace
 from pydantic import Field, PositiveInt, model_validator
 
 from pipeline.config import Config
@@ -76,7 +77,7 @@ class FilterConfig(Config):
         kept = tuple(caption for caption in captions if self._fits(caption))
         if len(kept) == len(captions):
             return record
-        texts = replace(record.texts, captions=kept)
+        texts = dataclasses.replace(record.texts, captions=kept)
         fingerprint = with_texts(record.fingerprint, texts)
         dropped = f"{len(captions) - len(kept)} captions of unwanted length dropped"
         if not texts.num_texts:

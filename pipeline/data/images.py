@@ -49,17 +49,11 @@ class ImageBatch:
     """B pictures, each scaled to S × S pixels."""
 
     pixels: npt.NDArray[np.uint8]  # (B, S, S, 3), red, green, blue
-    views: npt.NDArray[np.float32]  # (B, 4) what is seen: x1, y1, x2, y2, fractions of the picture
-    mirrored: npt.NDArray[np.bool_]  # (B,) whether left and right are exchanged
 
     @classmethod
     def empty(cls, count: int, size: int, pool: BufferPool) -> "ImageBatch":
         """Returns room for `count` pictures."""
-        return cls(
-            pool.empty((count, size, size, 3), np.uint8),
-            np.empty((count, 4), np.float32),
-            np.empty(count, np.bool_),
-        )
+        return cls(pool.empty((count, size, size, 3), np.uint8))
 
     def patches(self, patch_size: int) -> FeatureBatch:
         """Cuts the pictures into squares, for a model that reads pixels where others read features.
@@ -135,7 +129,7 @@ class ImageReader:
                     view = random_view(
                         config.augment, picture.width, picture.height, texts[i], rng(i)
                     )
-                _put(batch, i, picture, view)
+                render(picture, view, batch.pixels[i])
             except BadImageError as error:
                 row = int(rows[i])
                 raise ShardError(
@@ -152,6 +146,7 @@ class LiveReader:
     """Makes features of the images of any rows of a split, as they are asked for."""
 
     def __init__(self, pictures: ImageReader, config: LiveConfig) -> None:
+        self.is_augmented = config.images.augment is not None
         self._pictures = pictures
         self._config = config
 
@@ -177,17 +172,8 @@ def live_features(payload: bytes, config: LiveConfig) -> FeatureBatch:
     """Returns the features of one image (B = 1), seen whole; raises BadImageError."""
     batch = ImageBatch.empty(1, config.images.size, BufferPool())
     picture = Picture(payload)
-    _put(batch, 0, picture, View.whole(picture.width, picture.height))
+    render(picture, View.whole(picture.width, picture.height), batch.pixels[0])
     return batch.regions(config)
-
-
-def _put(batch: ImageBatch, i: int, picture: Picture, view: View) -> None:
-    """Draws a part of a picture at its place in a batch."""
-    render(picture, view, batch.pixels[i])
-    edges = (view.left, view.top, view.right, view.bottom)
-    size = (picture.width, picture.height) * 2
-    batch.views[i] = np.divide(edges, size)
-    batch.mirrored[i] = view.is_mirrored
 
 
 def render(picture: Picture, view: View, output: Pixels) -> None:
@@ -205,7 +191,9 @@ def render(picture: Picture, view: View, output: Pixels) -> None:
     top, bottom = (round(y * scale_y) for y in (view.top, view.bottom))
     part = pixels[top : max(bottom, top + 1), left : max(right, left + 1)]
     part = part[:, ::-1].copy() if view.is_mirrored else np.ascontiguousarray(part)
-    source, target = (torch.from_numpy(array).permute(2, 0, 1)[None] for array in (part, output))
+    # As (1, 3, S, S) views by the fewest calls of torch: each lets other threads have the
+    # interpreter, and may have to wait for it.
+    source, target = (torch.from_numpy(array[None]).permute(0, 3, 1, 2) for array in (part, output))
     # What `interpolate` calls, which has no `out` and returns planes: three times the cost.
     torch.ops.aten._upsample_bilinear2d_aa.out(
         source, [size, size], align_corners=False, scales_h=None, scales_w=None, out=target

@@ -26,14 +26,14 @@ from pipeline.data.filters import WANTED_REASONS, FilterConfig
 from pipeline.data.foreign_tar import REFERENCE, ImageReference
 from pipeline.data.image_check import BadImageError, Verify
 from pipeline.data.ingest_plan import IngestPlan, ShardPlan, SharedKeyError, plan_ingest
-from pipeline.data.listing import FingerprintOf, Listing
+from pipeline.data.listing import STAYS_AS_IT_IS, FingerprintOf, Listing
 from pipeline.data.manifest import LIVE, REJECT, SAMPLES, Manifest
 from pipeline.data.outcome import Row, live_row, record_of, reject_row
 from pipeline.data.reencode import ReencodeConfig
 from pipeline.data.sample import Sample
 from pipeline.data.shard import Member, Shard, ShardWriter
 from pipeline.data.shard_tasks import run_tasks
-from pipeline.data.sources.base import Source, same_texts
+from pipeline.data.sources.base import Source, SourceConfig, same_texts
 from pipeline.data.survey import without_duplicates
 from pipeline.data.treatment import Treatment, digest
 from pipeline.data.unopened import find_unopened
@@ -64,6 +64,11 @@ class IngestConfig(Config):
     def treatment(self) -> Treatment:
         """Returns what image files go through."""
         return Treatment(self.verify, self.reencode, self.filters)
+
+    def check_source(self, source: SourceConfig) -> None:
+        """Raises ValueError if the images of this source cannot go through that."""
+        if self.reencode is not None and source.leaves_images():
+            raise ValueError(STAYS_AS_IT_IS)
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,8 @@ def ingest(
             unlisted.clear()
             listed_at = time.monotonic()
         on_progress(num_done, num_to_do)
-    held = manifest.rows(["state", "reason"])
+    unchanged = manifest.version == plan.manifest.version
+    held = plan.held if unchanged else manifest.rows(["state", "reason"])
     reasons = held.filter(pc.equal(held["state"], REJECT))["reason"]
     return IngestReport(
         version=manifest.version,
@@ -269,10 +275,10 @@ class _Rejects:
 
     def add(self, rows: pa.Table) -> None:
         """Counts those of the rows that have a reason."""
-        for row in rows.select(["reason", "detail"]).to_pylist():
-            if row["reason"]:
-                self._counts[row["reason"]] += 1
-                self._examples.setdefault(row["reason"], row["detail"])
+        rejects = rows.select(["reason", "detail"]).filter(pc.not_equal(rows["reason"], ""))
+        for row in rejects.to_pylist():
+            self._counts[row["reason"]] += 1
+            self._examples.setdefault(row["reason"], row["detail"])
         number = self._counts.total()
         faults = number - sum(self._counts[reason] for reason in WANTED_REASONS)
         if faults <= self._max_fraction * self._num_listed and number < self._num_listed:

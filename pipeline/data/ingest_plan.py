@@ -75,6 +75,7 @@ class IngestPlan:
     known: pa.Table  # schema SAMPLES: the live rows of changed keys
     settled: pa.Table  # schema SAMPLES: rows that need no image, listed rejects and removals
     rejects: pa.Table  # reason and detail of the listed rejects and the unchanged ones
+    held: pa.Table  # state and reason of what the manifest has before anything is done
     num_listed: int
     num_added: int
     num_edited: int
@@ -173,7 +174,7 @@ def plan_ingest(source: Source, manifest: Manifest, unopened: Sequence[str] = ()
     while chunk := list(islice(entries, _LISTING_CHUNK)):
         hashes = seen.rename_copies(chunk)
         row = known.find(hashes)
-        for i in np.flatnonzero(row < 0):
+        for i in np.flatnonzero(row < 0).tolist():
             check_key(chunk[i].key)
         if is_unopened[row[row >= 0]].any():
             raise SharedKeyError
@@ -181,7 +182,7 @@ def plan_ingest(source: Source, manifest: Manifest, unopened: Sequence[str] = ()
         renamed.add(row, same, chunk)
         listed[row[row >= 0]] = True
         unchanged[row[same]] = True
-        fresh = [chunk[i] for i in np.flatnonzero(~same)]
+        fresh = [chunk[i] for i in np.flatnonzero(~same).tolist()]
         changed.append(_to_write([entry for entry in fresh if isinstance(entry, Record)]))
         if same.any() and is_copy[row[same]].any():
             unmoved = [chunk[i] for i in np.flatnonzero(same) if is_copy[row[i]]]
@@ -210,6 +211,7 @@ def plan_ingest(source: Source, manifest: Manifest, unopened: Sequence[str] = ()
         known=_live_rows(manifest, to_write["key"]),
         settled=pa.concat_tables([*settled, _removals(removed), renamed.rows(manifest, rows)]),
         rejects=pa.concat_tables([table.select(why) for table in (*settled, old_rejects)]),
+        held=rows.select(["state", "reason"]),
         num_listed=num_listed,
         num_added=num_changed - num_edited,
         num_edited=num_edited,
@@ -253,6 +255,8 @@ class _Known:
 
     def says(self, row: Int64Array, entries: Sequence[Record | Reject]) -> BoolArray:
         """Returns whether the row of each entry, if it has one, says the same as the entry."""
+        if (row < 0).all():
+            return np.zeros(len(row), bool)
         here = pa.array(row, mask=row < 0)
         there = self._identity.take(here)
         split = pa.array([entry.split for entry in entries], pa.string())

@@ -5,12 +5,14 @@ the settings that images are treated by, and of the images' bytes where it asks 
 keep their images are listed one by one, so that some of them can be left unopened.
 """
 
+import dataclasses
 import json
 from collections import deque
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import Literal
+
+from msgspec.structs import replace
 
 from pipeline.data.foreign_tar import ForeignTar
 from pipeline.data.sources.base import ListedTar, Record, Reject, Source, TarSource, with_image
@@ -20,6 +22,11 @@ from pipeline.errors import ConfigError, SourceError
 # `metadata`: what the source tells images apart by without opening them: size, modification
 # time, an object's version. `content`: a digest of every image's bytes, read in each run.
 FingerprintOf = Literal["metadata", "content"]
+
+STAYS_AS_IT_IS = (
+    "reencode: images of a webdataset source that are read in place cannot be encoded anew; set "
+    "its `in_place: false`, which copies them, or leave `reencode` out"
+)
 
 _READS_AT_ONCE = 16
 
@@ -74,7 +81,7 @@ class Listing:
     def _under_settings(self, tar: ForeignTar) -> ForeignTar:
         settings = [tar.listing, self._treatment.identity()]
         settings.append(self._treatment.filters.model_dump_json())
-        return replace(tar, listing=digest(json.dumps(settings).encode()))
+        return dataclasses.replace(tar, listing=digest(json.dumps(settings).encode()))
 
     def _as_wanted(self, entries: Iterator[Record | Reject]) -> Iterator[Record | Reject]:
         if self._by_content:
@@ -97,11 +104,7 @@ class Listing:
 
     def _treated(self, record: Record, identity: str) -> Record:
         if record.tar and self._treatment.reencode is not None:
-            raise ConfigError(
-                "dataset.ingest.reencode: images of a webdataset source that are read in place "
-                "cannot be encoded anew; set its `in_place: false`, which copies them, or leave "
-                "`reencode` out"
-            )
+            raise ConfigError(f"dataset.ingest.{STAYS_AS_IT_IS}")
         image = f"{record.fingerprint.partition('-')[0]} {identity}"
         return replace(
             record,

@@ -19,7 +19,6 @@ from pydantic import Field
 from pipeline.config import Config
 from pipeline.data.dataset import FeatureBatch, Split, TextKind
 from pipeline.data.grouping import group, length
-from pipeline.data.images import ImageBatch, ImageConfig
 from pipeline.data.mixture import MixedOrder, MixedSplit
 from pipeline.data.order import Examples, Order
 from pipeline.data.sample import Texts
@@ -65,13 +64,12 @@ class Batch:
     keys: list[str]
     rows: Int64Array  # (B,) of the split
     positions: Int64Array  # (B,) places in the global batch; in an evaluation, in the split
-    texts: list[Texts]  # all texts of each sample
+    texts: list[Texts]  # of each sample all texts of the kind that the examples are
     text_index: Int64Array  # (B,) which caption, question or round of the sample is meant
     distractors: list[Texts]  # the texts of another sample for each example; empty if not asked for
     features: FeatureBatch | None  # None if the split was opened without
     step: int
     seed: int
-    images: ImageBatch | None = None  # None if not asked for
 
     def rng(self, i: int, *salt: int) -> np.random.Generator:
         """Returns the only randomness that example i may use.
@@ -90,10 +88,9 @@ def _rng(seed: int, step: int, position: np.int64, *salt: int) -> np.random.Gene
 class Loader:
     """Gives each rank its micro-batches of each step of an order.
 
-    `seed` is that of the batches' `rng`; the order has its own. With `images` the pictures are
-    decoded too. With `group_by`, the kind of text that the order is of, micro-batches are grouped
-    by its length. `threads` read up to `prefetch` micro-batches ahead. Raises ConfigError if
-    distractors are asked for and there is one sample.
+    `seed` is that of the batches' `rng`; the order has its own. With `group_by`, the kind of text
+    that the order is of, micro-batches are grouped by its length. `threads` read up to `prefetch`
+    micro-batches ahead. Raises ConfigError if distractors are asked for and there is one sample.
     """
 
     def __init__(
@@ -104,7 +101,6 @@ class Loader:
         global_batch_size: int,
         seed: int,
         distractors: bool = False,
-        images: ImageConfig | None = None,
         group_by: TextKind | None = None,
         threads: int = 2,
         prefetch: int = 4,
@@ -119,7 +115,6 @@ class Loader:
         self._global_batch_size = global_batch_size
         self._seed = seed
         self._distractors = distractors
-        self._images = images
         self._group_by = group_by
         self._threads = threads
         self._prefetch = prefetch
@@ -156,7 +151,7 @@ class Loader:
         places = (
             (step, i) for step in range(start_step, stop_step) for i in range(num_micro_batches)
         )
-        fetcher = _Fetcher(self._split, self._order, with_images=self._images is not None)
+        fetcher = _Fetcher(self._split, self._order)
         read = partial(self._read, share, fetcher)
         batches = _read_ahead(read, places, self._threads, self._prefetch, fetcher.close)
         return _steps(batches, num_micro_batches)
@@ -171,7 +166,7 @@ class Loader:
             examples.text_index,
             positions=positions,
             distractors=examples.distractors if self._distractors else None,
-            images=self._images,
+            kind=self._order.kind,
             step=step,
             seed=self._seed,
         )
@@ -222,8 +217,11 @@ class _Share:
     def _group(self, step: int) -> list[Int64Array]:
         assert self._group_by is not None
         found = self._all(step)
-        texts = zip(self._split.texts(found.rows), found.text_index.tolist(), strict=True)
-        lengths = [length(each, self._group_by, index) for each, index in texts]
+        texts = self._split.texts(found.rows, self._group_by)
+        lengths = [
+            length(each, self._group_by, index)
+            for each, index in zip(texts, found.text_index.tolist(), strict=True)
+        ]
         return group(lengths, len(self._in_order))
 
 
@@ -234,10 +232,9 @@ class _Fetcher:
     comes. All ranks of a machine read the same windows and share the copies.
     """
 
-    def __init__(self, split: AnySplit, order: AnyOrder, with_images: bool) -> None:
+    def __init__(self, split: AnySplit, order: AnyOrder) -> None:
         self._split = split
         self._order = order
-        self._with_images = with_images
         self._is_local = split.is_local
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="sightline-fetch")
@@ -263,7 +260,7 @@ class _Fetcher:
 
     def _fetch(self, shard: np.int64) -> None:
         with contextlib.suppress(ShardError):  # raised again, for a sample, where it is read
-            self._split.fetch(np.array([shard]), self._with_images)
+            self._split.fetch(np.array([shard]))
 
 
 def eval_batches(
@@ -273,7 +270,6 @@ def eval_batches(
     rank: int = 0,
     world_size: int = 1,
     *,
-    images: ImageConfig | None = None,
     threads: int = 2,
     prefetch: int = 4,
 ) -> Generator[Batch, None, None]:
@@ -282,10 +278,7 @@ def eval_batches(
     Rank r of W holds examples [r * N / W, (r + 1) * N / W) of N; the last batch may be smaller.
     `positions` are the examples' places in the split, and step and seed are 0, so that an
     example's `rng` depends on neither batch size nor ranks. Threads as in `Loader.batches`.
-    With `images` the pictures are decoded too, whole: augmentation is for training.
     """
-    if images is not None:
-        images = images.model_copy(update={"augment": None})
     ends = np.cumsum(split.counts(kind), dtype=np.int64)
     num_examples = int(ends[-1])
     stop = (rank + 1) * num_examples // world_size
@@ -294,7 +287,7 @@ def eval_batches(
         positions = np.arange(first, min(first + batch_size, stop))
         rows = np.searchsorted(ends, positions, side="right")
         text_index = positions - (ends[rows] - split.counts(kind)[rows])
-        return _batch(split, rows, text_index, positions, None, images, step=0, seed=0)
+        return _batch(split, rows, text_index, positions, None, kind, step=0, seed=0)
 
     firsts = range(rank * num_examples // world_size, stop, batch_size)
     return _read_ahead(read, iter(firsts), threads, prefetch)
@@ -306,11 +299,11 @@ def _batch(
     text_index: Int64Array,
     positions: Int64Array,
     distractors: Int64Array | None,
-    images: ImageConfig | None,
+    kind: TextKind,
     step: int,
     seed: int,
 ) -> Batch:
-    texts = split.texts(rows)
+    texts = split.texts(rows, None if split.is_augmented else kind)
 
     def rng(i: int) -> np.random.Generator:
         return _rng(seed, step, positions[i], _AUGMENT_SALT)
@@ -321,11 +314,10 @@ def _batch(
         positions=positions,
         texts=texts,
         text_index=text_index,
-        distractors=[] if distractors is None else split.texts(distractors),
+        distractors=[] if distractors is None else split.texts(distractors, kind),
         features=split.features(rows, texts, rng) if split.has_features else None,
         step=step,
         seed=seed,
-        images=None if images is None else split.images(rows, images, texts, rng),
     )
 
 

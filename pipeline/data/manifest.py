@@ -302,7 +302,14 @@ class _Table:
         except TableNotFoundError as error:
             raise ManifestError(f"{location}: no manifest here; ingest makes one") from error
         except (DeltaError, OSError) as error:
-            wanted = "the manifest" if version is None else f"version {version} of the manifest"
+            wanted = "the manifest"
+            if version is not None:
+                newest = cls.open(location, schema).version
+                if version > newest:
+                    raise ManifestError(
+                        f"{location}: there is no version {version}; the newest is {newest}"
+                    ) from error
+                wanted = f"version {version} of the manifest"
             raise ManifestError(f"{location}: {wanted} cannot be opened ({error})") from error
         found = pa.schema(delta.schema()).names
         if found != schema.names:
@@ -319,13 +326,14 @@ class _Table:
             # Otherwise Delta forgets versions after 30 days, and runs name what they read.
             keep = {"delta.enableExpiredLogCleanup": "false"}
             try:
-                DeltaTable.create(
+                delta = DeltaTable.create(
                     _uri(location),
                     schema,
                     configuration=keep,
                     storage_options=options,
                     commit_properties=_NO_RETRIES,
                 )
+                return cls(location, schema, delta)
             except (DeltaError, OSError) as error:
                 if not cls.exists(location):  # else another writer made it meanwhile
                     raise ManifestError(f"{location}: cannot be created ({error})") from error
@@ -411,7 +419,9 @@ class _Table:
         rows that others have committed.
         """
         table, others = self, self._others
-        rows = needed(self._fitting(rows, identity), _newest(others, identity))
+        rows = self._fitting(rows, identity)
+        if others.num_rows:
+            rows = needed(rows, _newest(others, identity))
         while rows.num_rows:
             sequence = pa.repeat(pa.scalar(table.version + 1, pa.int64()), rows.num_rows)
             index = self.schema.get_field_index("sequence")
@@ -431,8 +441,10 @@ class _Table:
             except (DeltaError, OSError) as error:
                 raise ManifestError(f"{self.location}: cannot commit ({error})") from error
             else:
-                table = _Table.open(self.location, self.schema, table.version + 1)
-                break
+                delta, version = table._delta, table.version + 1
+                if delta.version() != version:  # others have committed since
+                    delta = _Table.open(self.location, self.schema, version)._delta
+                return _Table(self.location, self.schema, delta, others)
         return _Table(self.location, self.schema, table._delta, others)
 
     def _fitting(self, rows: pa.Table, identity: Sequence[str]) -> pa.Table:
@@ -453,6 +465,9 @@ class _Table:
         return rows
 
     def _read(self, columns: Sequence[str], after: int | None = None) -> pa.Table:
+        fields = pa.schema([self.schema.field(name) for name in columns])
+        if not self.version:  # the table was only made
+            return fields.empty_table()
         newer = None if after is None else f"sequence > {after}"
         try:
             # Not to_pyarrow_table: Arrow's threads, which it lets call Python, abort one process
@@ -462,7 +477,7 @@ class _Table:
             raise ManifestError(
                 f"{self.location}: version {self.version} cannot be read ({error})"
             ) from error
-        return rows.cast(pa.schema([self.schema.field(name) for name in columns]))
+        return rows.cast(fields)
 
 
 def _newest(rows: pa.Table, identity: Sequence[str]) -> pa.Table:

@@ -73,11 +73,11 @@ class Members:
         self, read: Callable[[int, Wanted, int], Found], rows: Int64Array, wanted: Sequence[Wanted]
     ) -> list[Found]:
         """Returns what a call gives for each row's descriptor, what is wanted of it, and offset."""
-        places = self._location_of_row[rows]
+        places = self._location_of_row[rows].tolist()
         files = {  # held until all is read, for a file that nobody holds may be closed
-            place: self._files.open(self._locations[place]) for place in np.unique(places).tolist()
+            place: self._files.open(self._locations[place]) for place in set(places)
         }
-        descriptors = [files[place].descriptor for place in places.tolist()]
+        descriptors = [files[place].descriptor for place in places]
         found: list[Found] = []
         try:
             found += map(read, descriptors, wanted, self._offsets[rows].tolist())

@@ -16,10 +16,9 @@ import numpy.typing as npt
 from pipeline.data.buffers import BufferPool
 from pipeline.data.dataset import Split
 from pipeline.data.features import FeatureBatch, merged
-from pipeline.data.images import ImageBatch, ImageConfig
 from pipeline.data.members import Int64Array
 from pipeline.data.order import Examples, Order, permutation, random_bits
-from pipeline.data.sample import Texts
+from pipeline.data.sample import TextKind, Texts
 from pipeline.errors import ConfigError
 
 BLOCK_SIZE = 4096  # places; a weight is rounded to a multiple of 1 / BLOCK_SIZE, and at least that
@@ -42,6 +41,7 @@ class MixedOrder:
         if len(self._quotas) != len(orders):
             raise ConfigError(f"{len(orders)} splits are mixed by {len(weights)} weights")
         self._seed = seed
+        self.kind = orders[0].kind
         self.num_examples = sum(order.num_examples for order in orders)
         self.has_distractors = all(order.has_distractors for order in orders)
         self._block = lru_cache(maxsize=8)(self._shuffle_block)
@@ -110,13 +110,14 @@ class MixedSplit:
         self.is_local = all(split.is_local for split in splits)
         self.keys = np.concatenate([split.keys for split in splits])  # of a split each only once
         self.has_features = splits[0].has_features
+        self.is_augmented = any(split.is_augmented for split in splits)
         self._pool = BufferPool()
 
-    def texts(self, rows: Int64Array) -> list[Texts]:
-        """Reads what people wrote about the images of these rows."""
+    def texts(self, rows: Int64Array, kind: TextKind | None = None) -> list[Texts]:
+        """Reads what people wrote about the images of these rows, or of that only one kind."""
         texts: list[Texts] = [Texts(0)] * len(rows)
         for split, places, own in self._parts(rows):
-            for place, found in zip(places.tolist(), split.texts(own), strict=True):
+            for place, found in zip(places.tolist(), split.texts(own, kind), strict=True):
                 texts[place] = found
         return texts
 
@@ -136,28 +137,12 @@ class MixedSplit:
         ]
         return merged(parts, self._pool)
 
-    def images(
-        self,
-        rows: Int64Array,
-        config: ImageConfig,
-        texts: Sequence[Texts] = (),
-        rng: Callable[[int], np.random.Generator] | None = None,
-    ) -> ImageBatch:
-        """Decodes the images of these rows, as `Split.images`."""
-        batch = ImageBatch.empty(len(rows), config.size, self._pool)
-        for split, places, own in self._parts(rows):
-            found = split.images(own, config, *_of_places(places, texts, rng))
-            batch.pixels[places] = found.pixels
-            batch.views[places] = found.views
-            batch.mirrored[places] = found.mirrored
-        return batch
-
-    def fetch(self, shards: Int64Array, with_images: bool) -> None:
+    def fetch(self, shards: Int64Array) -> None:
         """Brings what a loader reads of these shards into the cache, if they are far away."""
         numbers = np.searchsorted(self.first_shards, shards, side="right") - 1
         for number in np.unique(numbers).tolist():
             own = shards[numbers == number] - self.first_shards[number]
-            self._splits[number].fetch(own, with_images)
+            self._splits[number].fetch(own)
 
     def _parts(self, rows: Int64Array) -> list[tuple[Split, Int64Array, Int64Array]]:
         """Returns the splits that are met, with the places in `rows` and the rows of their own."""

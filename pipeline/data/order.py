@@ -59,6 +59,7 @@ class Order:
                 f"order: found seed={seed} and window_shards={window_shards}; "
                 "expected seed >= 0 and window_shards >= 1"
             )
+        self.kind = kind
         self.seed = seed
         self._window_shards = window_shards
         self._counts = split.counts(kind)

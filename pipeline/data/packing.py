@@ -13,7 +13,6 @@ from itertools import pairwise
 import numpy as np
 
 from pipeline.data.features import FeatureBatch
-from pipeline.data.images import ImageBatch
 from pipeline.data.loader import Batch
 from pipeline.data.members import Int64Array
 
@@ -60,14 +59,9 @@ def part(batch: Batch, places: Int64Array) -> Batch:
         text_index=batch.text_index[places],
         distractors=[batch.distractors[place] for place in places if batch.distractors],
         features=_of_features(batch.features, places) if batch.features else None,
-        images=_of_images(batch.images, places) if batch.images else None,
     )
 
 
 def _of_features(features: FeatureBatch, places: Int64Array) -> FeatureBatch:
     arrays = {name: array[places] for name, array in vars(features).items() if array is not None}
     return replace(features, **arrays)
-
-
-def _of_images(images: ImageBatch, places: Int64Array) -> ImageBatch:
-    return ImageBatch(images.pixels[places], images.views[places], images.mirrored[places])

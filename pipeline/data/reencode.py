@@ -1,7 +1,6 @@
 """An image file to the smaller JPEG that is stored in its place, if the recipe asks for it."""
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import simplejpeg
 from pydantic import Field, PositiveInt
@@ -26,8 +25,7 @@ class ReencodeConfig(Config):
     animated: Literal["first-frame", "reject"] = "first-frame"  # GIF, PNG, WebP with several
 
 
-@dataclass(frozen=True)
-class StoredImage:
+class StoredImage(NamedTuple):
     """What goes into a shard as a sample's image. Sizes in pixels."""
 
     payload: bytes

@@ -5,6 +5,7 @@ and its name is the digest of those bytes, so that writing it again changes noth
 """
 
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ _MODE_AND_OWNERS = b"0000644\0" + b"0000000\0" * 2
 _TIME = b"00000000000\0"
 _TYPE_AND_REST = b"0" + bytes(100) + b"ustar\0" + b"00" + bytes(247)
 _FIXED_SUM = sum(_MODE_AND_OWNERS + _TIME + b" " * 8 + _TYPE_AND_REST)
+_HEADER = b"%b" + _MODE_AND_OWNERS + b"%b\0" + _TIME + b"%06o\0 " + _TYPE_AND_REST
 
 
 class Member(NamedTuple):
@@ -74,8 +76,9 @@ class ShardWriter:
         self._name = name
         self._shard: Shard | None = None
         self._keys: set[str] = set()
-        self._offset = 0
+        self._end = 0  # offset of the next sample
         self._digest = xxhash.xxh3_128()
+        self._small = b""  # what lies between two large payloads is digested and written as one
         self._waiting: list[bytes] = []  # digested and not written yet
         self._waiting_bytes = 0
         self._closing = contextlib.ExitStack()
@@ -105,30 +108,33 @@ class ShardWriter:
         Raises ShardError if its key is unfit or was written before, it has no parts, or a
         part's name is unfit or its payload over 8 GiB.
         """
-        check_key(sample.key)
-        if sample.key in self._keys:
-            raise ShardError(f"{self.folder}: key {sample.key!r} is in this shard already")
+        key = sample.key
+        check_key(key)
+        if key in self._keys:
+            raise ShardError(f"{self.folder}: key {key!r} is in this shard already")
         if not sample.parts:
-            raise ShardError(f"{self.folder}: sample {sample.key!r} has no parts")
+            raise ShardError(f"{self.folder}: sample {key!r} has no parts")
         pieces: list[bytes] = []
-        small = b""  # what lies between large payloads is written, and digested, as one
+        small, end = self._small, self._end
         members = {}
-        offset = self._offset
         for suffix, payload in sorted(sample.parts.items()):
             size_bytes = len(payload)
             padding = -size_bytes % _BLOCK
-            small += _header(sample.key, suffix, size_bytes)
+            small += _header(key, suffix, size_bytes)
             if size_bytes < _LARGE_BYTES:
                 small += payload
             else:
-                pieces += [small, payload]
+                pieces += (small, payload)
                 small = b""
             small += _ZEROS[:padding]
-            members[suffix] = Member(offset + _BLOCK, size_bytes)
-            offset += _BLOCK + size_bytes + padding
-        pieces.append(small)
+            members[suffix] = Member(end + _BLOCK, size_bytes)
+            end += _BLOCK + size_bytes + padding
+        if len(small) >= _LARGE_BYTES:
+            pieces.append(small)
+            small = b""
+        self._small, self._end = small, end
         self._append(pieces)
-        self._keys.add(sample.key)
+        self._keys.add(key)
         return members
 
     def __exit__(
@@ -141,20 +147,18 @@ class ShardWriter:
             self._closing.__exit__(kind, failure, traceback)
             return
         with self._closing:
-            self._append([_END])
+            self._append([self._small + _END])
             self._write_waiting()
             digest = self._digest.hexdigest()
             name = self._name or digest[:16]
             self._draft.name = f"{name}.tar"
-        self._shard = Shard(name, digest, self._offset, len(self._keys))
+        self._shard = Shard(name, digest, self._end + len(_END), len(self._keys))
 
     def _append(self, pieces: list[bytes]) -> None:
         for piece in pieces:
             self._digest.update(piece)
-        size_bytes = sum(map(len, pieces))
-        self._offset += size_bytes
+            self._waiting_bytes += len(piece)
         self._waiting += pieces
-        self._waiting_bytes += size_bytes
         if self._waiting_bytes >= _WRITE_BYTES or len(self._waiting) >= _WRITE_PIECES // 2:
             self._write_waiting()
 
@@ -231,7 +235,7 @@ def sidecar_location(url: str, extractor: str, name: str) -> str:
 def _header(key: str, suffix: str, size_bytes: int) -> bytes:
     """Returns a USTAR header. By hand: tarfile's costs five times the rest of a write."""
     name = f"{key}.{suffix}".encode()
-    if not _SUFFIX.fullmatch(suffix):
+    if not _is_suffix(suffix):
         raise ShardError(
             f"sample {key!r}: part {suffix!r}: expected lower-case letters and digits, "
             "with single dots between them"
@@ -242,8 +246,11 @@ def _header(key: str, suffix: str, size_bytes: int) -> bytes:
         raise ShardError(
             f"sample {key!r}: part {suffix!r} has {size_bytes} bytes; the most is 8 GiB"
         )
-    size = b"%011o\0" % size_bytes
-    checksum = b"%06o\0 " % (_FIXED_SUM + sum(name) + sum(size))
-    return b"".join(
-        (name.ljust(_NAME_LENGTH, b"\0"), _MODE_AND_OWNERS, size, _TIME, checksum, _TYPE_AND_REST)
-    )
+    size = b"%011o" % size_bytes
+    checksum = _FIXED_SUM + sum(name) + sum(size)
+    return _HEADER % (name.ljust(_NAME_LENGTH, b"\0"), size, checksum)
+
+
+@functools.lru_cache(maxsize=64)
+def _is_suffix(suffix: str) -> bool:
+    return _SUFFIX.fullmatch(suffix) is not None

@@ -173,6 +173,20 @@ def test_a_sidecar_that_holds_something_else_is_refused(tmp_path: Path) -> None:
         split.features([0])
 
 
+def test_every_header_is_compared_with_those_that_were_read_before(tmp_path: Path) -> None:
+    make_dataset(str(tmp_path))
+    split = Dataset.open(str(tmp_path)).split("train", EXTRACTOR)
+    rows = np.arange(split.num_samples)
+    split.features(rows)
+    sidecar = sorted((tmp_path / "features" / EXTRACTOR).glob("*.tar"))[-1]
+    whole = sidecar.read_bytes()
+    at = whole.rindex(b"<f2")
+    sidecar.write_bytes(whole[:at] + b"<i2" + whole[at + 3 :])
+    with pytest.raises(FeatureError, match=rf"{sidecar.name}: sample '{split.keys[-1]}': .*int16"):
+        split.features(rows)
+    split.features(rows[:-1])
+
+
 def test_a_card_that_does_not_fit_the_features_is_refused(tmp_path: Path) -> None:
     written = make_dataset(str(tmp_path))
     written.write_card([3, 3])

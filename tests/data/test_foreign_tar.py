@@ -4,6 +4,7 @@ import os
 import shutil
 import tarfile
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,7 +20,7 @@ from pipeline.data.dataset import Dataset
 from pipeline.data.diff import diff
 from pipeline.data.filters import FilterConfig
 from pipeline.data.foreign_tar import ForeignTar, ImageReference
-from pipeline.data.images import ImageConfig
+from pipeline.data.images import ImageConfig, LiveConfig
 from pipeline.data.info import describe
 from pipeline.data.ingest import IngestConfig, IngestReport, ingest
 from pipeline.data.loader import Loader
@@ -27,7 +28,8 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.order import Order
 from pipeline.data.reencode import ReencodeConfig
 from pipeline.data.retention import Retention
-from pipeline.data.sources.webdataset import WebDatasetSource
+from pipeline.data.sources.merged import MergedSourceConfig
+from pipeline.data.sources.webdataset import WebDatasetSource, WebDatasetSourceConfig
 from pipeline.data.verify import verify
 from pipeline.errors import ConfigError, ManifestError, ShardError, SourceError
 from tests.data.sources.built import build
@@ -119,16 +121,16 @@ def test_a_loader_reads_pictures_from_the_tars(tmp_path: Path) -> None:
     seen: dict[str, dict[str, bytes]] = {}
     for name, in_place in (("left", True), ("copied", False)):
         run(tmp_path / "tars", tmp_path / name, in_place=in_place, validation_fraction=0)
-        split = Dataset.open(str(tmp_path / name)).split("train")
-        images = ImageConfig(size=8)
+        live = LiveConfig(images=ImageConfig(size=8), grid=(1, 1), patches=False)
+        split = Dataset.open(str(tmp_path / name)).split("train", live)
         order = Order(split, "captions", seed=1)
-        loader = Loader(split, order, global_batch_size=4, seed=1, images=images)
+        loader = Loader(split, order, global_batch_size=4, seed=1)
         batches = [batch for step in loader.batches(0, 3, 0, 1, 4) for batch in step]
         seen[name] = {
             key: pixels.tobytes()
             for batch in batches
-            if batch.images is not None
-            for key, pixels in zip(batch.keys, batch.images.pixels, strict=True)
+            if batch.features is not None
+            for key, pixels in zip(batch.keys, batch.features.values, strict=True)
         }
     assert len(seen["left"]) == 12
     assert seen["left"] == seen["copied"]
@@ -339,6 +341,17 @@ def test_encoding_anew_what_stays_in_place_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="`in_place: false`"):
         run(tmp_path / "tars", tmp_path / "out", config=config)
     assert run(tmp_path / "tars", tmp_path / "out", config=config, in_place=False).num_live == 15
+
+
+def test_a_recipe_can_tell_so_without_opening_a_tar() -> None:
+    config = IngestConfig(reencode=ReencodeConfig())
+    for settings, refused in (({}, True), ({"in_place": False}, False)):
+        tars = WebDatasetSourceConfig(type="webdataset", shards="s.tar", **settings)
+        for source in (tars, MergedSourceConfig(type="merged", sources=[tars])):
+            IngestConfig().check_source(source)
+            expected = pytest.raises(ValueError, match="`in_place: false`")
+            with expected if refused else nullcontext():
+                config.check_source(source)
 
 
 def test_switching_between_places_moves_every_sample_once(tmp_path: Path) -> None:

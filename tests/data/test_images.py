@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.augmentation import AugmentConfig, View
+from pipeline.data.augmentation import AugmentConfig, View, random_view
 from pipeline.data.dataset import Dataset, Split
 from pipeline.data.decoding import Picture
 from pipeline.data.images import (
     ImageBatch,
     ImageConfig,
+    ImageReader,
     LiveConfig,
     live_features,
     render,
@@ -48,20 +49,23 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
     return Dataset.open(written.url).split("train")
 
 
+@pytest.fixture(scope="module")
+def pictures(split: Split) -> ImageReader:
+    return ImageReader(split._images)
+
+
 def number_of(split: Split, row: int) -> int:
     return int(str(split.keys[row]).removeprefix("sample-"))
 
 
-def test_pixels_are_the_whole_picture_scaled(split: Split) -> None:
+def test_pixels_are_the_whole_picture_scaled(split: Split, pictures: ImageReader) -> None:
     rows = np.array([7, 0, 10, 3, 0])
-    batch = split.images(rows, ImageConfig(size=SIZE))
+    batch = pictures.read(rows, ImageConfig(size=SIZE))
     assert batch.pixels.shape == (5, SIZE, SIZE, 3)
     for pixels, row in zip(batch.pixels, rows, strict=True):
         decoded = Image.open(io.BytesIO(jpeg(number_of(split, row)))).convert("RGB")
         expected = np.asarray(decoded.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
         assert np.abs(pixels.astype(int) - expected).max() <= 1
-    assert batch.views.tolist() == [[0, 0, 1, 1]] * 5
-    assert not batch.mirrored.any()
 
 
 def test_a_picture_much_larger_than_asked_for_is_reduced_to_nearly_the_same_pixels() -> None:
@@ -74,38 +78,43 @@ def test_a_picture_much_larger_than_asked_for_is_reduced_to_nearly_the_same_pixe
     assert np.abs(output - expected).mean() < 2
 
 
-def test_an_augmented_picture_is_the_part_that_its_view_says(split: Split) -> None:
+def test_an_augmented_picture_is_a_random_view_of_it(split: Split, pictures: ImageReader) -> None:
     rows = np.arange(11)
     silent = [Texts(0)] * 11
     config = ImageConfig(size=SIZE, augment=AugmentConfig(area=(0.3, 0.6)))
-    batch = split.images(rows, config, silent, np.random.default_rng)
-    assert 0 < batch.mirrored.sum() < 11
+    batch = pictures.read(rows, config, silent, np.random.default_rng)
     for i, row in enumerate(rows.tolist()):
         whole = Image.open(io.BytesIO(jpeg(number_of(split, row)))).convert("RGB")
-        x1, y1, x2, y2 = batch.views[i] * [*whole.size, *whole.size]
-        assert 0.25 < (x2 - x1) * (y2 - y1) / (whole.width * whole.height) < 0.65
-        part = whole.crop((round(x1), round(y1), round(x2), round(y2)))
-        if batch.mirrored[i]:
+        assert config.augment is not None
+        view = random_view(config.augment, *whole.size, silent[i], np.random.default_rng(i))
+        part = whole.crop((view.left, view.top, view.right, view.bottom))
+        if view.is_mirrored:
             part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         expected = np.asarray(part.resize((SIZE, SIZE), Image.Resampling.BILINEAR), int)
         assert np.abs(batch.pixels[i] - expected).max() <= 1
 
 
-def test_texts_decide_which_pictures_are_mirrored(split: Split) -> None:
+def test_texts_decide_which_pictures_are_mirrored(pictures: ImageReader) -> None:
     texts = [Texts(0, captions=("the left one",)) if i % 2 else Texts(0) for i in range(11)]
     config = ImageConfig(size=SIZE, augment=AugmentConfig(mirror=1.0))
     rows = np.arange(11)
-    batch = split.images(rows, config, texts, np.random.default_rng)
-    assert batch.mirrored.tolist() == [i % 2 == 0 for i in range(11)]
+    found = pictures.read(rows, config, texts, np.random.default_rng).pixels
+    config = ImageConfig(size=SIZE, augment=AugmentConfig(mirror=0.0))
+    plain = pictures.read(rows, config, texts, np.random.default_rng).pixels
+    np.testing.assert_array_equal(found[1::2], plain[1::2])
+    assert np.abs(found[::2].astype(int) - plain[::2, :, ::-1]).max() <= 1
+    assert (found[::2] != plain[::2]).any(axis=(1, 2, 3)).all()
 
 
-def test_one_random_number_generator_gives_one_picture_whatever_the_batch(split: Split) -> None:
+def test_one_random_number_generator_gives_one_picture_whatever_the_batch(
+    split: Split, pictures: ImageReader
+) -> None:
     config = ImageConfig(size=SIZE, augment=AugmentConfig())
     rows = np.array([5, 2, 9])
     texts = [make_texts(number_of(split, row)) for row in rows]
 
     def read(places: list[int]) -> ImageBatch:
-        return split.images(
+        return pictures.read(
             rows[places],
             config,
             [texts[place] for place in places],
@@ -115,7 +124,6 @@ def test_one_random_number_generator_gives_one_picture_whatever_the_batch(split:
     whole = read([0, 1, 2])
     for i in range(3):
         np.testing.assert_array_equal(read([i]).pixels[0], whole.pixels[i])
-        np.testing.assert_array_equal(read([i]).views[0], whole.views[i])
 
 
 def test_a_view_of_one_pixel_has_its_colour() -> None:
@@ -129,25 +137,26 @@ def test_a_view_of_one_pixel_has_its_colour() -> None:
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     written = TinyDataset(str(tmp_path), image=lambda n: jpeg(n)[:300] if n == 2 else jpeg(n))
     name = written.add_shard("train", [1, 2, 3])
-    split = Dataset.open(written.url).split("train")
+    live = LiveConfig(images=ImageConfig(size=SIZE), grid=(1, 1), patches=False)
+    split = Dataset.open(written.url).split("train", live)
     with pytest.raises(ShardError, match=rf"{name}\.tar: sample 'sample-2': truncated-image"):
-        split.images(np.arange(3), ImageConfig(size=SIZE))
+        split.features(np.arange(3))
 
 
-def test_memory_of_a_batch_is_used_again_only_when_it_is_forgotten(split: Split) -> None:
+def test_memory_of_a_batch_is_used_again_only_when_it_is_forgotten(pictures: ImageReader) -> None:
     config = ImageConfig(size=SIZE)
-    kept = [split.images(np.array([row, 3]), config) for row in range(11)]
+    kept = [pictures.read(np.array([row, 3]), config) for row in range(11)]
     for row, batch in enumerate(kept):
-        again = split.images(np.array([row]), config)
+        again = pictures.read(np.array([row]), config)
         np.testing.assert_array_equal(batch.pixels[0], again.pixels[0])
     place = kept[0].pixels.ctypes.data
     del kept, batch
-    found = [split.images(np.array([0, 1]), config) for _ in range(11)]
+    found = [pictures.read(np.array([0, 1]), config) for _ in range(11)]
     assert place in [batch.pixels.ctypes.data for batch in found]
 
 
-def test_patches_are_those_of_the_pixels_extractor(split: Split) -> None:
-    batch = split.images(np.array([4, 1, 8]), ImageConfig(size=12))
+def test_patches_are_those_of_the_pixels_extractor(pictures: ImageReader) -> None:
+    batch = pictures.read(np.array([4, 1, 8]), ImageConfig(size=12))
     found = batch.patches(4)
     extractor = PixelsConfig(image_size=12, patch_size=4).build()
     stored = extractor.extract([Prepared(pixels, (0, 0, 1, 1)) for pixels in batch.pixels])
@@ -159,8 +168,8 @@ def test_patches_are_those_of_the_pixels_extractor(split: Split) -> None:
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 2), (5, 7)])  # the last leaves bytes to fill up
-def test_shares_joined_are_the_picture(split: Split, grid: tuple[int, int]) -> None:
-    batch = split.images(np.arange(3), ImageConfig(size=12))
+def test_shares_joined_are_the_picture(pictures: ImageReader, grid: tuple[int, int]) -> None:
+    batch = pictures.read(np.arange(3), ImageConfig(size=12))
     found = batch.shares(grid)
     assert found.values.shape[:2] == (3, grid[0] * grid[1])
     joined = found.values.reshape(3, -1)
@@ -170,7 +179,9 @@ def test_shares_joined_are_the_picture(split: Split, grid: tuple[int, int]) -> N
 
 
 @pytest.mark.parametrize("patches", [False, True])
-def test_a_live_split_makes_features_of_its_images(split: Split, patches: bool) -> None:
+def test_a_live_split_makes_features_of_its_images(
+    split: Split, pictures: ImageReader, patches: bool
+) -> None:
     live = LiveConfig(
         images=ImageConfig(size=12, augment=AugmentConfig()), grid=(3, 3), patches=patches
     )
@@ -178,7 +189,7 @@ def test_a_live_split_makes_features_of_its_images(split: Split, patches: bool) 
     whole, varied = (dataset.split("train", config) for config in (live.whole(), live))
     assert whole.has_features
     rows = np.array([6, 2, 9])
-    pixels = whole.images(rows, ImageConfig(size=12))
+    pixels = pictures.read(rows, ImageConfig(size=12))
     expected = pixels.patches(4) if patches else pixels.shares((3, 3))
     np.testing.assert_array_equal(whole.features(rows).values, expected.values)
     (alone,) = live_features(whole.image(2), live).values
@@ -190,7 +201,7 @@ def test_a_live_split_makes_features_of_its_images(split: Split, patches: bool) 
     assert (seen.values != expected.values).any()
 
 
-def test_a_grid_that_is_not_of_patches_is_refused(split: Split) -> None:
+def test_a_grid_that_is_not_of_patches_is_refused(pictures: ImageReader) -> None:
     live = LiveConfig(images=ImageConfig(size=12), grid=(2, 3), patches=True)
     with pytest.raises(ConfigError, match="12 pixels a side"):
-        split.images(np.arange(1), live.images).regions(live)
+        pictures.read(np.arange(1), live.images).regions(live)

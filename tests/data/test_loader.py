@@ -10,7 +10,7 @@ import pytest
 from pipeline import storage
 from pipeline.data.augmentation import AugmentConfig
 from pipeline.data.dataset import Dataset, FeatureBatch, Rows, Split, TextKind
-from pipeline.data.images import ImageConfig
+from pipeline.data.images import ImageConfig, LiveConfig, live_features
 from pipeline.data.loader import Batch, BatchConfig, Loader, eval_batches
 from pipeline.data.order import Order
 from pipeline.errors import ConfigError, ShardError
@@ -131,7 +131,9 @@ def test_batches_hold_the_texts_and_features_of_their_rows(split: Split) -> None
         assert batch.features is not None
         assert split.keys[batch.rows].tolist() == batch.keys
         numbers = [int(key.removeprefix("sample-")) for key in batch.keys]
-        assert batch.texts == [make_texts(number) for number in numbers]
+        captions = [make_texts(number).captions for number in numbers]
+        assert [texts.captions for texts in batch.texts] == captions
+        assert not any(texts.questions or texts.dialogs for texts in batch.texts)
         assert all(i < number % 4 for i, number in zip(batch.text_index, numbers, strict=True))
         np.testing.assert_array_equal(
             batch.features.values, np.stack([grid_values(number) for number in numbers])
@@ -309,7 +311,9 @@ def test_a_lost_shard_of_an_object_store_is_raised_at_its_step(
         list(batches)
 
 
-AUGMENTED = ImageConfig(size=12, augment=AugmentConfig())
+AUGMENTED = LiveConfig(
+    images=ImageConfig(size=12, augment=AugmentConfig()), grid=(2, 3), patches=False
+)
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +322,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Split:
     written = TinyDataset(str(tmp_path_factory.mktemp("photographs")), image=jpeg)
     for start in range(0, 21, 6):
         written.add_shard("train", range(start, min(start + 6, 21)))
-    return Dataset.open(written.url).split("train")
+    return Dataset.open(written.url).split("train", AUGMENTED)
 
 
 def pictures(
@@ -330,19 +334,16 @@ def pictures(
     threads: int = 2,
     seed: int = 4,
 ) -> list[tuple[bytes, ...]]:
-    """Each example of each step as all ranks together see it: its pixels and its view."""
+    """Each example of each step as all ranks together see it: its key and its pixels."""
     order = Order(split, "captions", seed=SEED, window_shards=2)
-    loader = Loader(
-        split, order, global_batch_size=12, seed=seed, images=AUGMENTED, threads=threads
-    )
+    loader = Loader(split, order, global_batch_size=12, seed=seed, threads=threads)
     ranks = [loader.batches(start, stop, rank, world_size, micro) for rank in range(world_size)]
     return [
-        (batch.keys[i].encode(), images.pixels[i].tobytes(), images.views[i].tobytes())
+        (batch.keys[i].encode(), batch.features.values[i].tobytes())
         for shares in zip(*ranks, strict=True)
         for share in shares
         for batch in share
-        for images in [batch.images]
-        if images is not None
+        if batch.features is not None
         for i in range(len(batch.keys))
     ]
 
@@ -358,12 +359,21 @@ def test_augmented_pictures_are_the_same_for_any_ranks_threads_and_start(
     assert pictures(photographs, 0, 6, world_size=1, micro=12, seed=5) != whole
 
 
-def test_an_evaluation_sees_whole_pictures(photographs: Split) -> None:
-    batches = list(eval_batches(photographs, "captions", 5, images=AUGMENTED))
-    for batch in batches:
-        assert batch.images is not None
-        expected = photographs.images(batch.rows, ImageConfig(size=12))
-        np.testing.assert_array_equal(batch.images.pixels, expected.pixels)
+def test_pictures_are_varied_by_all_that_was_written_about_them(photographs: Split) -> None:
+    order = Order(photographs, "captions", seed=SEED)
+    ((batch,),) = Loader(photographs, order, global_batch_size=9, seed=1).batches(0, 1, 0, 1, 9)
+    numbers = [int(key.removeprefix("sample-")) for key in batch.keys]
+    assert batch.texts == [make_texts(number) for number in numbers]
+    assert any(texts.questions for texts in batch.texts)
+
+
+def test_an_evaluation_of_a_live_split_sees_whole_pictures(photographs: Split) -> None:
+    whole = Dataset.open(photographs.url).split("train", AUGMENTED.whole())
+    for batch in eval_batches(whole, "captions", 5):
+        assert batch.features is not None
+        for row, values in zip(batch.rows.tolist(), batch.features.values, strict=True):
+            expected = live_features(whole.image(row), AUGMENTED)
+            np.testing.assert_array_equal(values, expected.values[0])
 
 
 def test_shards_of_images_are_fetched_where_pictures_are_read(
@@ -371,12 +381,12 @@ def test_shards_of_images_are_fetched_where_pictures_are_read(
 ) -> None:
     written = TinyDataset(object_store, image=jpeg)
     written.add_shard("train", range(1, 6))
-    split = Dataset.open(object_store, cache=tmp_path).split("train")
+    split = Dataset.open(object_store, cache=tmp_path).split("train", AUGMENTED)
     order = Order(split, "captions", SEED)
-    loader = Loader(split, order, global_batch_size=4, seed=SEED, images=ImageConfig(size=5))
+    loader = Loader(split, order, global_batch_size=4, seed=SEED)
     ((batch,),) = loader.batches(0, 1, 0, 1, 4)
-    assert batch.images is not None
-    assert batch.images.pixels.shape == (4, 5, 5, 3)
+    assert batch.features is not None
+    assert batch.features.values.shape == (4, 2 * 3, 12 * 12 * 3 // (2 * 3))
     assert len(cached(tmp_path)) == 1
 
 

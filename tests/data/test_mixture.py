@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.augmentation import AugmentConfig
 from pipeline.data.dataset import Dataset, Split
-from pipeline.data.images import ImageConfig
+from pipeline.data.images import ImageConfig, LiveConfig
 from pipeline.data.loader import Loader
 from pipeline.data.mixture import BLOCK_SIZE, MixedOrder, MixedSplit, quotas
 from pipeline.data.order import Order
@@ -107,33 +107,25 @@ def test_a_window_holds_the_shards_that_are_read_until_it_ends(
     assert set(read.tolist()) <= set(shards.tolist())
 
 
+@pytest.mark.parametrize("is_live", [False, True])
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 4), (2, 3), (4, 3)])
 def test_ranks_and_resumed_runs_see_the_same_mixed_batches(
-    splits: list[Split], world_size: int, micro_batch_size: int
+    splits: list[Split], world_size: int, micro_batch_size: int, is_live: bool
 ) -> None:
+    if is_live:
+        images = ImageConfig(size=7, augment=AugmentConfig())
+        live = LiveConfig(images=images, grid=(1, 3), patches=False)
+        splits = [Dataset.open(split.url).split("train", live) for split in splits]
     split = MixedSplit(splits)
 
     def seen(start: int, world_size: int, micro_batch_size: int) -> list[list[object]]:
-        loader = Loader(
-            split,
-            mix(splits),
-            global_batch_size=12,
-            seed=SEED,
-            distractors=True,
-            images=ImageConfig(size=7, augment=AugmentConfig()),
-        )
+        loader = Loader(split, mix(splits), global_batch_size=12, seed=SEED, distractors=True)
         ranks = [
             loader.batches(start, 6, rank, world_size, micro_batch_size)
             for rank in range(world_size)
         ]
         return [
-            [
-                (*example, batch.images.pixels[i].tobytes())
-                for share in shares
-                for batch in share
-                if batch.images is not None
-                for i, example in enumerate(fingerprints(batch))
-            ]
+            [example for share in shares for batch in share for example in fingerprints(batch)]
             for shares in zip(*ranks, strict=True)
         ]
 

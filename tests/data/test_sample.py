@@ -34,6 +34,19 @@ def test_texts_survive_json() -> None:
     assert (TEXTS.num_rounds, TEXTS.num_texts) == (2, 5)
 
 
+def test_one_kind_of_texts_can_be_read_alone() -> None:
+    payload = TEXTS.to_json()
+    for kind, name in (("captions", "captions"), ("questions", "questions"), ("rounds", "dialogs")):
+        found = Texts.from_json(payload, kind)  # type: ignore[arg-type]
+        assert isinstance(found, Texts)
+        assert found.image_id == TEXTS.image_id
+        for each in ("captions", "questions", "dialogs"):
+            assert getattr(found, each) == (getattr(TEXTS, each) if each == name else ())
+    assert Texts.from_json(payload, "rounds").num_rounds == TEXTS.num_rounds
+    with pytest.raises(ShardError, match="not JSON"):
+        Texts.from_json(payload[:-2], "captions")
+
+
 def test_texts_have_one_canonical_form() -> None:
     payload = TEXTS.to_json()
     assert payload == Texts.from_json(payload).to_json()

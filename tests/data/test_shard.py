@@ -41,6 +41,31 @@ def test_the_same_samples_give_the_same_bytes_under_the_same_name(tmp_path: Path
     assert (one.size_bytes, one.num_samples) == (len(payload), 3)
 
 
+def test_parts_of_any_size_lie_behind_each_other(tmp_path: Path) -> None:
+    sizes = (0, 5, 511, 512, 16 * 1024 - 1, 16 * 1024, 16 * 1024 + 1, 70_000, 2_000_000)
+    samples = [
+        Sample(f"{n}-{m}", {"a": bytes([n + 1]) * size, "b": bytes([m + 101]) * other})
+        for n, size in enumerate(sizes)
+        for m, other in enumerate(sizes)
+    ]
+    shard = write(tmp_path, samples).shard
+    payload = (tmp_path / f"{shard.name}.tar").read_bytes()
+    assert (shard.digest, shard.size_bytes) == (xxhash.xxh3_128_hexdigest(payload), len(payload))
+    with tarfile.open(tmp_path / f"{shard.name}.tar") as tar:
+        found = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    parts = {f"{s.key}.{suffix}": part for s in samples for suffix, part in s.parts.items()}
+    assert found == parts
+
+
+def test_a_refused_sample_leaves_no_trace_in_a_shard_that_goes_on(tmp_path: Path) -> None:
+    with ShardWriter(str(tmp_path / "one")) as writer:
+        writer.write(SAMPLES[0])
+        with pytest.raises(ShardError, match="lower-case"):
+            writer.write(Sample("b", {"a": b"x" * 20_000, "B": b""}))
+        writer.write(SAMPLES[1])
+    assert writer.shard == write(tmp_path / "other", SAMPLES[:2]).shard
+
+
 def test_members_lie_where_the_writer_says(tmp_path: Path) -> None:
     with ShardWriter(str(tmp_path)) as writer:
         placed = [(sample, writer.write(sample)) for sample in SAMPLES]

@@ -9,9 +9,10 @@ Official files of 2014 and 2017 and any file of that shape. What becomes of each
 - captions that name an image which `images` does not list: one `unknown-image` reject per image.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal, Self
 
+import msgspec
 from pydantic import Field, model_validator
 
 from pipeline import storage
@@ -66,17 +67,18 @@ class CocoCaptionsSource:
     def _file(self, location: str, split: str) -> Iterator[Record | Reject]:
         folder = ImageFolders(*folders_of(self.config.images, split))
         document = read_json(location, _KIND)
-        images = document.list("images")
-        captions = Groups(document.list("annotations"), "image_id")
+        images, annotations = document.list("images"), document.list("annotations")
+        image_at = images.reader(_Image, _Image.checked)
+        caption_at = annotations.reader(_Caption, _Caption.checked)
+        captions = Groups(annotations, "image_id")
         known = set()
-        for image in images.objects():
-            image_id = image.identity("id")
-            known.add(image_id)
-            found = _Captions(image_id, captions.of(image_id))
+        for image in map(image_at, range(len(images))):
+            known.add(image.id)
+            found = _Captions(image.id, map(caption_at, captions.places(image.id)))
             yield listed(
-                key=(key := image_key(image_id)),
+                key=(key := image_key(image.id)),
                 split=split or hash_split(key, self.config.validation_fraction),
-                image=folder.named(image.string("file_name")),
+                image=folder.named(image.file_name),
                 texts=found.texts,
                 detail=found.dropped,
                 fault=found.fault,
@@ -87,22 +89,45 @@ class CocoCaptionsSource:
     def _orphan(
         self, image_id: Identity, captions: list[Fields], location: str, split: str
     ) -> Reject:
-        key, texts = image_key(image_id), _Captions(image_id, captions).texts
+        key = image_key(image_id)
+        texts = _Captions(image_id, map(_Caption.checked, captions)).texts
         split = split or hash_split(key, self.config.validation_fraction)
         remains = Record(key, split, "", "", texts, fingerprint("", texts))
         detail = f"{len(captions)} captions name image {image_id!r}, which {location} does not list"
         return Reject(key, split, "unknown-image", detail, remains.fingerprint, remains)
 
 
-class _Captions:
-    """The captions of one image, without empty and repeated ones."""
+class _Image(msgspec.Struct):
+    id: Identity
+    file_name: str
 
-    def __init__(self, image_id: Identity, annotations: list[Fields]) -> None:
-        self._num_listed = len(annotations)
-        words = [(entry.identity("id"), _caption(entry)) for entry in annotations]
-        kept = dict.fromkeys(
-            (annotation_id, caption) for annotation_id, caption in words if caption
-        )
+    @classmethod
+    def checked(cls, image: Fields) -> Self:
+        return cls(image.identity("id"), image.string("file_name"))
+
+
+class _Caption(msgspec.Struct):
+    id: Identity
+    image_id: Identity
+    caption: str | None
+
+    @classmethod
+    def checked(cls, annotation: Fields) -> Self:
+        words = None if annotation.get("caption") is None else annotation.string("caption")
+        return cls(annotation.identity("id"), annotation.identity("image_id"), words)
+
+
+class _Captions:
+    """The captions of one image, without empty and repeated ones and those of other images."""
+
+    def __init__(self, image_id: Identity, annotations: Iterable[_Caption]) -> None:
+        words = [
+            (annotation.id, (annotation.caption or "").strip())
+            for annotation in annotations
+            if annotation.image_id == image_id
+        ]
+        kept = dict.fromkeys(entry for entry in words if entry[1])
+        self._num_listed = len(words)
         self._num_empty = sum(not caption for _, caption in words)
         self.texts = Texts(image_id, captions=tuple(caption for _, caption in kept))
 
@@ -119,14 +144,10 @@ class _Captions:
     @property
     def dropped(self) -> str:
         """Says what was left out, or nothing."""
+        if self._num_listed == len(self.texts.captions):
+            return ""
         repeated = self._num_listed - self._num_empty - len(self.texts.captions)
         counts = {"empty": self._num_empty, "repeated": repeated}
         return ", ".join(
             f"{count} {kind} captions dropped" for kind, count in counts.items() if count
         )
-
-
-def _caption(annotation: Fields) -> str:
-    if annotation.values.get("caption", "") is None:
-        return ""
-    return annotation.string("caption").strip()

@@ -10,7 +10,7 @@ own reason where nobody has written anything about it.
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline import storage
 from pipeline.data.sample import Texts, safe_key
@@ -26,12 +26,11 @@ SUFFIXES = {
 _LAST_NUMBER = re.compile(r"(\d+)$")
 
 
-@dataclass(frozen=True)
-class ImageFile:
+class ImageFile(NamedTuple):
     """An image that annotations speak of.
 
     `stamp` changes when it does; None: there is none. `suffix` is the image part's; None: it is
-    not named as an image is.
+    not named as an image is. A tuple, because millions are made.
     """
 
     location: str
@@ -66,12 +65,12 @@ class ImageFolders:
 
     def named(self, name: str) -> ImageFile:
         """Returns the first folder's file of this name, which may begin with subfolders."""
-        locations = [storage.join(folder, name) for folder in self._folders]
-        for location in locations:
+        for folder in self._folders:
+            location = f"{folder}/{name}"
             stamp = self._stamp(location)
             if stamp is not None:
                 return ImageFile.at(location, stamp)
-        return ImageFile.at(locations[0], None)
+        return ImageFile.at(f"{self._folders[0]}/{name}", None)
 
     def located(self, location: str) -> ImageFile:
         """Returns the file at an absolute location, in one of the folders or not."""
@@ -130,20 +129,20 @@ def listed(
     `fault` is the source's own reason against it, with a sentence: what the image itself is at
     fault for comes first. `detail` says what was left out of the texts.
     """
-    name = image.location.rpartition("/")[2]
-    if image.stamp is None:
-        fault = ("missing-image", f"{image.location}: no such file")
-    elif image.suffix is None:
+    location, stamp, suffix = image
+    if stamp is None:
+        fault = ("missing-image", f"{location}: no such file")
+    elif suffix is None:
         expected = f"expected a name ending in .{', .'.join(SUFFIXES)}"
-        fault = ("unknown-suffix", f"{name!r}: {expected}")
-    usable = image.stamp is not None and image.suffix is not None
+        fault = ("unknown-suffix", f"{location.rpartition('/')[2]!r}: {expected}")
+    usable = stamp is not None and suffix is not None
     record = Record(
         key=key,
         split=split,
-        image=image.location if usable else "",
-        suffix=image.suffix or "" if usable else "",
+        image=location if usable else "",
+        suffix=suffix or "" if usable else "",
         texts=texts,
-        fingerprint=fingerprint(f"{image.location} {image.stamp}", texts),
+        fingerprint=fingerprint(f"{location} {stamp}", texts),
         detail=detail,
     )
     if fault is None:

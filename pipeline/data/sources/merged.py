@@ -13,9 +13,10 @@ VisDial files it is found in, and so is the name of a Flickr image. For each key
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from msgspec.structs import replace
 from pydantic import Field
 
 from pipeline.data.sample import Texts
@@ -52,6 +53,9 @@ class MergedSourceConfig(SourceConfig):
 
     def build(self) -> "MergedSource":
         return MergedSource([source.build() for source in self.sources])
+
+    def leaves_images(self) -> bool:
+        return any(source.leaves_images() for source in self.sources)
 
     def locations(self) -> dict[str, str]:
         return {

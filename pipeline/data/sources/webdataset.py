@@ -14,19 +14,21 @@ of each sample:
 Tars of this project need no mapping beyond the default: it reads what it writes.
 """
 
+import contextlib
 import json
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import groupby
-from typing import Any, Literal, Self
+from typing import IO, Any, Literal, Self, cast
 
 import xxhash
+from msgspec.structs import replace
 from pydantic import Field, model_validator
 
 from pipeline import storage
 from pipeline.data.foreign_tar import ForeignTar
+from pipeline.data.read_ahead import ReadAhead, ReadAheadFile
 from pipeline.data.sample import Texts
 from pipeline.data.sources.base import ListedTar, Record, Reject, SourceConfig, by_key
 from pipeline.data.sources.image_files import SUFFIXES, ImageFile, image_key, listed
@@ -73,6 +75,9 @@ class WebDatasetSourceConfig(SourceConfig):
     def build(self) -> "WebDatasetSource":
         return WebDatasetSource(self)
 
+    def leaves_images(self) -> bool:
+        return self.in_place
+
     def locations(self) -> dict[str, str]:
         """Returns the tars and folders, the first and last of each range."""
         found = {}
@@ -90,6 +95,10 @@ class WebDatasetSource:
     def __init__(self, config: WebDatasetSourceConfig) -> None:
         self.config = config
         self.in_place = config.in_place
+        self._remote: ReadAhead | None = None  # the tar that was read last
+
+    def __reduce__(self) -> tuple[type["WebDatasetSource"], tuple[WebDatasetSourceConfig]]:
+        return WebDatasetSource, (self.config,)
 
     def records(self) -> Iterator[Record | Reject]:
         """Lists the samples of every tar in their order."""
@@ -98,6 +107,7 @@ class WebDatasetSource:
 
     def tars(self) -> Iterator[ListedTar]:
         """Lists the tars in the order they are named in, by one look at each folder."""
+        self._remote = None  # it may be another one by now
         shards = self.config.shards
         stamps: dict[str, dict[str, str]] = {}  # by folder
         for split, setting in (shards if isinstance(shards, dict) else {"": shards}).items():
@@ -116,21 +126,35 @@ class WebDatasetSource:
                         yield ListedTar(tar, split)
 
     def read(self, record: Record) -> bytes:
-        """Returns the image member's bytes, by one positioned read."""
+        """Returns the image member's bytes, by a positioned read.
+
+        Of a remote tar with its images in place, which are read in their order, by a part of one.
+        """
         location, _, place = record.image.rpartition("#")
         offset, size = map(int, place.split(":"))
         try:
-            return storage.read_range(location, offset, size)
+            if storage.is_local(location) or not self.in_place:
+                return storage.read_range(location, offset, size)
+            return self._read_on(location, offset, size)
         except StorageError as error:
             if storage.exists(location):
                 raise
             raise SourceError(f"{location}: vanished since it was listed") from error
 
+    def _read_on(self, location: str, offset: int, size: int) -> bytes:
+        remote = self._remote
+        if remote is None or remote.location != location:
+            remote = self._remote = ReadAhead(location)
+        image = remote.read(offset, size)
+        if len(image) != size:
+            raise StorageError(f"{location}: cut short: expected {size} bytes at offset {offset}")
+        return image
+
     def samples(self, listed_tar: ListedTar) -> Iterator[Record | Reject]:
         """Lists the samples of a tar in their order; raises SourceError if it is not whole."""
         wanted = {name.partition(".")[0].lower() for name in self.config.texts.columns()}
         location = listed_tar.tar.location
-        with storage.reader(location) as file:
+        with _opened(location) as file:
             try:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
                     members = (member for member in tar if member.isfile())
@@ -196,6 +220,13 @@ class WebDatasetSource:
         """Returns what differs if a tar of this split may be listed otherwise."""
         settings = self.config.model_dump_json(exclude={"shards"})
         return xxhash.xxh3_64_hexdigest(f"{_METHOD} {split} {settings}".encode())
+
+
+def _opened(location: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+    """Returns a file of which the images may stay unread."""
+    if storage.is_local(location):
+        return storage.reader(location)
+    return cast(IO[bytes], ReadAheadFile(location))
 
 
 def _sample_name(member: tarfile.TarInfo) -> str:

@@ -2,9 +2,17 @@ import gzip
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from pipeline.data.sources.json_file import Groups, JsonList, read_json, read_json_list, read_text
+from pipeline.data.sources.json_file import (
+    Fields,
+    Groups,
+    JsonList,
+    read_json,
+    read_json_list,
+    read_text,
+)
 from pipeline.errors import SourceError
 
 DOCUMENT = {
@@ -32,6 +40,35 @@ def test_lists_are_what_json_says_they_are(path: Path, indent: int | None, packe
     assert len(document.list("empty")) == 0
     assert document.values["info"] == {"year": 2014}
     assert document.values["flag"] is None
+
+
+@pytest.mark.parametrize("odd", ["NaN", "1e999", "-Infinity", '"\\ud83d"', "1" * 30, "-0.0"])
+def test_values_that_python_reads_are_read_as_python_reads_them(path: Path, odd: str) -> None:
+    text = f'\ufeff [{{"id": 1, "v": [{odd}]}}, {{"id": 2}}]'
+    path.write_text(text)
+    items = read_json_list(str(path), "a test file")
+    assert repr([items[0], items[1]]) == repr(json.loads(text.removeprefix("\ufeff")))
+    assert [key for key, _ in Groups(items, "id")] == [1, 2]
+
+
+def test_structs_hold_what_the_fields_do_and_faults_are_named_by_the_fields(path: Path) -> None:
+    class Named(msgspec.Struct):
+        id: int | str
+        name: str
+
+    def checked(entry: Fields) -> Named:
+        return Named(entry.identity("id"), entry.string("name"))
+
+    for odd in ("0", "NaN"):  # unparsed until asked for, and parsed by Python's own reader
+        path.write_text(
+            f'[{{"id": "a", "more": {odd}, "name": "x"}}, {{"id": 1.5, "name": ""}}, {{"id": 2}}]'
+        )
+        read = read_json_list(str(path), "a test file").reader(Named, checked)
+        assert read(0) == Named("a", "x")
+        with pytest.raises(SourceError, match=r"\[1\]: 'id': expected a number or a string"):
+            read(1)
+        with pytest.raises(SourceError, match=r"\[2\]: expected a field 'name', found 'id'"):
+            read(2)
 
 
 def test_objects_are_grouped_by_a_field_with_numbers_apart_from_their_names(path: Path) -> None:

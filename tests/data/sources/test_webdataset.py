@@ -1,16 +1,20 @@
 import io
 import json
+import pickle
 import tarfile
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import webdataset
+from PIL import Image
 
 from pipeline import storage
 from pipeline.config import check
 from pipeline.data.dataset import Dataset
 from pipeline.errors import ConfigError, SourceError
+from tests.data.requested import ranges
 from tests.data.sources.built import (
     DatasetPart,
     build,
@@ -170,3 +174,56 @@ def test_a_sample_may_be_a_video(tmp_path: Path) -> None:
     report = ingested(source, tmp_path)
     assert (report.num_live, report.rejects) == (1, {"undecodable-video": 1})
     assert Dataset.open(str(tmp_path / "dataset")).split("train").image(0) == clip
+
+
+def noise(side: int, seed: int) -> bytes:
+    """A PNG of about 3 bytes a pixel, as nothing can be left out of noise."""
+    file = io.BytesIO()
+    Image.frombytes("RGB", (side, side), Random(seed).randbytes(3 * side * side)).save(file, "PNG")
+    return file.getvalue()
+
+
+def put_tar(url: str, folder: Path, images: list[bytes]) -> int:
+    """Stores the images with a text each; returns the size of the tar in bytes."""
+    parts = [(("png", image), ("txt", b"words")) for image in images]
+    members = [(f"{n:04d}.{suffix}", part) for n, both in enumerate(parts) for suffix, part in both]
+    write_tar(folder / "a.tar", members)
+    payload = (folder / "a.tar").read_bytes()
+    storage.write_bytes(f"{url}/a.tar", payload)
+    return len(payload)
+
+
+def test_many_small_images_in_a_remote_tar_are_few_requests(
+    tmp_path: Path, object_store: str
+) -> None:
+    images = [noise(40, seed) for seed in range(150)]
+    size_bytes = put_tar(object_store, tmp_path, images)
+    source = build("webdataset", shards={"train": object_store})
+    with ranges(object_store) as asked:
+        assert ingested(source, tmp_path).num_live == 150
+    assert len(asked) <= 12
+    assert sum(map(len, asked)) <= 2 * size_bytes  # listed, then read
+    assert [source.read(entry) for entry in source.records()] == images  # type: ignore[arg-type]
+
+
+def test_large_images_in_a_remote_tar_are_not_fetched_until_they_are_read(
+    tmp_path: Path, object_store: str
+) -> None:
+    images = [noise(400, seed) for seed in range(6)]
+    size_bytes = put_tar(object_store, tmp_path, images)
+    source = build("webdataset", shards={"train": object_store})
+    with ranges(object_store) as asked:
+        entries = list(source.records())
+    assert sum(map(len, asked)) < size_bytes / 10
+    with ranges(object_store) as asked:
+        assert source.read(entries[3]) == images[3]  # type: ignore[arg-type]
+    assert [len(each) for each in asked] == [len(images[3])]
+
+
+def test_a_remote_tar_that_was_replaced_is_read_anew(tmp_path: Path, object_store: str) -> None:
+    source = build("webdataset", shards={"train": object_store})
+    for seeds in (range(3), range(3, 6)):
+        images = [noise(40, seed) for seed in seeds]
+        put_tar(object_store, tmp_path, images)
+        assert [source.read(entry) for entry in list(source.records())] == images  # type: ignore[arg-type]
+    assert pickle.loads(pickle.dumps(source)).read(record(source, "0002")) == images[2]

@@ -52,9 +52,9 @@ class Benchmark(ABC, Generic[ReferencesT]):
 
     @abstractmethod
     def inputs(
-        self, tokenizer: "PreTrainedTokenizerFast", batch: Batch, blind: bool = False
+        self, tokenizer: "PreTrainedTokenizerFast", batch: Batch, blind_dim: int | None = None
     ) -> Inputs:
-        """Returns what the model is given; `blind` leaves the image out."""
+        """Returns what the model is given; one of `blind_dim` is given no image."""
 
     @abstractmethod
     def predict(
@@ -68,7 +68,8 @@ class Benchmark(ABC, Generic[ReferencesT]):
     ) -> list[ResultRow]:
         """Returns a result row for each example, in order. The model is on the device, in eval().
 
-        A prediction does not depend on the batch that it is made in.
+        A blind one needs no features in its batches. A prediction does not depend on the batch that
+        it is made in.
         """
 
     @abstractmethod

@@ -74,7 +74,7 @@ class Caption(Benchmark[CaptionReferences]):
             )
 
     def inputs(
-        self, tokenizer: "PreTrainedTokenizerFast", batch: Batch, blind: bool = False
+        self, tokenizer: "PreTrainedTokenizerFast", batch: Batch, blind_dim: int | None = None
     ) -> Inputs:
         """The text is [CLS] alone, from which the caption is written on."""
         shape = (len(batch.keys), 1)
@@ -83,7 +83,7 @@ class Caption(Benchmark[CaptionReferences]):
             padding=np.zeros(shape, dtype=np.bool_),
             is_word=np.zeros(shape, dtype=np.bool_),
         )
-        return make_inputs(encodings, batch.features, blind)
+        return make_inputs(encodings, batch.features, blind_dim)
 
     def predict(
         self,
@@ -99,10 +99,11 @@ class Caption(Benchmark[CaptionReferences]):
                 f"caption: {type(model).__name__} cannot write text; take a family with a prefix "
                 "mask, such as visualbert"
             )
+        blind_dim = model.config.feature_dim if blind else None
         results: list[ResultRow] = []
         for batch in batches:
             inputs = moved(
-                self.inputs(tokenizer, batch, blind), torch.device(device), dtype_of(model)
+                self.inputs(tokenizer, batch, blind_dim), torch.device(device), dtype_of(model)
             )
             written = generate(
                 cast(Decoder, model),

@@ -64,7 +64,7 @@ class Vqa(Benchmark[list[Question]]):
         return eval_batches(split, "questions", batch_size, rank, world_size)
 
     def inputs(
-        self, tokenizer: "PreTrainedTokenizerFast", batch: Batch, blind: bool = False
+        self, tokenizer: "PreTrainedTokenizerFast", batch: Batch, blind_dim: int | None = None
     ) -> Inputs:
         encodings = encode_texts(
             own_texts(batch, "questions"),
@@ -73,7 +73,7 @@ class Vqa(Benchmark[list[Question]]):
             Vocabulary.of(tokenizer),
             self.max_tokens,
         )
-        return make_inputs(encodings, batch.features, blind)
+        return make_inputs(encodings, batch.features, blind_dim)
 
     def predict(
         self,
@@ -112,10 +112,11 @@ class Vqa(Benchmark[list[Question]]):
                 f"{len(answers)} answers are given, but the model has "
                 f"num_answers={model.config.num_answers}"
             )
+        blind_dim = model.config.feature_dim if blind else None
         ranked: list[tuple[int | str, list[tuple[str, float]]]] = []
         for batch in batches:
             inputs = moved(
-                self.inputs(tokenizer, batch, blind), torch.device(device), dtype_of(model)
+                self.inputs(tokenizer, batch, blind_dim), torch.device(device), dtype_of(model)
             )
             logits = model.answer_logits(model.encode(inputs), inputs).float()
             best = logits.sigmoid().topk(min(num_answers, len(answers)))

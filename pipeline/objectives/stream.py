@@ -70,7 +70,10 @@ class MicroBatch:
 
 
 class StreamCollator:
-    """Turns batches of one stream into inputs and targets of its objectives."""
+    """Turns batches of one stream into inputs and targets of its objectives.
+
+    `blind_dim` is the `feature_dim` of a model that is trained without the image, if it is.
+    """
 
     def __init__(
         self,
@@ -78,18 +81,18 @@ class StreamCollator:
         tokenizer: "PreTrainedTokenizerFast",
         max_tokens: int,
         answers: Sequence[str] = (),
-        blind: bool = False,
+        blind_dim: int | None = None,
     ) -> None:
         (self.stream,) = {objective.stream for objective in objectives}
         for objective in objectives:
-            if blind and objective.needs_regions:
+            if blind_dim is not None and objective.needs_regions:
                 raise ConfigError(f"objectives.{objective.name}: a blind model has no regions")
             objective.check(tokenizer, answers)
         self._objectives = objectives
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._vocabulary = Vocabulary.of(tokenizer, answers)
-        self._blind = blind
+        self._blind_dim = blind_dim
 
     def __call__(self, batch: Batch) -> StreamBatch:
         due = [one for one in self._objectives if one.is_due(batch.seed, batch.step)]
@@ -106,7 +109,7 @@ class StreamCollator:
             encodings, targets[objective.name] = objective.prepare(
                 batch, encodings, self._vocabulary
             )
-        inputs = make_inputs(encodings, batch.features, self._blind)
+        inputs = make_inputs(encodings, batch.features, self._blind_dim)
         for objective in due:
             inputs = objective.hide(batch, inputs)
         matched = [text == shown for text, shown in zip(own, texts, strict=True)]
@@ -228,22 +231,37 @@ def encode_texts(
     )
 
 
-def make_inputs(encodings: Encodings, features: FeatureBatch | None, blind: bool) -> Inputs:
-    """Puts token sequences (B, T) and features (B, R, D) together; `blind` leaves no region.
+def make_inputs(
+    encodings: Encodings, features: FeatureBatch | None, blind_dim: int | None = None
+) -> Inputs:
+    """Puts token sequences (B, T) and features (B, R, D) together.
 
-    Raises FeatureError if there are no features.
+    For a blind model of so many dimensions there is no region, and what features there are is not
+    looked at. For any other, raises FeatureError if there are none.
     """
+    if blind_dim is not None:
+        return _without_regions(encodings, blind_dim)
     if features is None:
         raise FeatureError("this batch has no features; open the split with an extractor's name")
     places = np.arange(features.values.shape[1])
-    inputs = Inputs(
+    return Inputs(
         tokens=torch.from_numpy(encodings.tokens),
         token_padding=torch.from_numpy(encodings.padding),
         features=torch.from_numpy(features.values),
         boxes=torch.from_numpy(features.boxes),
         region_padding=torch.from_numpy(places >= features.num_regions[:, None]),
     )
-    return inputs.without_image() if blind else inputs
+
+
+def _without_regions(encodings: Encodings, feature_dim: int) -> Inputs:
+    count = len(encodings.tokens)
+    return Inputs(
+        tokens=torch.from_numpy(encodings.tokens),
+        token_padding=torch.from_numpy(encodings.padding),
+        features=torch.zeros(count, 0, feature_dim),
+        boxes=torch.zeros(count, 0, 4),
+        region_padding=torch.zeros(count, 0, dtype=torch.bool),
+    )
 
 
 def _nothing() -> StreamBatch:

@@ -69,6 +69,7 @@ def run(recipe: Recipe, progress: StageProgress) -> Outcome:
         twin = load_model(blind_folder) if has_blind else None
         device = _device(recipe)
         split = inputs.split(recipe.dataset.validation_split)
+        unseen = inputs.dataset.split(recipe.dataset.validation_split)
         examples: list[Example] = []
         metrics: dict[str, float] = {}
         headlines: dict[str, float] = {}
@@ -83,7 +84,7 @@ def run(recipe: Recipe, progress: StageProgress) -> Outcome:
             def predict(
                 one: ModelFolder, blind: bool, benchmark: Benchmark[Any] = benchmark
             ) -> Any:
-                batches = _shown(benchmark, split, progress, blind)
+                batches = _shown(benchmark, unseen if blind else split, progress, blind)
                 return benchmark.predict(
                     one.model.to(device), one.tokenizer, one.answers, batches, device, blind
                 )
@@ -235,7 +236,7 @@ def _attention(
         encodings = encode_texts(
             [prediction], "captions", tokenizer, vocabulary, benchmark.max_tokens
         )
-        inputs = make_inputs(encodings, features, blind=False)
+        inputs = make_inputs(encodings, features)
         words = np.flatnonzero(encodings.is_word[0])
         if not len(words):
             return None

@@ -204,6 +204,9 @@ def _feed(
     most_places: int | None = None,
 ) -> _Feed:
     tokenizer = load_tokenizer(spec.tokenizer)
+    blind_dim = None
+    if spec.blind:  # no picture is read, decoded or varied
+        features, blind_dim = None, spec.model["feature_dim"]
     dataset = Dataset.open(spec.dataset, spec.dataset_version)
     splits = {dataset.split(split_name, features): 1.0}
     for other in mixed_in:
@@ -212,7 +215,7 @@ def _feed(
     for objective in objectives:
         objective.open(dataset, split_name)
     collators = [
-        StreamCollator(sharing, tokenizer, spec.max_tokens, spec.answers, spec.blind)
+        StreamCollator(sharing, tokenizer, spec.max_tokens, spec.answers, blind_dim)
         for sharing in by_stream(objectives).values()
     ]
     training = spec.training

@@ -63,7 +63,7 @@ def test_word_pieces_are_joined_as_people_write(tokenizer: Any) -> None:
 def test_the_blind_twin_sees_no_image(split: Split, tokenizer: Any) -> None:
     caption = Caption(CaptionConfig())
     (batch,) = caption.batches(split, 64)
-    seeing, blind = caption.inputs(tokenizer, batch), caption.inputs(tokenizer, batch, blind=True)
+    seeing, blind = (caption.inputs(tokenizer, batch, dim) for dim in (None, 8))
     assert seeing.features.shape[1:] == (6, 8)
     assert blind.features.shape[1:] == (0, 8)
     assert seeing.tokens.tolist() == [[tokenizer.cls_token_id]] * len(batch.keys)

@@ -66,7 +66,7 @@ def test_the_blind_twin_sees_no_image(split: Split, tokenizer: Any) -> None:
     vqa = Vqa(VqaConfig())
     (batch,) = eval_batches(split, "questions", 64)
     assert vqa.inputs(tokenizer, batch).features.shape[1] == 6
-    assert vqa.inputs(tokenizer, batch, blind=True).features.shape[1] == 0
+    assert vqa.inputs(tokenizer, batch, blind_dim=8).features.shape[1] == 0
 
 
 def test_answers_are_the_commonest_of_the_split(split: Split) -> None:

@@ -34,7 +34,7 @@ def test_no_loss_looks_at_the_words_after_it() -> None:
         )
         _, target = objective.prepare(batch, encodings, vocabulary)
         target[:, 2:] = IGNORED  # the last word and the closing token
-        inputs = make_inputs(encodings, batch.features, blind=False)
+        inputs = make_inputs(encodings, batch.features)
         with torch.no_grad():
             encoded = model.encode(inputs, mask=objective.stream.mask)
             losses.append(objective.loss(model, encoded, inputs, target))

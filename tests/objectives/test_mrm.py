@@ -60,7 +60,7 @@ def hidden(batch: Batch, tokenizer: Any, **settings: Any) -> tuple[Inputs, Input
     encodings = encode_texts(texts, "captions", tokenizer, vocabulary, 9)
     same, target = objective.prepare(batch, encodings, vocabulary)
     assert same is encodings  # the text stays as it is
-    inputs = make_inputs(encodings, batch.features, blind=False)
+    inputs = make_inputs(encodings, batch.features)
     before = replace(inputs, features=inputs.features.clone())
     after = objective.hide(batch, inputs)
     assert torch.equal(inputs.features, before.features)  # what is read again stays whole

@@ -172,14 +172,15 @@ def test_moving_casts_features_and_boxes_but_not_pixels(
 
 
 def test_a_blind_model_is_shown_no_region(objectives: list[Objective], tokenizer: Any) -> None:
-    batch = collated(objectives, tokenizer, make_batch(3), blind=True)
-    assert all(stream.inputs.features.shape == (3, 0, 7) for stream in batch.streams.values())
+    for given in (make_batch(3), replace(make_batch(3), features=None)):
+        batch = collated(objectives, tokenizer, given, blind=True)
+        assert all(stream.inputs.features.shape == (3, 0, 7) for stream in batch.streams.values())
 
 
 def test_a_batch_without_features_is_refused(tokenizer: Any) -> None:
     encodings = encode_texts(["a"], "captions", tokenizer, Vocabulary.of(tokenizer), 24)
     with pytest.raises(FeatureError, match="no features"):
-        make_inputs(encodings, None, blind=False)
+        make_inputs(encodings, None)
 
 
 def test_the_text_that_an_example_is_about_is_read(

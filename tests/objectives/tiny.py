@@ -161,7 +161,7 @@ def collated(
 ) -> MicroBatch:
     return MicroBatch(
         {
-            name: StreamCollator(group, tokenizer, 24, ANSWERS, blind)(batch)
+            name: StreamCollator(group, tokenizer, 24, ANSWERS, 7 if blind else None)(batch)
             for name, group in by_stream(objectives).items()
         }
     )

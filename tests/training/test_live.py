@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from pipeline.data.augmentation import AugmentConfig
-from pipeline.data.dataset import Dataset
+from pipeline.data.dataset import Dataset, Split
 from pipeline.data.images import ImageConfig, LiveConfig, live_features
 from pipeline.data.vocabulary import build_tokenizer
 from pipeline.training.assembly import Assembly, assemble
@@ -176,9 +176,14 @@ def test_a_frozen_backbone_stays_as_it_came(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("alone")
-def test_the_blind_twin_trains_without_looking(data: Path, tmp_path: Path) -> None:
+def test_the_blind_twin_trains_without_looking(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = make_spec(data, tmp_path / "run", blind=True)
+    looked: list[object] = []
+    monkeypatch.setattr(Split, "features", lambda *_: looked.append(None))
     train(spec, HERE)
+    assert not looked
     assert load_model(str(tmp_path / "run" / "model")).card["extractor"]["type"] == "grid"
 
 

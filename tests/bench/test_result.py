@@ -12,7 +12,10 @@ from pipeline.bench.result import Comparison, Result
 def make_result() -> Result:
     times = Times({"theirs": (0.4, 0.6), "ours": (0.125, 0.275)})
     comparison = Comparison.of(
-        "a race", times, columns={"tokens/s": {"ours": "1,234"}}, notes=["both arrived"]
+        "a race",
+        times,
+        columns={"tokens/s": {"ours": "1,234"}},
+        notes=["both arrived", "for more: pip install sightline[bench]"],
     )
     return Result("race", {"rounds": 2, "threads": None}, {"cpus": 3}, [comparison])
 
@@ -27,7 +30,7 @@ def test_the_table_shows_times_ratios_and_notes() -> None:
     page = io.StringIO()
     (comparison,) = make_result().comparisons
     comparison.print(Console(file=page, width=80))
-    for part in ("a race", "500.0", "200.0", "2.50", "1,234", "both arrived"):
+    for part in ("a race", "500.0", "200.0", "2.50", "1,234", "both arrived", "sightline[bench]"):
         assert part in page.getvalue()
 
 

@@ -14,9 +14,9 @@ def test_a_log_tells_how_long_each_phase_has_left(monkeypatch: pytest.MonkeyPatc
     with StageProgress(console, "finetune") as shown:
         for phase, pace in (("finetune", 2.0), ("blind", 30.0)):
             for done in range(1, 5):
-                shown.update(done, 4, f"loss {done}", phase=phase)
+                shown.update(done, 4, f"loss {done} [mlm]", phase=phase)
                 now += pace
     lines = output.getvalue().splitlines()
-    assert lines[2] == "finetune: 3/4  loss 3  left 0:00:02"
-    assert lines[3] == "finetune: 4/4  loss 4  left 0:00:00"
-    assert lines[6] == "blind: 3/4  loss 3  left 0:00:30"
+    assert lines[2] == "finetune: 3/4  loss 3 [mlm]  left 0:00:02"
+    assert lines[3] == "finetune: 4/4  loss 4 [mlm]  left 0:00:00"
+    assert lines[6] == "blind: 3/4  loss 3 [mlm]  left 0:00:30"

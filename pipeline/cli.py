@@ -23,7 +23,8 @@ REFUSED_STATUS = 64
 INTERRUPTED_STATUS = 130
 STOPPED_STATUS = 143
 
-console = Console(stderr=True)
+# What is told holds paths, keys and reasons of others: a bracket in them is a bracket, not markup.
+console = Console(stderr=True, markup=False)
 
 app = typer.Typer(
     name="sightline",
@@ -94,13 +95,13 @@ def reported(verb: Callable[P, int | None]) -> Callable[P, None]:
         try:
             status = verb(*args, **kwargs)
         except ConfigError as error:
-            console.print(f"Refused: {error}", style="red", markup=False, soft_wrap=True)
+            console.print(f"Refused: {error}", style="red", soft_wrap=True)
             raise typer.Exit(REFUSED_STATUS) from None
         except StoppedError as error:
-            console.print(f"Stopped: {error}", markup=False, soft_wrap=True)
+            console.print(f"Stopped: {error}", soft_wrap=True)
             raise typer.Exit(STOPPED_STATUS) from None
         except PipelineError as error:
-            console.print(f"Failed: {error}", style="red", markup=False, soft_wrap=True)
+            console.print(f"Failed: {error}", style="red", soft_wrap=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             console.print("Stopped. The same command goes on where this one was.")
@@ -197,7 +198,7 @@ def check(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fal
     if as_json:
         typer.echo(json.dumps(report.to_json(), ensure_ascii=False))
     else:
-        report.print(Console())
+        report.print(Console(markup=False))
 
 
 @app.command()
@@ -298,7 +299,7 @@ def data_info(dataset: DatasetUrl, as_json: AsJson = False) -> None:
     table.columns.insert(0, Column("split"))
     for split, counts in found["splits"].items():
         table.add_row(split, *(f"{count:,}" for count in counts.values()))
-    output = Console()
+    output = Console(markup=False)
     output.print(table)
     for extractor, number in found["features"].items():
         output.print(f"features {extractor}: {number:,} samples")
@@ -520,7 +521,7 @@ def _add_bench_verb(name: str, description: str) -> None:
         if print_settings:
             typer.echo(config.to_yaml(resolved), nl=False)
             return
-        output = console if as_json else Console()
+        output = console if as_json else Console(markup=False)
         result = bench.run(resolved, lambda comparison: comparison.print(output))
         if as_json:
             typer.echo(json.dumps(result.to_json(), ensure_ascii=False))

@@ -68,3 +68,13 @@ def test_compact_keeps_the_versions_of_runs(
     assert "0 files removed" in capsys.readouterr().out
     assert run_job(["data", "compact", dataset, "--run", dataset]) == 1
     assert "environment.json" in capsys.readouterr().err
+
+
+def test_a_bracket_in_what_is_told_is_shown(
+    dataset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bracketed = str(Path(dataset).rename(Path(dataset).with_name("[bold]set")))
+    assert run_job(["data", "info", bracketed]) == 0
+    assert "[bold]set" in "".join(capsys.readouterr().out.split())
+    assert run_job(["data", "info", f"{bracketed}[none]"]) == 1
+    assert "[bold]set[none]" in "".join(capsys.readouterr().err.split())

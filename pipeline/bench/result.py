@@ -46,7 +46,7 @@ class Comparison:
             table.add_row(name, f"{1000 * seconds:,.1f}", ratio, *further)
         output.print(table)
         for note in self.notes:
-            output.print(f"  {note}", highlight=False, markup=False, soft_wrap=True)
+            output.print(f"  {note}", highlight=False, soft_wrap=True)
         output.print()
 
 

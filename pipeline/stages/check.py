@@ -128,13 +128,10 @@ class Report:
         return {**asdict(self), "phases": phases}
 
     def print(self, output: Console) -> None:
-        def tell(line: str, style: str | None = None) -> None:
-            output.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
-
         for phase in self.phases:
             output.print(_memory_table(self.machine, phase))
             for line in _lines(phase):
-                tell(f"  {line}")
+                output.print(f"  {line}", highlight=False, soft_wrap=True)
             output.print()
         hours = [phase.hours for phase in self.phases if phase.hours is not None]
         if len(hours) == len(self.phases):
@@ -142,9 +139,9 @@ class Report:
                 f"Training takes about {_duration(sum(hours))} on this machine as it is now."
             )
         for reason in self.unknown:
-            tell(f"Unknown: {reason}", style="yellow")
+            output.print(f"Unknown: {reason}", style="yellow", highlight=False, soft_wrap=True)
         for line in self.advice:
-            tell(f"Note: {line}")
+            output.print(f"Note: {line}", highlight=False, soft_wrap=True)
 
 
 def check(recipe: Recipe, console: Console) -> Report:

@@ -58,8 +58,7 @@ class StageProgress:
             self._last_line = now
             left = self._bar.tasks[0].time_remaining
             when = "" if left is None else f"  left {timedelta(seconds=round(left))}"
-            line = f"{name}: {done}/{total}  {figures}{when}"
-            self._console.print(line, highlight=False, markup=False)
+            self._console.print(f"{name}: {done}/{total}  {figures}{when}", highlight=False)
 
     def _begin(self, name: str) -> None:
         self._name = name
@@ -67,7 +66,7 @@ class StageProgress:
 
     def note(self, text: str) -> None:
         """Leaves a line above the bar."""
-        self._console.print(text, style="dim", highlight=False, markup=False)
+        self._console.print(text, style="dim", highlight=False)
 
     def __exit__(
         self,

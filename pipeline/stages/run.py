@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline import config, storage
 from pipeline.recipe import Recipe
@@ -71,9 +72,11 @@ def _update_summary(recipe: Recipe, name: str, outcome: Outcome, seconds: float)
     return summary
 
 
-def _line(name: str, outcome: Outcome, seconds: float) -> str:
-    mark = {"done": "[green]✓[/]", "up to date": "[green]·[/]"}.get(outcome.state, "–")
-    return f"{mark} {name:<9} {outcome.state:<12} {seconds:7.1f} s"
+def _line(name: str, outcome: Outcome, seconds: float) -> Text:
+    mark, style = {"done": ("✓", "green"), "up to date": ("·", "green")}.get(
+        outcome.state, ("–", "")
+    )
+    return Text.assemble((mark, style), f" {name:<9} {outcome.state:<12} {seconds:7.1f} s")
 
 
 def _table(
@@ -90,7 +93,7 @@ def _table(
     if metrics:
         table.add_section()
         for metric, value in metrics.items():
-            table.add_row(metric, "", "", f"[bold]{value:.2f}[/]")
+            table.add_row(metric, "", "", Text(f"{value:.2f}", style="bold"))
     return table
 
 

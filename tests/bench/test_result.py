@@ -29,7 +29,7 @@ def test_everyone_is_compared_with_the_first() -> None:
 def test_the_table_shows_times_ratios_and_notes() -> None:
     page = io.StringIO()
     (comparison,) = make_result().comparisons
-    comparison.print(Console(file=page, width=80))
+    comparison.print(Console(file=page, width=80, markup=False))
     for part in ("a race", "500.0", "200.0", "2.50", "1,234", "both arrived", "sightline[bench]"):
         assert part in page.getvalue()
 

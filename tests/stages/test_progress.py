@@ -10,7 +10,7 @@ from pipeline.stages.progress import StageProgress
 def test_a_log_tells_how_long_each_phase_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     now, output = 100.0, io.StringIO()
-    console = Console(file=output, width=100, get_time=lambda: now)
+    console = Console(file=output, width=100, markup=False, get_time=lambda: now)
     with StageProgress(console, "finetune") as shown:
         for phase, pace in (("finetune", 2.0), ("blind", 30.0)):
             for done in range(1, 5):

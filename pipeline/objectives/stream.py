@@ -240,7 +240,7 @@ def make_inputs(
     looked at. For any other, raises FeatureError if there are none.
     """
     if blind_dim is not None:
-        return _without_regions(encodings, blind_dim)
+        features = _no_regions(len(encodings.tokens), blind_dim)
     if features is None:
         raise FeatureError("this batch has no features; open the split with an extractor's name")
     places = np.arange(features.values.shape[1])
@@ -253,14 +253,11 @@ def make_inputs(
     )
 
 
-def _without_regions(encodings: Encodings, feature_dim: int) -> Inputs:
-    count = len(encodings.tokens)
-    return Inputs(
-        tokens=torch.from_numpy(encodings.tokens),
-        token_padding=torch.from_numpy(encodings.padding),
-        features=torch.zeros(count, 0, feature_dim),
-        boxes=torch.zeros(count, 0, 4),
-        region_padding=torch.zeros(count, 0, dtype=torch.bool),
+def _no_regions(count: int, feature_dim: int) -> FeatureBatch:
+    return FeatureBatch(
+        values=np.zeros((count, 0, feature_dim), np.float32),
+        boxes=np.zeros((count, 0, 4), np.float32),
+        num_regions=np.zeros(count, np.int32),
     )
 
 

@@ -1,9 +1,9 @@
 """Micro-batches of a step to the same on the device, there before the step before it has ended."""
 
-from collections.abc import Generator, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from pipeline.training.prefetch import Prefetch
 
 _STEPS_ON_DEVICE = 1  # beside the one that trains and the one that is being copied
 
+Collated = Prefetch[Sequence[MicroBatch]]
+
 
 @dataclass(frozen=True)
 class StepBatches:
@@ -21,73 +23,54 @@ class StepBatches:
 
     on_host: Sequence[MicroBatch]  # what can be counted without waiting for the device
     on_device: Sequence[Any]  # what the module's forward takes
-    copied: Any | None = None  # the event after which the device has them; None: it has
 
 
-class DeviceFeed:
-    """Gives a rank's micro-batches, collated `depth` steps ahead in a thread.
+@contextlib.contextmanager
+def device_feed(
+    source: Generator[Sequence[MicroBatch], None, None],
+    depth: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[Callable[[], StepBatches]]:
+    """Yields what gives a rank's next step, waiting for it; `depth` steps are collated ahead.
 
     Where there is a GPU another thread copies those of the next step to it, from pinned memory and
     on a stream of their own, so that neither this process nor the GPU waits for the copy. Errors
     and leaving are those of `Prefetch`.
     """
-
-    def __init__(
-        self,
-        source: Generator[Sequence[MicroBatch], None, None],
-        depth: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self._device = device
-        self._dtype = dtype
-        self._collated = Prefetch(source, depth)
-        self._copied: Prefetch[StepBatches] | None = None
-        if device.type == "cuda":
-            self._copied = Prefetch(self._copies(), _STEPS_ON_DEVICE)
-
-    def __enter__(self) -> Self:
-        self._collated.__enter__()
-        if self._copied:
-            self._copied.__enter__()
-        return self
-
-    def take(self) -> StepBatches:
-        """Returns the next step's, waiting for them; raises TrainingError if there are no more."""
-        if self._copied is None:
-            on_host = self._collated.take()
-            return StepBatches(on_host, self._moved(on_host))
-        step = self._copied.take()
-        stream = torch.cuda.current_stream(self._device)
-        assert step.copied is not None
-        stream.wait_event(step.copied)  # the stream waits, not this thread
-        for batch in step.on_device:
-            mapped(batch, lambda tensor: _used_on(stream, tensor))
-        return step
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._copied:  # the first to leave: its thread takes from the other
-            self._copied.__exit__(kind, error, trace)
-        self._collated.__exit__(kind, error, trace)
-
-    def _copies(self) -> Generator[StepBatches, None, None]:
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        while True:
-            pinned = [mapped(batch, Tensor.pin_memory) for batch in self._collated.take()]
-            with torch.cuda.stream(stream):
-                on_device = self._moved(pinned)
-            yield StepBatches(pinned, on_device, stream.record_event())
-
-    def _moved(self, batches: Sequence[MicroBatch]) -> list[Any]:
-        return [batch.to(self._device, self._dtype) for batch in batches]
+    with Prefetch(source, depth) as collated:
+        if device.type != "cuda":
+            yield lambda: _moved(collated.take(), device, dtype)
+            return
+        with Prefetch(_copies(collated, device, dtype), _STEPS_ON_DEVICE) as copied:
+            yield lambda: _awaited(*copied.take(), device)
 
 
-def _used_on(stream: torch.cuda.Stream, tensor: Tensor) -> Tensor:
-    """Keeps the memory of a tensor of another stream until this one is done with it."""
-    tensor.record_stream(stream)
-    return tensor
+def _moved(on_host: Sequence[MicroBatch], device: torch.device, dtype: torch.dtype) -> StepBatches:
+    return StepBatches(on_host, [batch.to(device, dtype) for batch in on_host])
+
+
+def _copies(
+    collated: Collated, device: torch.device, dtype: torch.dtype
+) -> Generator[tuple[StepBatches, torch.cuda.Event], None, None]:
+    """Yields each step with the event after which the device has it."""
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    while True:
+        pinned = [mapped(batch, Tensor.pin_memory) for batch in collated.take()]
+        with torch.cuda.stream(stream):
+            step = _moved(pinned, device, dtype)
+        yield step, stream.record_event()
+
+
+def _awaited(step: StepBatches, copied: torch.cuda.Event, device: torch.device) -> StepBatches:
+    """Lets the stream that trains, not this thread, wait for a copy; returns the step."""
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(copied)
+
+    def used(tensor: Tensor) -> Tensor:
+        tensor.record_stream(stream)  # its memory is another stream's, and kept until this is done
+        return tensor
+
+    for batch in step.on_device:
+        mapped(batch, used)
+    return step

@@ -127,7 +127,7 @@ class Engine:
         count = sum(parameter.numel() for parameter in module.parameters())
         self.config = engine_config(config, environment, count)
         _require_ability(self.config)
-        require_swapping(config, environment)
+        async_io.require_ability(self.config["zero_optimization"], _async_io_builder)
         self.skipped = skipped  # steps whose update is not in the weights
         self._step = step
         self._training = config

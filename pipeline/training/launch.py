@@ -6,7 +6,6 @@ our own newest whole checkpoint, so Ray is told of none and keeps no state that 
 
 import atexit
 import contextlib
-import math
 import os
 import secrets
 import shutil
@@ -409,17 +408,15 @@ def _on_ray_worker(config: dict[str, Any]) -> None:
 def _results(specs: Sequence[TrainingSpec], finished_before: set[str]) -> list[TrainingResult]:
     """Reads how phases ended from their folders, up to the first that was stopped."""
     from pipeline.training.loop import finished_result
-    from pipeline.training.metrics_log import read_events, read_metrics
+    from pipeline.training.metrics_log import last_loss, read_events
 
     results = []
     for spec in specs:
         result = finished_result(spec)
         if result is None:
             stops = [event for event in read_events(spec.folder) if event["event"] == "stopped"]
-            logged = read_metrics(spec.folder)
-            loss = logged[-1]["loss"] if logged else math.nan
             step, steps = stops[-1]["step"], spec.training.steps
-            results.append(TrainingResult("stopped", step, steps, loss, None))
+            results.append(TrainingResult("stopped", step, steps, last_loss(spec.folder), None))
             break
         results.append(replace(result, already_finished=spec.folder in finished_before))
     return results

@@ -26,11 +26,11 @@ from pipeline import storage
 from pipeline.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.training import checkpoint
 from pipeline.training.assembly import MODEL, Assembly, MicroBatch, assemble
-from pipeline.training.device_feed import DeviceFeed
+from pipeline.training.device_feed import device_feed
 from pipeline.training.engine import Engine
 from pipeline.training.keeper import Keeper
 from pipeline.training.lease import IsLost, only_writer
-from pipeline.training.metrics_log import MetricsLog, read_metrics
+from pipeline.training.metrics_log import MetricsLog, last_loss
 from pipeline.training.peak import peak_flops
 from pipeline.training.spec import Environment, TrainingResult, TrainingSpec
 from pipeline.training.tally import Tally
@@ -162,7 +162,7 @@ class _Run:
             self.keeper.finish()
             if stopped:
                 self._event("stopped", step=step)
-                loss = self._last_loss() if self.is_first else math.nan
+                loss = last_loss(self.spec.folder) if self.is_first else math.nan
                 return TrainingResult("stopped", step, config.steps, loss, None)
             return self._finish(step)
 
@@ -218,11 +218,11 @@ class _Run:
         meter = _Meter(self.device_flops and self.device_flops * environment.world_size)
         step = start
         device, dtype = self.engine.device, self.engine.dtype
-        with DeviceFeed(source, config.prefetch_steps, device, dtype) as feed:
+        with device_feed(source, config.prefetch_steps, device, dtype) as take:
             while step < config.steps and not self.tally.is_patience_spent(config):
                 step += 1
                 began = time.perf_counter()
-                batches = feed.take()
+                batches = take()
                 wait_seconds = time.perf_counter() - began
                 torch.manual_seed(step_seed(self.spec.seed, step, environment.rank))
                 engine = self.engine
@@ -422,7 +422,7 @@ class _Run:
         weights = self._weights(chosen, step)
         if self.is_first:
             self.assembly.save(weights, chosen)
-            loss, steps = self._last_loss(), self.config.steps
+            loss, steps = last_loss(self.spec.folder), self.config.steps
             document = {
                 "sequence": self.spec.sequence(),
                 "result": {"state": "finished", "step": step, "steps": steps, "loss": loss},
@@ -453,10 +453,6 @@ class _Run:
             manifest = checkpoint.verify(location, Path(cache))
             read = checkpoint.reader(location, manifest, Path(cache))
             return checkpoint.weights(manifest, read, averaged)
-
-    def _last_loss(self) -> float:
-        lines = read_metrics(self.spec.folder)
-        return float(lines[-1]["loss"]) if lines else math.nan  # not one step was finite
 
     def _tell_start(self, start: int, damaged: list[str]) -> None:
         for reason in damaged:

@@ -5,6 +5,7 @@ of interruptions are those of an unbroken run. events.jsonl tells what happened 
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -57,6 +58,12 @@ class MetricsLog:
 def read_metrics(folder: str) -> list[dict[str, Any]]:
     """Returns the steps' figures; a torn last line is left out."""
     return [line for line, _ in _lines(storage.join(folder, METRICS))]
+
+
+def last_loss(folder: str) -> float:
+    """Returns the loss of the last step with figures; NaN if there is none."""
+    lines = read_metrics(folder)
+    return float(lines[-1]["loss"]) if lines else math.nan
 
 
 def read_events(folder: str) -> list[dict[str, Any]]:

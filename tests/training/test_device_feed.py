@@ -1,11 +1,12 @@
+import contextlib
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import pytest
 import torch
 
 from pipeline.errors import TrainingError
-from pipeline.training.device_feed import DeviceFeed
+from pipeline.training.device_feed import StepBatches, device_feed
 from tests.training.stand_in import StandInBatch
 
 DEVICES = [
@@ -25,16 +26,18 @@ def steps(count: int) -> Generator[Sequence[StandInBatch], None, None]:
         ]
 
 
-def feed_of(source: Generator[Sequence[StandInBatch], None, None], device: str) -> DeviceFeed:
-    return DeviceFeed(source, 2, torch.device(device), torch.float16)
+def feed_of(
+    source: Generator[Sequence[StandInBatch], None, None], device: str
+) -> contextlib.AbstractContextManager[Callable[[], StepBatches]]:
+    return device_feed(source, 2, torch.device(device), torch.float16)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_each_step_is_given_as_it_was_made_and_on_the_device(device: str) -> None:
     before = threading.active_count()
-    with feed_of(steps(6), device) as feed:
+    with feed_of(steps(6), device) as take:
         for step in range(6):
-            batches = feed.take()
+            batches = take()
             for half, on_host, on_device in zip(
                 (0.0, 0.5), batches.on_host, batches.on_device, strict=True
             ):
@@ -45,7 +48,7 @@ def test_each_step_is_given_as_it_was_made_and_on_the_device(device: str) -> Non
                 assert float(on_device.features.float().mean()) == step + half
                 assert float(on_device.targets) == step
         with pytest.raises(TrainingError, match="the data ended before the last step"):
-            feed.take()
+            take()
     assert threading.active_count() == before
 
 
@@ -55,11 +58,11 @@ def test_an_error_of_the_data_is_raised_at_its_step(device: str) -> None:
         yield from steps(2)
         raise ValueError("shard 3 is gone")
 
-    with feed_of(failing(), device) as feed:
-        feed.take()
-        feed.take()
+    with feed_of(failing(), device) as take:
+        take()
+        take()
         with pytest.raises(ValueError, match="shard 3"):
-            feed.take()
+            take()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -73,7 +76,7 @@ def test_leaving_early_ends_the_threads_and_closes_the_data(device: str) -> None
             closed.append(True)
 
     before = threading.active_count()
-    with feed_of(endless(), device) as feed:
-        feed.take()
+    with feed_of(endless(), device) as take:
+        take()
     assert threading.active_count() == before
     assert closed == [True]

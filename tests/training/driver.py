@@ -6,7 +6,6 @@ it makes one of two nodes, kills one while both train, and later adds another.
 """
 
 import json
-import os
 import sys
 import tempfile
 import threading
@@ -22,7 +21,7 @@ from pipeline.training import launch
 from pipeline.training.assembly import Assembly
 from pipeline.training.metrics_log import read_metrics
 from pipeline.training.spec import TrainingSpec
-from tests.training.stand_in import make_spec, ray_worker, stand_in, without_dropout
+from tests.training.stand_in import leave_pid, make_spec, ray_worker, stand_in, without_dropout
 
 STEPS = 100  # of a twentieth of a second and more: time to be killed in the middle
 SEVERAL_NODES = "several-nodes"
@@ -152,12 +151,6 @@ def node_of(spec: TrainingSpec, rank: int, nodes: list[Any]) -> int:
     raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
     parent = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]
     return raylets.index(int(parent))
-
-
-def leave_pid(spec: TrainingSpec, rank: int) -> None:
-    written = Path(spec.folder) / f"pid-{rank}.new"
-    written.write_text(str(os.getpid()))
-    written.replace(written.with_suffix(""))  # whole, whenever it is read
 
 
 if __name__ == "__main__":

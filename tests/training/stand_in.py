@@ -311,11 +311,18 @@ def ray_worker(config: dict[str, Any]) -> None:
         train(spec, environment, unhurried)
 
 
+def leave_pid(spec: TrainingSpec, rank: int) -> None:
+    """Leaves the number of this rank's process in the run's folder, for who wants to kill it."""
+    written = Path(spec.folder) / f"pid-{rank}.new"
+    written.write_text(str(os.getpid()))
+    written.replace(written.with_suffix(""))  # whole, whenever it is read
+
+
 def unhurried(spec: TrainingSpec) -> Assembly:
     """The stand-in, slow enough to be interrupted; a phase called `fails` fails on rank 1."""
 
     def on_step(_: int, rank: int) -> None:
-        (Path(spec.folder) / f"pid-{rank}").write_text(str(os.getpid()))
+        leave_pid(spec, rank)
         time.sleep(0.05)
         if spec.phase == "fails" and rank == 1:
             raise FeatureError("shard 7 has no features")

@@ -1,12 +1,15 @@
 """The verbs of the command line.
 
 Progress goes to stderr, results to stdout. The exit status is 0 only if all of the work was
-done: 1 for a failure, 2 for a wrong command line, 64 for a refused recipe, 130 after Ctrl-C, 143
+done: 1 for a failure, 2 for a wrong command line, 64 for a refused recipe, 70 for a run folder that
+was lost to another process, 75 for one in which another command is at work, 130 after Ctrl-C, 143
 for training that SIGTERM or Ctrl-C told to stop, and that left a checkpoint to go on from.
 """
 
 import dataclasses
 import json
+import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -17,9 +20,12 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from pipeline import __version__
-from pipeline.errors import ConfigError, PipelineError, StoppedError
+from pipeline.errors import BusyError, ConfigError, LostError, PipelineError, StoppedError
 
 REFUSED_STATUS = 64
+COMMAND = "SIGHTLINE_COMMAND"  # of the environment: what a refusal tells to repeat
+LOST_STATUS = 70
+BUSY_STATUS = 75
 INTERRUPTED_STATUS = 130
 STOPPED_STATUS = 143
 
@@ -59,6 +65,21 @@ Overrides = Annotated[
 PrintRecipe = Annotated[
     bool, typer.Option("--print-recipe", help="Print the resolved recipe and do nothing.")
 ]
+FromCheckpoint = Annotated[
+    bool,
+    typer.Option(
+        "--from-checkpoint",
+        help="Go on from the newest checkpoint though settings have changed (steps, rate, …).",
+    ),
+]
+Restart = Annotated[
+    bool,
+    typer.Option(
+        "--restart",
+        help="Train anew what was begun with other settings; the old folder is moved aside.",
+    ),
+]
+Decision = Literal["refuse", "continue", "restart"]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")]
 Address = Annotated[
     str,
@@ -102,7 +123,11 @@ def reported(verb: Callable[P, int | None]) -> Callable[P, None]:
             raise typer.Exit(STOPPED_STATUS) from None
         except PipelineError as error:
             console.print(f"Failed: {error}", style="red", soft_wrap=True)
-            raise typer.Exit(1) from None
+            statuses: dict[type[PipelineError], int] = {
+                BusyError: BUSY_STATUS,
+                LostError: LOST_STATUS,
+            }
+            raise typer.Exit(statuses.get(type(error), 1)) from None
         except KeyboardInterrupt:
             console.print("Stopped. The same command goes on where this one was.")
             raise typer.Exit(INTERRUPTED_STATUS) from None
@@ -124,6 +149,9 @@ STAGE_VERBS = {
 }
 
 
+TRAINING_VERBS = ("run", "pretrain", "finetune")  # those that meet what was trained before
+
+
 def _add_stage_verb(name: str, description: str) -> None:
     @reported
     def verb(
@@ -132,20 +160,55 @@ def _add_stage_verb(name: str, description: str) -> None:
         print_recipe: PrintRecipe = False,
         as_json: AsJson = False,
     ) -> None:
-        from pipeline import config
-        from pipeline.recipe import Recipe
+        _run_stages(name, recipe, overrides or [], print_recipe, as_json)
 
-        resolved = config.load(Recipe, recipe, overrides or [])
-        if print_recipe:
-            typer.echo(config.to_yaml(resolved), nl=False)
-            return
-        from pipeline.stages.run import STAGES, run_stages
+    @reported
+    def training_verb(
+        recipe: RecipePath,
+        overrides: Overrides = None,
+        from_checkpoint: FromCheckpoint = False,
+        restart: Restart = False,
+        print_recipe: PrintRecipe = False,
+        as_json: AsJson = False,
+    ) -> None:
+        decision = _decision(from_checkpoint, restart)
+        _run_stages(name, recipe, overrides or [], print_recipe, as_json, decision)
 
-        summary = run_stages(resolved, list(STAGES) if name == "run" else [name], console)
-        if as_json:
-            typer.echo(json.dumps(summary, ensure_ascii=False))
+    app.command(name, help=description)(training_verb if name in TRAINING_VERBS else verb)
 
-    app.command(name, help=description)(verb)
+
+def _decision(from_checkpoint: bool, restart: bool) -> Decision:
+    if from_checkpoint and restart:
+        raise ConfigError(
+            "--from-checkpoint goes on from what is there and --restart does not: give one of them"
+        )
+    return "continue" if from_checkpoint else "restart" if restart else "refuse"
+
+
+def _run_stages(
+    name: str,
+    recipe: str,
+    overrides: Sequence[str],
+    print_recipe: bool,
+    as_json: bool,
+    decision: Decision = "refuse",
+) -> None:
+    from pipeline import config
+    from pipeline.recipe import Recipe
+
+    resolved = config.load(Recipe, recipe, overrides)
+    if print_recipe:
+        typer.echo(config.to_yaml(resolved), nl=False)
+        return
+    from pipeline.stages.changed import OnChange
+    from pipeline.stages.run import STAGES, run_stages
+
+    # A job knows its recipe by another name than the user who submitted it.
+    command = os.environ.get(COMMAND) or shlex.join(["sightline", name, recipe, *overrides])
+    stages = list(STAGES) if name == "run" else [name]
+    summary = run_stages(resolved, stages, console, OnChange(decision, command))
+    if as_json:
+        typer.echo(json.dumps(summary, ensure_ascii=False))
 
 
 for _name, _description in STAGE_VERBS.items():

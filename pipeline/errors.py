@@ -48,6 +48,14 @@ class TrainingError(PipelineError):
     """Training cannot start or cannot go on."""
 
 
+class BusyError(TrainingError):
+    """Another process is at work in a run's folder."""
+
+
+class LostError(TrainingError):
+    """A run's folder was taken over by another process, or taken away, while it was at work."""
+
+
 class MetricError(PipelineError):
     """Results do not match the references they are scored against."""
 

@@ -1,8 +1,10 @@
 """The stages of a recipe in order, each run if it is out of date, and a table of what they made."""
 
+import contextlib
 import json
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -10,12 +12,15 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline import config, storage
+from pipeline.errors import ConfigError, LostError
 from pipeline.recipe import Recipe
 from pipeline.stages import evaluate, extract, ingest, report, train
+from pipeline.stages.changed import OnChange
 from pipeline.stages.environment import write_environment
 from pipeline.stages.preflight import preflight
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome
+from pipeline.training.lease import IsLost, only_command
 
 STAGES: Mapping[str, Callable[[Recipe, StageProgress], Outcome]] = {
     "ingest": ingest.run,
@@ -29,26 +34,74 @@ STAGES: Mapping[str, Callable[[Recipe, StageProgress], Outcome]] = {
 Summary = dict[str, Any]
 
 
-def run_stages(recipe: Recipe, names: Sequence[str], console: Console) -> Summary:
+TRAINING = {"pretrain": train.pretrain, "finetune": train.finetune}
+
+
+def run_stages(
+    recipe: Recipe, names: Sequence[str], console: Console, on_change: OnChange = train.REFUSE
+) -> Summary:
     """Runs the named stages and returns what RUN/summary.json then holds.
 
     `stages` has for each stage its state and seconds in this command, and `work_seconds`, what
-    the work took when it was done. Raises ConfigError before any work if a file is missing.
+    the work took when it was done. `on_change` says what is done about a phase that was begun with
+    other settings. Raises ConfigError before any work if a file is missing, BusyError if another
+    command is at work in the run's folder, and LostError if one has taken it over.
     """
     preflight(recipe)
-    storage.write_bytes(storage.join(recipe.run, "recipe.yaml"), config.to_yaml(recipe).encode())
-    outcomes = {}
-    for name in names:
-        started = time.monotonic()
-        with StageProgress(console, name) as progress:
-            outcome = STAGES[name](recipe, progress)
-        outcomes[name] = outcome
-        seconds = time.monotonic() - started
-        console.print(_line(name, outcome, seconds), highlight=False)
-        write_environment(recipe)
-        summary = _update_summary(recipe, name, outcome, seconds)
+    with _alone_in(recipe.run, console) as is_lost:
+        for name in names:
+            train.refuse_changes(recipe, name, on_change)
+        with _recorded(recipe):
+            outcomes = {}
+            for name in names:
+                started = time.monotonic()
+                with StageProgress(console, name) as progress:
+                    try:
+                        if name in TRAINING:
+                            outcome = TRAINING[name](recipe, progress, on_change)
+                        else:
+                            outcome = STAGES[name](recipe, progress)
+                    finally:
+                        _require_own(recipe.run, is_lost)
+                        write_environment(recipe)
+                outcomes[name] = outcome
+                seconds = time.monotonic() - started
+                console.print(_line(name, outcome, seconds), highlight=False)
+                summary = _update_summary(recipe, name, outcome, seconds)
     console.print(_table(recipe, summary, names, outcomes))
     return summary
+
+
+@contextlib.contextmanager
+def _alone_in(run: str, console: Console) -> Iterator[IsLost]:
+    """Keeps other commands out of the run; under torchrun rank 0 does so for all of them."""
+    if os.environ.get("RANK", "0") != "0":
+        yield lambda: False
+        return
+    with only_command(run, lambda text: console.print(text, style="dim")) as is_lost:
+        yield is_lost
+
+
+def _require_own(run: str, is_lost: IsLost) -> None:
+    if is_lost():
+        raise LostError(
+            f"{run}: taken over by another command, or taken away, while this one was at work; "
+            "nothing more is written"
+        )
+
+
+@contextlib.contextmanager
+def _recorded(recipe: Recipe) -> Iterator[None]:
+    """Leaves the recipe in RUN, unless it turns out to be refused: then the one before stays."""
+    location = storage.join(recipe.run, "recipe.yaml")
+    before = storage.read_bytes(location) if storage.exists(location) else None
+    storage.write_bytes(location, config.to_yaml(recipe).encode())
+    try:
+        yield
+    except ConfigError:
+        if before is not None:
+            storage.write_bytes(location, before)
+        raise
 
 
 def _update_summary(recipe: Recipe, name: str, outcome: Outcome, seconds: float) -> Summary:
@@ -68,7 +121,9 @@ def _update_summary(recipe: Recipe, name: str, outcome: Outcome, seconds: float)
     summary["stages"] = {stage: stages[stage] for stage in STAGES if stage in stages}
     if "headlines" in outcome.outputs:
         summary["metrics"] = outcome.outputs["headlines"]
-    storage.write_bytes(location, json.dumps(summary, indent=2, ensure_ascii=False).encode())
+    storage.write_bytes(
+        location, json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False).encode()
+    )
     return summary
 
 

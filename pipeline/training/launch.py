@@ -29,6 +29,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_v
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.errors import ConfigError, PipelineError, StorageError, TrainingError
+from pipeline.training.continuation import differences, fixed
 from pipeline.training.spec import Environment, TrainingResult, TrainingSpec
 
 if TYPE_CHECKING:
@@ -185,7 +186,8 @@ def read_spec(folder: str) -> TrainingSpec:
 def _record(spec: TrainingSpec) -> None:
     """Leaves the spec in its folder, unless another run is there, which the ranks will refuse."""
     with contextlib.suppress(TrainingError):  # there is none, or one that nobody can use
-        if read_spec(spec.folder).sequence() != spec.sequence():
+        begun = read_spec(spec.folder).sequence()
+        if fixed(differences(begun, spec.sequence(), spec.phase)):
             return
     location = storage.join(spec.folder, SPEC)
     storage.write_bytes(location, spec.model_dump_json(indent=1).encode())

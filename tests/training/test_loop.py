@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import time
 from dataclasses import replace
 from functools import partial
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.errors import CheckpointError, ConfigError, TrainingError
+from pipeline.errors import CheckpointError, ConfigError, LostError, TrainingError
 from pipeline.training import checkpoint, lease, loop
 from pipeline.training.assembly import Assembly
 from pipeline.training.engine import Engine
 from pipeline.training.loop import finished_result, request_stop, step_seed, train
-from pipeline.training.metrics_log import read_metrics
+from pipeline.training.metrics_log import read_metrics, read_stretches
+from pipeline.training.schedule import rate_factor
 from pipeline.training.spec import Environment, TrainingSpec
 from tests.training.stand_in import (
     Poisoned,
@@ -486,12 +488,56 @@ class TestAlone:
 
     def test_another_runs_folder_is_refused_with_the_keys_that_differ(self, tmp_path: Path) -> None:
         train(make_spec(tmp_path / "run"), HERE, stand_in)
-        other = make_spec(tmp_path / "run", learning_rate=0.5)
-        with pytest.raises(CheckpointError, match=r"training.learning_rate: 0.02 then, 0.5 now"):
+        other = make_spec(tmp_path / "run", shuffle_window_shards=3)
+        differs = r"training.pretrain.shuffle_window_shards: 8 then, 3 now"
+        with pytest.raises(CheckpointError, match=differs):
             train(other, HERE, stand_in)
         (tmp_path / "run" / "result.json").unlink()
-        with pytest.raises(CheckpointError, match=r"training.learning_rate: 0.02 then, 0.5 now"):
+        with pytest.raises(CheckpointError, match=differs):
             train(other, HERE, stand_in)
+        assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+
+    def test_a_finished_run_goes_on_to_more_steps_as_a_new_stretch(self, tmp_path: Path) -> None:
+        train(make_spec(tmp_path / "run", decay="constant"), HERE, stand_in)
+        first = losses(make_spec(tmp_path / "run"))
+        longer = make_spec(tmp_path / "run", decay="constant", steps=11)
+        result = train(longer, HERE, stand_in)
+        assert (result.state, result.step, result.already_finished) == ("finished", 11, False)
+        train(make_spec(tmp_path / "whole", decay="constant", steps=11), HERE, stand_in)
+        assert losses(longer)[:8] == first
+        assert curve(longer) == curve(make_spec(tmp_path / "whole"))
+        (stretch,) = read_stretches(longer.folder)
+        assert (stretch.step, stretch.changed) == (8, {"training.pretrain.steps": (8, 11)})
+        assert train(longer, HERE, stand_in).already_finished
+
+    def test_a_stretch_begins_where_its_checkpoint_is_however_often_it_is_begun(
+        self, tmp_path: Path
+    ) -> None:
+        spec = make_spec(tmp_path / "run")
+        with pytest.raises(InterruptedError):
+            train(spec, HERE, partial(stand_in, on_step=interrupt_at(5)))
+        for rate in (0.01, 0.005):
+            slower = make_spec(tmp_path / "run", learning_rate=rate)
+            with pytest.raises(InterruptedError):  # before it has a checkpoint of its own
+                train(slower, HERE, partial(stand_in, on_step=interrupt_at(6)))
+        train(slower, HERE, stand_in)
+        (stretch,) = read_stretches(spec.folder)
+        changed = {"training.pretrain.learning_rate": (0.02, 0.005)}
+        assert (stretch.step, stretch.changed) == (3, changed)
+        rates = [line["lr"] for line in read_metrics(spec.folder)]
+        factors = [rate_factor(spec.training, step) for step in range(8)]
+        peaks = [0.02] * 3 + [0.005] * 5
+        assert rates == [peak * factor for peak, factor in zip(peaks, factors, strict=True)]
+
+    def test_waiting_for_a_better_evaluation_begins_anew_in_a_new_stretch(
+        self, tmp_path: Path
+    ) -> None:
+        figures = iter([1.0, 2.0, 3.0, 0.5, 0.25, 0.1])
+        found = partial(evaluated, evaluate=lambda *_: {"loss": next(figures)})
+        settings: dict[str, Any] = {"evaluate_every_steps": 1, "patience": 2, "steps": 6}
+        assert train(make_spec(tmp_path / "run", **settings), HERE, found).step == 3
+        slower = make_spec(tmp_path / "run", learning_rate=0.001, **settings)
+        assert train(slower, HERE, found).step == 6
 
     def test_a_run_in_an_object_store_ends_as_one_on_a_disk(
         self, tmp_path: Path, object_store: str
@@ -521,11 +567,38 @@ class TestAlone:
 
         def take_over(step: int, _: int) -> None:
             if step == 3:
-                storage.write_bytes(f"{spec.folder}/.lock-00000002", b"another")
+                storage.write_bytes(f"{object_store}/.run.lock-00000002", b"another")
             time.sleep(0.02)
 
-        with pytest.raises(TrainingError, match="another process trains here by now"):
+        with pytest.raises(LostError, match="taken over by another process"):
             train(spec, HERE, partial(stand_in, on_step=take_over))
+        assert finished_result(spec) is None
+
+    def test_a_run_whose_folders_lock_was_taken_away_ends(self, tmp_path: Path) -> None:
+        spec = make_spec(tmp_path / "run")
+
+        def take_away(step: int, _: int) -> None:
+            if step == 3:
+                (tmp_path / ".run.lock").unlink()
+
+        with pytest.raises(LostError, match="or taken away"):
+            train(spec, HERE, partial(stand_in, on_step=take_away))
+
+    def test_a_run_without_a_finite_loss_to_show_is_not_finished(self, tmp_path: Path) -> None:
+        spec = make_spec(tmp_path / "run")
+
+        def remove_log(step: int, _: int) -> None:
+            if step == 8:
+                shutil.rmtree(tmp_path / "run")
+
+        with pytest.raises(TrainingError, match="no finite loss of any step"):
+            train(spec, HERE, partial(stand_in, on_step=remove_log))
+        skipping = make_spec(tmp_path / "skipping", steps=3, not_finite="skip")
+        with pytest.raises(TrainingError, match="was every step skipped"):
+            train(skipping, HERE, Poisoned((1, 2, 3)))
+        for name in ("run", "skipping"):
+            assert not (tmp_path / name / "result.json").exists()
+            assert not (tmp_path / name / "model").exists()
 
     def test_a_second_process_is_kept_out(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -535,7 +608,7 @@ class TestAlone:
 
         def meddle(step: int, _: int) -> None:
             if step == 2:
-                with pytest.raises(TrainingError, match="another process is training here"):
+                with pytest.raises(TrainingError, match="another command is at work here"):
                     train(spec, HERE, stand_in)
 
         assert train(spec, HERE, partial(stand_in, on_step=meddle)).state == "finished"

@@ -52,7 +52,9 @@ def require_equal_scores(
 
 def test_scores_of_an_excerpt_equal_the_official_evaluator() -> None:
     excerpt = read_excerpt("coco-captions")
-    references = {int(image): captions for image, captions in excerpt["references"].items()}
+    references: dict[int | str, list[str]] = {
+        int(image): captions for image, captions in excerpt["references"].items()
+    }
     require_equal_scores(
         excerpt["results"], references, excerpt["official"], excerpt["official_per_image"]
     )

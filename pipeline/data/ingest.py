@@ -37,10 +37,11 @@ from pipeline.data.sources.base import Source, SourceConfig, same_texts
 from pipeline.data.survey import without_duplicates
 from pipeline.data.treatment import Treatment, digest
 from pipeline.data.unopened import find_unopened
-from pipeline.errors import RejectError, SourceError
+from pipeline.errors import RejectError, RemovalError, SourceError
 
 COMMIT_SECONDS = 1.0  # the most work a kill can cost; a commit takes a hundredth of it
 _TOP_REASONS = 5
+_EXAMPLES = 5
 
 _IMAGE_COLUMNS = (
     "digest", "shard", "image_offset", "image_size", "width", "height", "source_digest",
@@ -60,6 +61,9 @@ class IngestConfig(Config):
     reencode: ReencodeConfig | None = None  # null: image files are stored as they came
     filters: FilterConfig = FilterConfig()
     fingerprint: FingerprintOf = "metadata"
+    # Refuses a listing without more of the live samples than this share: of a source that is only
+    # half there. A single sample may always go, unless it is 0.
+    max_removed_fraction: float = Field(default=0.2, ge=0, le=1)
 
     def treatment(self) -> Treatment:
         """Returns what image files go through."""
@@ -116,14 +120,15 @@ def ingest(
 
     `on_progress` is told the records written and the records to write. `start_ray` is called
     before the first Ray task, if there is any work; none is used if `config.shards_in_flight` is
-    0. Raises SourceError if the source is malformed or lists
-    nothing, and RejectError if too many records are rejected or no sample would be left; what
-    was listed before stays.
+    0. Raises SourceError if the source is malformed or lists nothing, RemovalError if too many
+    samples would go, and RejectError if too many records are rejected or no sample would be left;
+    what was listed before stays.
     """
     url = storage.absolute(url)
     plan = _plan(source, Manifest.create(url), config)
     rejects = _Rejects(url, plan.num_listed, config.max_reject_fraction)
     rejects.add(plan.rejects)
+    _check_removals(plan, config.max_removed_fraction)
 
     manifest = plan.manifest.commit(plan.settled)
     num_done, num_to_do, num_shards = 0, plan.changed.num_rows, 0
@@ -169,6 +174,26 @@ def _plan(source: Source, manifest: Manifest, config: IngestConfig) -> IngestPla
         except SharedKeyError:
             pass  # all tars are opened, as in a first run
     return plan_ingest(listing, manifest)
+
+
+def _check_removals(plan: IngestPlan, max_fraction: float) -> None:
+    """Raises RemovalError if more samples would go than may."""
+    lost = plan.lost.filter(pc.invert(pc.is_in(plan.lost["reason"], pa.array(WANTED_REASONS))))
+    allowed = max(max_fraction * plan.num_live, 1 if max_fraction else 0)
+    if lost.num_rows <= allowed:
+        return
+    counts = Counter(lost["reason"].to_pylist())
+    whys = ", ".join(
+        f"{count} are {f'rejected as {reason}' if reason else 'not in the source any more'}"
+        for reason, count in counts.most_common(_TOP_REASONS)
+    )
+    keys = ", ".join(lost["key"].slice(0, _EXAMPLES).to_pylist())
+    raise RemovalError(
+        f"{plan.manifest.url}: {lost.num_rows} of {plan.num_live} samples would be removed, more "
+        f"than max_removed_fraction={max_fraction:g} allows; nothing was changed. {whys}; for "
+        f"example {keys}. Is a disk not mounted, or a list cut short? If they are to go, say "
+        "--allow-removals for this once, or raise dataset.ingest.max_removed_fraction"
+    )
 
 
 def write_shard(plan: ShardPlan, source: Source) -> ShardEntry:

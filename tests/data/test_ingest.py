@@ -29,7 +29,7 @@ from pipeline.data.shard import shard_location
 from pipeline.data.sources.base import Record, Reject
 from pipeline.data.treatment import Treatment
 from pipeline.data.verify import verify
-from pipeline.errors import RejectError, SourceError, StorageError
+from pipeline.errors import RejectError, RemovalError, SourceError, StorageError
 from tests.data.album import Album, encoded, picture
 from tests.data.world import Item, Killed, World, check_dataset, disturb, make_world
 
@@ -237,6 +237,80 @@ def test_an_empty_listing_removes_nothing(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no record"):
         ingest(World({}), str(tmp_path), config())
     assert Manifest.open(str(tmp_path)).samples().num_rows == 3
+
+
+def without(world: World, *keys: str) -> World:
+    return World({key: item for key, item in world.items.items() if key not in keys})
+
+
+def test_a_listing_that_lacks_half_of_the_samples_is_refused_before_anything_changes(
+    tmp_path: Path,
+) -> None:
+    url = str(tmp_path)
+    world = good_world(8)
+    before = ingest(world, url, config()).version
+    half = without(world, *(f"key-{n}" for n in range(4)))
+    half.items["key-new"] = Item(99, "a new one")
+    half.items["key-7"] = Item(98, "an edited one")
+
+    with pytest.raises(
+        RemovalError, match=r"4 of 8 samples would be removed.*key-[0-3]"
+    ) as refusal:
+        ingest(half, url, config())
+
+    assert "4 are not in the source any more" in str(refusal.value)
+    assert "--allow-removals" in str(refusal.value)
+    assert Manifest.open(url).version == before
+    check_dataset(url, world)
+    allowed = config().model_copy(update={"max_removed_fraction": 0.5})
+    report = ingest(half, url, allowed)
+    assert (report.num_added, report.num_edited, report.num_removed) == (1, 1, 4)
+    assert report.num_unchanged == 3
+    check_dataset(url, half)
+
+
+@pytest.mark.parametrize("num_live", [1, 2, 3, 5, 9])
+def test_a_single_sample_may_always_go_unless_none_may(tmp_path: Path, num_live: int) -> None:
+    url = str(tmp_path)
+    world = good_world(num_live + 1)
+    ingest(world, url, config())
+    none = config().model_copy(update={"max_removed_fraction": 0.0})
+    with pytest.raises(RemovalError, match=f"1 of {num_live + 1} samples"):
+        ingest(without(world, "key-0"), url, none)
+    assert ingest(without(world, "key-0"), url, config()).num_removed == 1
+    check_dataset(url, without(world, "key-0"))
+
+
+def test_samples_whose_images_are_gone_count_as_removed(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    world = good_world(6)
+    world.items["key-0"] = Item(0, "a reject already", fault="missing-image")
+    ingest(world, url, config())
+    unmounted = World(
+        {key: replace(item, fault="missing-image") for key, item in world.items.items()}
+    )
+    unmounted.items["key-5"] = world.items["key-5"]
+    with pytest.raises(RemovalError, match=r"4 of 5 samples.*4 are rejected as missing-image"):
+        ingest(unmounted, url, config())
+    check_dataset(url, world)
+
+
+def test_rejects_may_go_and_come_in_any_number(tmp_path: Path) -> None:
+    world = good_world(3)
+    world.items |= {f"bad-{n}": Item(n, "gone", fault="missing-image") for n in range(20)}
+    ingest(world, str(tmp_path), config())
+    assert ingest(good_world(3), str(tmp_path), config()).num_removed == 20
+    ingest(world, str(tmp_path), config())
+    check_dataset(str(tmp_path), world)
+
+
+def test_what_a_filter_newly_leaves_out_is_no_removal(tmp_path: Path) -> None:
+    world = good_world(4)
+    ingest(world, str(tmp_path), config())
+    world.items["key-0"] = Item(0, "the only one of many words")
+    wordy = config().model_copy(update={"filters": FilterConfig(min_caption_words=4)})
+    report = ingest(world, str(tmp_path), wordy)
+    assert (report.num_live, report.rejects) == (1, {"caption-length": 3})
 
 
 def test_a_full_disk_leaves_a_valid_dataset_and_the_next_run_finishes(

@@ -3,11 +3,11 @@
 import time
 from functools import partial
 
+from pipeline.cluster import start_ray
 from pipeline.data.ingest import ingest
 from pipeline.recipe import Recipe
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, Record, identity
-from pipeline.training.launch import start_ray
 
 NAME = "ingest"
 

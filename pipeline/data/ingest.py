@@ -9,6 +9,7 @@ run that is killed keeps what it has listed and the next one does the rest. A sh
 listed does not exist.
 """
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +34,7 @@ from pipeline.data.reencode import ReencodeConfig
 from pipeline.data.sample import Sample
 from pipeline.data.shard import Member, Shard, ShardWriter
 from pipeline.data.shard_tasks import run_tasks
-from pipeline.data.sources.base import Source, SourceConfig, same_texts
+from pipeline.data.sources.base import ConfiguredSource, Source, SourceConfig, same_texts
 from pipeline.data.survey import without_duplicates
 from pipeline.data.treatment import Treatment, digest
 from pipeline.data.unopened import find_unopened
@@ -121,8 +122,8 @@ def ingest(
     `on_progress` is told the records written and the records to write. `start_ray` is called
     before the first Ray task, if there is any work; none is used if `config.shards_in_flight` is
     0. Raises SourceError if the source is malformed or lists nothing, RemovalError if too many
-    samples would go, and RejectError if too many records are rejected or no sample would be left;
-    what was listed before stays.
+    samples would go, RejectError if too many records are rejected or no sample would be left, and
+    ManifestError if another source is ingested here meanwhile; what was listed before stays.
     """
     url = storage.absolute(url)
     plan = _plan(source, Manifest.create(url), config)
@@ -130,7 +131,8 @@ def ingest(
     rejects.add(plan.rejects)
     _check_removals(plan, config.max_removed_fraction)
 
-    manifest = plan.manifest.commit(plan.settled)
+    origin = _origin(source, config)
+    manifest = plan.manifest.commit(plan.settled, origin)
     num_done, num_to_do, num_shards = 0, plan.changed.num_rows, 0
     unlisted: list[pa.Table] = []
     listed_at = time.monotonic()
@@ -143,7 +145,7 @@ def ingest(
         num_done += entry.rows.num_rows
         num_shards += entry.shard is not None
         if num_done == num_to_do or time.monotonic() - listed_at >= COMMIT_SECONDS:
-            manifest = manifest.commit(pa.concat_tables(unlisted))
+            manifest = manifest.commit(pa.concat_tables(unlisted), origin)
             unlisted.clear()
             listed_at = time.monotonic()
         on_progress(num_done, num_to_do)
@@ -161,6 +163,19 @@ def ingest(
         num_live=held.filter(pc.equal(held["state"], LIVE)).num_rows,
         rejects=dict(Counter(reasons.to_pylist()).most_common()),
     )
+
+
+def _origin(source: Source, config: IngestConfig) -> str:
+    """Returns what tells this source under these settings from others, or "" if nothing does.
+
+    The same source may be ingested twice at once: whoever comes later finds less to do.
+    """
+    if not isinstance(source, ConfiguredSource):
+        return ""
+    places = {key: storage.absolute(at) for key, at in source.config.locations().items()}
+    treatment = [config.treatment().identity(), config.filters.model_dump_json()]
+    settings = [source.config.model_dump_json(), places, treatment, config.fingerprint]
+    return digest(json.dumps(settings).encode())
 
 
 def _plan(source: Source, manifest: Manifest, config: IngestConfig) -> IngestPlan:

@@ -159,16 +159,14 @@ def test_a_split_or_texts_that_are_not_there_are_refused_with_those_that_are(
 
 def test_a_benchmark_without_texts_is_refused_before_training(tmp_path: Path) -> None:
     captioned = tmp_path / "source"
-    for split in ("train", "validation"):
-        (captioned / split).mkdir(parents=True)
-        for number in range(3):
-            Image.new("RGB", (32, 32), (number, 9, 9)).save(captioned / split / f"{number}.png")
-            (captioned / split / f"{number}.txt").write_text("a dark square")
-    folder = json.dumps({"type": "folder", "path": str(captioned)})
-    with pytest.raises(ConfigError, match=r"validation_split: .* 3 samples and no quest.*vqa"):
-        run_stages(
-            small(tmp_path, f"dataset.source={folder}"), ["ingest", "extract", "pretrain"], QUIET
-        )
+    captioned.mkdir()
+    for number in range(12):
+        Image.new("RGB", (64, 64), (20 * number, 9, 9)).save(captioned / f"{number}.png")
+        (captioned / f"{number}.txt").write_text("a dark square")
+    source = {"type": "folder", "folder": str(captioned), "validation_fraction": 0.5}
+    recipe = small(tmp_path, f"dataset.source={json.dumps(source)}")
+    with pytest.raises(ConfigError, match=r"validation_split: .* samples and no questions.*vqa"):
+        run_stages(recipe, ["ingest", "extract", "pretrain"], QUIET)
 
 
 def test_few_held_out_samples_are_warned_of(extracted: Path, report: Report) -> None:

@@ -56,12 +56,13 @@ class DicomFile:
         """Yields these images, or all: RGB, or a modality's values."""
         from pydicom.pixels.utils import iter_pixels
 
+        wanted = list(range(self.num_images) if places is None else places)
         with self._faults_as_reasons():
-            wanted = range(self.num_images) if places is None else places
-            for place, stored in zip(
-                wanted, iter_pixels(self._dataset, indices=list(wanted)), strict=True
-            ):
-                yield self._image(stored, place)
+            stored = iter_pixels(self._dataset, indices=wanted)
+        for place in wanted:
+            with self._faults_as_reasons():
+                image = self._image(next(stored), place)
+            yield image
 
     def times(self) -> list[float] | None:
         """Returns the seconds at which images begin, the first at 0; None if it does not say."""

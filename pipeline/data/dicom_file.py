@@ -124,8 +124,8 @@ class DicomFile:
         table = np.empty((count, 3), np.uint8)
         for column, name in enumerate(_COLOUR_NAMES):
             table[:, column] = self._palette(name, count, bits)
-        places = (indices.astype(np.int64) - first).clip(0, count - 1)
-        return table[places]
+        colours: Values = table[(indices.astype(np.int64) - first).clip(0, count - 1)]
+        return colours
 
     def _palette(self, colour: str, count: int, bits: int) -> Values:
         entries = self._dataset.get(f"{colour}PaletteColorLookupTableData")
@@ -193,8 +193,9 @@ def _meta_end(payload: bytes) -> int:
 
 
 def _to_eight_bits(values: Values, bits: int) -> Values:
-    levels = values.astype(np.float32) * (255 / (2**bits - 1))
-    return levels.round().clip(0, 255).astype(np.uint8)
+    shares = values.astype(np.float32) / (2**bits - 1)
+    levels: Values = (255 * shares.clip(0, 1)).round().astype(np.uint8)
+    return levels
 
 
 def _first(value: Any) -> float | None:

@@ -86,8 +86,8 @@ class FrameZip:
                 detail = f"{self.name(place)}: it takes a password to read; pack without one"
                 raise BadImageError("undecodable-frames", detail)
             if frame.compress_type not in _PACKINGS:
-                method = zipfile.compressor_names.get(frame.compress_type, frame.compress_type)
-                detail = f"{self.name(place)}: packed by {method}; expected store or deflate"
+                method = f"packed by method {frame.compress_type}"
+                detail = f"{self.name(place)}: {method}; expected 0 (stored) or 8 (deflated)"
                 raise BadImageError("undecodable-frames", detail)
 
     def _damaged(self, error: Exception, place: int | None = None) -> BadImageError:

@@ -76,7 +76,9 @@ class FramesExtractor:
     def card(self) -> dict[str, Any]:
         card = self._extractor.card()
         rule = self._config.rule()
-        method = {"windowed": True} if self._window else {}  # as they were not always
+        method: dict[str, Any] = (
+            {"windowed": True} if self._window else {}
+        )  # as they were not always
         if self._config.folder_rate is not None:  # by their names as text, before
             method |= {"folder_order": "as people count"}
         (entry,) = card["environments"]

@@ -10,6 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_v
 
 from pipeline import storage
 from pipeline.benchmarks.benchmark import BenchmarksConfig
+from pipeline.cluster import ClusterConfig
 from pipeline.config import Config
 from pipeline.data.augmentation import AugmentConfig
 from pipeline.data.ingest import IngestConfig
@@ -18,7 +19,6 @@ from pipeline.errors import ConfigError
 from pipeline.models.base import ModelConfig
 from pipeline.models.families import FAMILIES
 from pipeline.objectives.objective import ObjectivesConfig
-from pipeline.training.launch import ClusterConfig
 from pipeline.training.spec import TrainingConfig
 from pipeline.training.trackers import TrackersConfig
 from pipeline.vision.extract import ExtractConfig

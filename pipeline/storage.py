@@ -1,10 +1,13 @@
 """Every byte in and out: local paths and object stores by URL, published atomically.
 
-A location is a plain string: a local path or a URL that fsspec knows (`s3://bucket/prefix`).
+A location is a plain string: a local path or a URL that fsspec knows (`s3://bucket/prefix`). A
+local path may begin with `~` or `~user`, which every function here takes for the home folder.
+fsspec's chains of URLs (`simplecache::http://…`) are no locations: a `::` is part of a name.
 Nothing here is appended to or edited in place: an object appears whole or not at all.
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -29,7 +32,11 @@ def local_path(location: str) -> Path:
     """Returns a local location as a path; raises StorageError for an object store."""
     if not is_local(location):
         raise StorageError(f"{location}: expected a local path, found an object store URL")
-    return Path(location.removeprefix("file://"))
+    if "\0" in location:
+        raise StorageError(f"{location!r}: no file's name holds a NUL character")
+    path = location.removeprefix("file://")
+    # Unlike that of pathlib this leaves the home folder of an unknown user alone.
+    return Path(os.path.expanduser(path) if path.startswith("~") else path)  # noqa: PTH111
 
 
 def join(location: str, *names: str) -> str:
@@ -39,12 +46,43 @@ def join(location: str, *names: str) -> str:
 
 def is_absolute(location: str) -> bool:
     """Whether the location means the same from any working directory."""
-    return not is_local(location) or local_path(location).expanduser().is_absolute()
+    return not is_local(location) or local_path(location).is_absolute()
 
 
 def absolute(location: str) -> str:
     """Returns the location such that it means the same from any working directory."""
-    return str(local_path(location).expanduser().absolute()) if is_local(location) else location
+    return str(local_path(location).absolute()) if is_local(location) else location
+
+
+def scheme(location: str) -> str:
+    """Returns a URL's scheme in lower case, such as `s3`; of a local path it is `file`."""
+    return location.partition("://")[0].lower() if "://" in location else "file"
+
+
+def followed(folder: str, name: str) -> str:
+    """Returns the location that a name in a file leads to from an absolute folder.
+
+    A name may be a location of its own. `.` and `..` are followed, up to the folder's root or
+    bucket; `~` is an ordinary character here.
+    """
+    if "://" in name and scheme(name) != "file":
+        return name
+    root, path = "", name
+    if scheme(name) == "file" and "://" in name:
+        path = name.partition("://")[2]
+    elif not name.startswith("/"):
+        path = f"{folder}/{name}"
+        if not is_local(folder):
+            start, slashes, path = path.partition("://")
+            bucket, _, path = path.partition("/")
+            root = f"{start}{slashes}{bucket}"
+    parts: list[str] = []
+    for part in path.split("/"):
+        if part == "..":
+            del parts[-1:]
+        elif part not in ("", "."):
+            parts.append(part)
+    return f"{root}/{'/'.join(parts)}"
 
 
 def read_bytes(location: str) -> bytes:
@@ -137,12 +175,17 @@ def _is_new(create: Callable[[], object]) -> bool:
 
 def exists(location: str) -> bool:
     """Whether an object or folder is there now."""
-    if is_local(location):
-        return local_path(location).exists()
-    filesystem, path = _object_store(location)
-    filesystem.invalidate_cache()
-    found: bool = filesystem.exists(path)
-    return found
+    try:
+        if is_local(location):
+            return local_path(location).exists()
+        filesystem, path = _object_store(location)
+        filesystem.invalidate_cache()
+        found: bool = filesystem.exists(path)
+        return found
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise StorageError(f"{location}: cannot be looked up ({error})") from error
 
 
 def size_bytes(location: str) -> int:
@@ -343,11 +386,17 @@ def object_store_options(location: str) -> dict[str, str]:
 
 
 def _object_store(location: str) -> tuple[Any, str]:
+    """Returns the file system of a URL and the path in it, as `fsspec.core.url_to_fs` does.
+
+    That one would follow the chains of URLs that names may hold, to anywhere.
+    """
     try:
-        filesystem, path = fsspec.core.url_to_fs(location)
-    except (ImportError, ValueError) as error:
+        protocol = scheme(location)
+        kind = fsspec.get_filesystem_class(protocol)
+        filesystem = fsspec.filesystem(protocol, **kind._get_kwargs_from_urls(location))
+        return filesystem, kind._strip_protocol(location)
+    except (ImportError, OSError, TypeError, ValueError) as error:
         raise StorageError(f"{location}: no driver for this kind of URL ({error})") from error
-    return filesystem, path
 
 
 def _object_version(entry: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from pipeline import storage
+from pipeline.cluster import ClusterConfig, resources
 from pipeline.data.dataset import Split
 from pipeline.data.vocabulary import load_tokenizer
 from pipeline.errors import ConfigError, FeatureError, ManifestError, StoppedError
@@ -32,7 +33,7 @@ from pipeline.stages.preflight import preflight
 from pipeline.stages.progress import StageProgress
 from pipeline.training.assembly import MicroBatch, assemble
 from pipeline.training.engine import require_swapping
-from pipeline.training.launch import ClusterConfig, launch_all, resources
+from pipeline.training.launch import launch_all
 from pipeline.training.memory import FP32_BYTES, state_bytes
 from pipeline.training.optimizer import freeze
 from pipeline.training.spec import Environment, TrainingConfig, TrainingSpec

@@ -3,10 +3,10 @@
 import time
 from functools import partial
 
+from pipeline.cluster import start_ray
 from pipeline.recipe import Recipe
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, Record, identity
-from pipeline.training.launch import start_ray
 from pipeline.vision.extract import ExtractProgress, extract
 
 NAME = "extract"

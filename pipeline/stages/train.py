@@ -176,7 +176,7 @@ def _train(
 
     def show(line: dict[str, Any]) -> None:
         if "loss" not in line:
-            progress.note(f"{line['phase']}: {line['event']} at step {line.get('step', 0)}")
+            progress.note(f"{line['phase']}: {_said(line)}")
             return
         losses = "  ".join(f"{name} {loss:.3f}" for name, loss in line["losses"].items())
         figures = f"loss {line['loss']:.3f} ({losses})  {line['samples_per_second']:.0f} samples/s"
@@ -203,6 +203,13 @@ def _train(
         spec.phase: {"steps": result.steps, "loss": result.loss, "model": result.model_folder}
         for spec, result in zip(specs, results, strict=True)
     }
+
+
+def _said(event: Mapping[str, Any]) -> str:
+    """Returns what happened in training, and why, if the event says so."""
+    step = f" at step {event['step']}" if "step" in event else ""
+    reason = f": {event['reason']}" if "reason" in event else ""
+    return f"{event['event']}{step}{reason}"
 
 
 def phase_specs(recipe: Recipe, inputs: DataInputs) -> list[TrainingSpec]:

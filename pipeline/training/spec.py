@@ -59,7 +59,8 @@ class TrainingConfig(BatchConfig):
     zero_stage: Literal[0, 1, 2, 3] = 1
     recompute_layers: bool = False  # in the backward pass: less memory for a third more arithmetic
     evaluate_every_steps: PositiveInt | None = None  # on the held-out data; None: never
-    evaluate_batches: PositiveInt = 50  # at most so many global batches of it, always the same
+    # At most so many of its captions and of its questions, always the same; None: each once.
+    evaluate_examples: PositiveInt | None = None
     best_by: str = "loss"  # the evaluated figure that tells a better model
     best_is: Literal["lowest", "highest"] = "lowest"
     patience: PositiveInt | None = None  # evaluations without a better one that end the run

@@ -19,8 +19,9 @@ from pipeline.errors import SourceError, StorageError
 
 MEDIA = ("mp4", "mov", "webm", "mkv", "zip", "dcm")  # videos, frames in a ZIP, DICOM
 SUFFIXES = {
-    "jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp", "gif": "gif", "bmp": "bmp",
-    "tif": "tif", "tiff": "tif", "m4v": "mp4", **{suffix: suffix for suffix in MEDIA},
+    "jpg": "jpg", "jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "png": "png", "webp": "webp",
+    "gif": "gif", "bmp": "bmp", "tif": "tif", "tiff": "tif", "avif": "avif", "m4v": "mp4",
+    **{suffix: suffix for suffix in MEDIA},
 }  # fmt: skip
 
 _LAST_NUMBER = re.compile(r"(\d+)$")

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from pipeline.data.image_check import BadImageError
+from pipeline.data.image_file import BadImageError, max_pixels
 from pipeline.data.unpacking import most_bytes
 
 Values = npt.NDArray[Any]  # (height, width), or uint8 RGB (height, width, 3)
@@ -140,13 +139,13 @@ class DicomFile:
     def _require_bounds(self) -> None:
         samples = int(self._dataset.get("SamplesPerPixel") or 1)
         size = self.width * self.height * samples * -(-int(self._dataset.BitsAllocated) // 8)
-        pixels, most = Image.MAX_IMAGE_PIXELS or 0, most_bytes(self._size_bytes)
+        most = most_bytes(self._size_bytes)
         if self.photometry not in (*GREY, _PALETTE, *_COLOURS):
             raise BadImageError("unsupported-pixels", f"colours of the kind {self.photometry}")
         if min(self.width, self.height, self.num_images) < 1:
             detail = f"{self.num_images} images of {self.width} x {self.height} pixels"
             raise BadImageError("undecodable-dicom", detail)
-        if size * self.num_images > most or (pixels and self.width * self.height > 2 * pixels):
+        if size * self.num_images > most or self.width * self.height > max_pixels():
             raise BadImageError(
                 "oversized-image",
                 f"{self.num_images} images of {self.width} x {self.height} pixels in a file of "

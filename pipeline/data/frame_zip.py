@@ -10,7 +10,7 @@ import io
 import zipfile
 from typing import Self
 
-from pipeline.data.image_check import BadImageError
+from pipeline.data.image_file import BadImageError
 from pipeline.data.member_names import is_hidden, natural_order, shown
 from pipeline.data.unpacking import most_bytes
 
@@ -36,7 +36,7 @@ class FrameZip:
         frames = [
             member
             for member in self._zip.infolist()
-            if not member.is_dir() and not is_hidden(member.filename)
+            if not member.filename.endswith("/") and not is_hidden(member.filename)
         ]
         if not frames:
             raise BadImageError("no-frames", "a folder of frames without any")

@@ -14,11 +14,10 @@ are stored as they came and of which extractors make pictures. What is wrong wit
 
 from typing import Any
 
-from PIL import Image
-
 from pipeline.data.dicom_file import DicomFile
 from pipeline.data.frame_zip import FrameZip
 from pipeline.data.image_check import BadImageError, Verify, check_image
+from pipeline.data.image_file import max_pixels
 from pipeline.data.kind import is_dicom, is_video, is_zip
 from pipeline.data.video_file import opened_video
 from pipeline.errors import ConfigError
@@ -49,7 +48,7 @@ def _video_size(payload: bytes, verify: Verify) -> tuple[int, int]:
             width, height = stream.width or 0, stream.height or 0
             if min(width, height) < 1:
                 raise BadImageError("undecodable-video", f"frames of {width} x {height} pixels")
-            if Image.MAX_IMAGE_PIXELS and width * height > 2 * Image.MAX_IMAGE_PIXELS:
+            if width * height > max_pixels():
                 raise BadImageError("oversized-image", f"frames of {width} x {height} pixels")
             if verify == "decode":
                 _require_whole(container, stream)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.image_check import BadImageError
+from pipeline.data.image_file import BadImageError
 from pipeline.errors import PipelineError
 
 # Of streams that are beside the video: its cover, and stills to jump by.

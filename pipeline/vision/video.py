@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config import Config
 from pipeline.data.frame_zip import FrameZip
-from pipeline.data.image_check import BadImageError
+from pipeline.data.image_file import BadImageError
 from pipeline.data.image_pixels import Pixels
 from pipeline.data.kind import is_dicom, is_video, is_zip
 from pipeline.data.video_file import opened_video, upright

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from pipeline.config import Config
 from pipeline.data.dicom_file import DicomFile
-from pipeline.data.image_check import BadImageError
+from pipeline.data.image_file import BadImageError
 from pipeline.errors import FeatureError
 
 Pixels = npt.NDArray[np.uint8]

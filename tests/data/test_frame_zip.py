@@ -63,6 +63,15 @@ def test_frames_come_in_the_order_of_their_numbers_without_what_macs_add() -> No
         assert found == files[:12]
 
 
+def test_a_frame_may_be_without_a_name() -> None:
+    payload = zipped([("_", b"1"), ("b", b"2")]).replace(b"_", b"\0")  # where names end
+    with FrameZip(payload) as frames:
+        assert [(frames.name(place), frames.read(place)) for place in range(2)] == [
+            ("", b"1"),
+            ("b", b"2"),
+        ]
+
+
 def test_frames_of_one_name_are_two_frames() -> None:
     with pytest.warns(UserWarning, match="Duplicate name"):
         payload = zipped([("a.jpg", b"1"), ("a.jpg", b"2")])

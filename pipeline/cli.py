@@ -80,6 +80,13 @@ Restart = Annotated[
     ),
 ]
 Decision = Literal["refuse", "continue", "restart"]
+AllowRemovals = Annotated[
+    bool,
+    typer.Option(
+        "--allow-removals",
+        help="Let any number of samples go that the source has no more, for this once.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")]
 Address = Annotated[
     str,
@@ -149,9 +156,6 @@ STAGE_VERBS = {
 }
 
 
-TRAINING_VERBS = ("run", "pretrain", "finetune")  # those that meet what was trained before
-
-
 def _add_stage_verb(name: str, description: str) -> None:
     @reported
     def verb(
@@ -163,7 +167,19 @@ def _add_stage_verb(name: str, description: str) -> None:
         _run_stages(name, recipe, overrides or [], print_recipe, as_json)
 
     @reported
-    def training_verb(
+    def ingest(
+        recipe: RecipePath,
+        overrides: Overrides = None,
+        allow_removals: AllowRemovals = False,
+        print_recipe: PrintRecipe = False,
+        as_json: AsJson = False,
+    ) -> None:
+        _run_stages(
+            name, recipe, overrides or [], print_recipe, as_json, allow_removals=allow_removals
+        )
+
+    @reported
+    def train(
         recipe: RecipePath,
         overrides: Overrides = None,
         from_checkpoint: FromCheckpoint = False,
@@ -174,7 +190,26 @@ def _add_stage_verb(name: str, description: str) -> None:
         decision = _decision(from_checkpoint, restart)
         _run_stages(name, recipe, overrides or [], print_recipe, as_json, decision)
 
-    app.command(name, help=description)(training_verb if name in TRAINING_VERBS else verb)
+    @reported
+    def run(
+        recipe: RecipePath,
+        overrides: Overrides = None,
+        from_checkpoint: FromCheckpoint = False,
+        restart: Restart = False,
+        allow_removals: AllowRemovals = False,
+        print_recipe: PrintRecipe = False,
+        as_json: AsJson = False,
+    ) -> None:
+        decision = _decision(from_checkpoint, restart)
+        _run_stages(name, recipe, overrides or [], print_recipe, as_json, decision, allow_removals)
+
+    of_its_own: dict[str, Callable[..., None]] = {
+        "run": run,
+        "ingest": ingest,
+        "pretrain": train,
+        "finetune": train,
+    }
+    app.command(name, help=description)(of_its_own.get(name, verb))
 
 
 def _decision(from_checkpoint: bool, restart: bool) -> Decision:
@@ -192,6 +227,7 @@ def _run_stages(
     print_recipe: bool,
     as_json: bool,
     decision: Decision = "refuse",
+    allow_removals: bool = False,
 ) -> None:
     from pipeline import config
     from pipeline.recipe import Recipe
@@ -205,8 +241,9 @@ def _run_stages(
 
     # A job knows its recipe by another name than the user who submitted it.
     command = os.environ.get(COMMAND) or shlex.join(["sightline", name, recipe, *overrides])
-    stages = list(STAGES) if name == "run" else [name]
-    summary = run_stages(resolved, stages, console, OnChange(decision, command))
+    names = list(STAGES) if name == "run" else [name]
+    on_change = OnChange(decision, command)
+    summary = run_stages(resolved, names, console, on_change, allow_removals)
     if as_json:
         typer.echo(json.dumps(summary, ensure_ascii=False))
 

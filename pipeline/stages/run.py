@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -33,37 +34,40 @@ STAGES: Mapping[str, Callable[[Recipe, StageProgress], Outcome]] = {
 
 Summary = dict[str, Any]
 
-
-TRAINING = {"pretrain": train.pretrain, "finetune": train.finetune}
+_CHANGES = ("added", "edited", "removed", "unchanged")  # of records, since the last ingest
 
 
 def run_stages(
-    recipe: Recipe, names: Sequence[str], console: Console, on_change: OnChange = train.REFUSE
+    recipe: Recipe,
+    names: Sequence[str],
+    console: Console,
+    on_change: OnChange = train.REFUSE,
+    allow_removals: bool = False,
 ) -> Summary:
     """Runs the named stages and returns what RUN/summary.json then holds.
 
     `stages` has for each stage its state and seconds in this command, and `work_seconds`, what
-    the work took when it was done. `on_change` says what is done about a phase that was begun with
-    other settings. Raises ConfigError before any work if a file is missing, BusyError if another
-    command is at work in the run's folder, and LostError if one has taken it over.
+    the work took when it was done; for ingest also `records`, what it found. `on_change` says what
+    is done about a phase that was begun with other settings; `allow_removals` is for ingest.
+    Raises ConfigError before any work if a file is missing, BusyError if another command is at work
+    in the run's folder, and LostError if one has taken it over.
     """
+    stages: dict[str, Callable[[Recipe, StageProgress], Outcome]] = {
+        **STAGES,
+        "ingest": partial(ingest.run, allow_removals=allow_removals),
+        "pretrain": partial(train.pretrain, on_change=on_change),
+        "finetune": partial(train.finetune, on_change=on_change),
+    }
     preflight(recipe)
     with _alone_in(recipe.run, console) as is_lost:
         for name in names:
             train.refuse_changes(recipe, name, on_change)
-        with _recorded(recipe):
-            outcomes = {}
+        outcomes: dict[str, Outcome] = {}
+        with _recorded(recipe, outcomes):
             for name in names:
                 started = time.monotonic()
-                with StageProgress(console, name) as progress:
-                    try:
-                        if name in TRAINING:
-                            outcome = TRAINING[name](recipe, progress, on_change)
-                        else:
-                            outcome = STAGES[name](recipe, progress)
-                    finally:
-                        _require_own(recipe.run, is_lost)
-                        write_environment(recipe)
+                with StageProgress(console, name) as progress, _environment_left(recipe, is_lost):
+                    outcome = stages[name](recipe, progress)
                 outcomes[name] = outcome
                 seconds = time.monotonic() - started
                 console.print(_line(name, outcome, seconds), highlight=False)
@@ -82,24 +86,39 @@ def _alone_in(run: str, console: Console) -> Iterator[IsLost]:
         yield is_lost
 
 
-def _require_own(run: str, is_lost: IsLost) -> None:
+@contextlib.contextmanager
+def _environment_left(recipe: Recipe, is_lost: IsLost) -> Iterator[None]:
+    """Leaves RUN/environment.json, also where training failed or was stopped in the block.
+
+    Raises LostError, and writes nothing more, if the run is another command's by then.
+    """
+    try:
+        yield
+    except (ConfigError, LostError):  # nothing was done, or it is no longer ours
+        raise
+    except BaseException:
+        if not is_lost():
+            write_environment(recipe)
+        raise
     if is_lost():
         raise LostError(
-            f"{run}: taken over by another command, or taken away, while this one was at work; "
-            "nothing more is written"
+            f"{recipe.run}: taken over by another command, or taken away, while this one was at "
+            "work; nothing more is written"
         )
+    write_environment(recipe)
 
 
 @contextlib.contextmanager
-def _recorded(recipe: Recipe) -> Iterator[None]:
-    """Leaves the recipe in RUN, unless it turns out to be refused: then the one before stays."""
+def _recorded(recipe: Recipe, outcomes: Mapping[str, Outcome]) -> Iterator[None]:
+    """Leaves the recipe in RUN; the one before stays if this one is refused before it made any."""
     location = storage.join(recipe.run, "recipe.yaml")
     before = storage.read_bytes(location) if storage.exists(location) else None
     storage.write_bytes(location, config.to_yaml(recipe).encode())
     try:
         yield
     except ConfigError:
-        if before is not None:
+        made = {name for name, outcome in outcomes.items() if outcome.state == "done"}
+        if before is not None and not made & {"pretrain", "finetune", "evaluate"}:
             storage.write_bytes(location, before)
         raise
 
@@ -116,6 +135,7 @@ def _update_summary(recipe: Recipe, name: str, outcome: Outcome, seconds: float)
             "state": outcome.state,
             "seconds": round(seconds, 2),
             "work_seconds": round(outcome.seconds, 2),
+            **({"records": outcome.outputs} if name == "ingest" else {}),
         }
     }
     summary["stages"] = {stage: stages[stage] for stage in STAGES if stage in stages}
@@ -157,8 +177,9 @@ def _made(recipe: Recipe, name: str, outputs: Mapping[str, Any]) -> str:
     if name == "ingest":
         rejects = sum(outputs["rejects"].values())
         reasons = ", ".join(f"{reason} {count}" for reason, count in outputs["rejects"].items())
+        changes = ", ".join(f"{outputs[change]} {change}" for change in _CHANGES)
         return (
-            f"{outputs['samples']} samples, {rejects} rejects"
+            f"{outputs['samples']} samples ({changes}), {rejects} rejects"
             + (f" ({reasons})" if reasons else "")
             + f" in {recipe.dataset.path}"
         )

@@ -41,7 +41,13 @@ RESULT = "result.json"
 STOP = ".stop"
 
 # With another value of one of these, evaluations are no longer of the same thing.
-_EVALUATED = {"dataset.validation_split", "evaluate_batches", "best_by", "best_is", "model_weights"}
+_EVALUATED = {
+    "dataset.validation_split",
+    "evaluate_examples",
+    "best_by",
+    "best_is",
+    "model_weights",
+}
 
 SECONDS_BETWEEN_LOOKS = 5.0  # for a request to stop in an object store; on a disk, every step
 
@@ -170,11 +176,12 @@ class _Run:
             start = self._start(damaged.append)
             stack.callback(self._close_engine)
             if self.is_first:
-                self.keeper.look(start)
                 self.log = stack.enter_context(MetricsLog(self.spec.folder, start))
                 if self.changed:
                     self.log.stretch(self._stretch(start))
             self._tell_start(start, damaged)
+            if self.is_first:
+                self.keeper.look(start)
             stack.callback(self.keeper.wait)
             step, stopped = self._steps(start)
             self.keeper.finish()
@@ -195,19 +202,26 @@ class _Run:
         """Builds the engine from the newest whole checkpoint, or anew if there is none.
 
         Returns the checkpoint's step. Training goes on from there or, after a roll-back, from the
-        step `given_up`, without the updates between.
+        step `given_up`, without the updates between. Raises CheckpointError on every rank if there
+        are checkpoints and none is whole.
         """
         with tempfile.TemporaryDirectory(prefix="sightline-") as folder:
             cache = Path(folder)
-            found = [0]
+            told: list[Any] = [0, None]  # the step, or why there is none
             if self.is_first:
-                newest = checkpoint.newest(self.checkpoints, cache, damaged)
-                found = [newest.step if newest else 0]
-            dist.broadcast_object_list(found)
-            if not found[0]:
+                try:
+                    newest = checkpoint.newest(self.checkpoints, cache, damaged)
+                    told[0] = newest.step if newest else 0
+                except CheckpointError as error:
+                    told[1] = str(error)
+            dist.broadcast_object_list(told)
+            found = int(told[0])
+            if told[1] is not None:
+                raise CheckpointError(told[1])
+            if not found:
                 self._build(0, given_up, Tally(), None)
             else:
-                location = storage.join(self.checkpoints, checkpoint.name_of(found[0]))
+                location = storage.join(self.checkpoints, checkpoint.name_of(found))
                 manifest = checkpoint.read_manifest(location)
                 self.changed = _changed(self.spec, manifest.sequence, location)
                 tally = manifest.tally
@@ -217,7 +231,7 @@ class _Run:
                     tally = tally.in_new_stretch(not names & _EVALUATED)
                 read = checkpoint.reader(location, manifest, cache)
                 self._build(manifest.step, given_up, tally, read)
-        return found[0]
+        return found
 
     def _stretch(self, start: int) -> Stretch:
         changed = {one.key: (one.then, one.now) for one in self.changed}

@@ -61,8 +61,8 @@ class TrainingConfig(BatchConfig):
     # in the backward pass: less memory for a third more arithmetic
     recompute_layers: Free[bool] = False
     evaluate_every_steps: OnRequest[PositiveInt | None] = None  # on the held-out data; None: never
-    # at most so many global batches of it, always the same
-    evaluate_batches: OnRequest[PositiveInt] = 50
+    # At most so many of its captions and of its questions, always the same; None: each once.
+    evaluate_examples: OnRequest[PositiveInt | None] = None
     best_by: OnRequest[str] = "loss"  # the evaluated figure that tells a better model
     best_is: OnRequest[Literal["lowest", "highest"]] = "lowest"
     # evaluations without a better one that end the run
@@ -105,8 +105,15 @@ class TrainingConfig(BatchConfig):
         for key in ("patience", "keep_best", "keep_best_checkpoints"):
             if getattr(self, key) and self.evaluate_every_steps is None:
                 raise ValueError(f"{key} goes by evaluations: set evaluate_every_steps")
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(f"deepspeed.zero_optimization: expected a mapping, found {zero!r}")
         for key, stage in (("offload_optimizer", 1), ("offload_param", 3)):
-            if key in self.deepspeed.get("zero_optimization", {}) and self.zero_stage < stage:
+            if not isinstance(zero.get(key, {}), dict | None):
+                raise ValueError(
+                    f"deepspeed.zero_optimization.{key}: expected a mapping, found {zero[key]!r}"
+                )
+            if key in zero and self.zero_stage < stage:
                 raise ValueError(
                     f"deepspeed.zero_optimization.{key} has no effect with "
                     f"zero_stage={self.zero_stage}; use {stage} or more"
@@ -127,7 +134,7 @@ class TrainingConfig(BatchConfig):
         """
         absent = _free(type(self))
         if self.evaluate_every_steps is None:
-            absent |= {"evaluate_batches", "best_by", "best_is"}
+            absent |= {"evaluate_examples", "best_by", "best_is"}
         return self.model_dump(mode="json", exclude=absent)
 
     def resolved_precision(self, device: str) -> Precision:

@@ -78,10 +78,10 @@ def test_content_is_told_apart_wherever_it_lies() -> None:
 
 
 def test_how_evaluations_are_made_is_compared_only_where_there_are_any() -> None:
-    assert told(make_spec("there", evaluate_batches=3, best_by="recall")) == []
+    assert told(make_spec("there", evaluate_examples=3, best_by="recall")) == []
     before = make_spec("here", evaluate_every_steps=2)
-    now = make_spec("there", evaluate_every_steps=2, evaluate_batches=3)
-    assert told(now, before) == ["training.pretrain.evaluate_batches: 50 then, 3 now"]
+    now = make_spec("there", evaluate_every_steps=2, evaluate_examples=3)
+    assert told(now, before) == ["training.pretrain.evaluate_examples: null then, 3 now"]
 
 
 def test_a_setting_that_an_older_release_did_not_have_is_not_compared() -> None:

@@ -77,6 +77,7 @@ def test_a_run_whose_rank_was_killed_ends_as_the_unbroken_one(
     assert finished_result(broken) is None
     train_on(2, broken)
     assert [event["step"] for event in events(broken, "resumed")] == [3]
+    assert not events(broken, "ranks-changed")
     assert curve(broken) == curve(unbroken)
     assert weights(broken) == weights(unbroken)
 
@@ -104,6 +105,8 @@ def test_a_run_goes_on_with_other_ranks_and_stages_within_rounding(tmp_path: Pat
     train_on(2, third, without_dropout)
     resumed = [(event["step"], event["world_size"]) for event in events(third, "resumed")]
     assert resumed == [(3, 1), (6, 2)]
+    changed = [(one["step"], one["before"], one["now"]) for one in events(third, "ranks-changed")]
+    assert changed == [(3, 2, 1), (6, 1, 2)]
     assert losses(third) == pytest.approx(losses(steady), abs=1e-6)
     for name, values in weights(steady).items():
         assert np.allclose(weights(third)[name], values, atol=1e-5)

@@ -466,7 +466,16 @@ class _Run:
             return {}
         location = storage.join(self.checkpoints, checkpoint.name_of(chosen))
         with tempfile.TemporaryDirectory(prefix="sightline-") as cache:
-            manifest = checkpoint.verify(location, Path(cache))
+            try:
+                manifest = checkpoint.verify(location, Path(cache))
+            except CheckpointError as error:
+                phase = "pretrain" if self.spec.phase == "pretrain" else "finetune"
+                raise CheckpointError(
+                    f"{error}\nIt has the weights of the best evaluation, which the model is to "
+                    "have. Put an undamaged copy of it back; or give the same command with "
+                    f"`training.{phase}.keep_best=false` and `--from-checkpoint`, for a model of "
+                    "the last step's weights"
+                ) from error
             read = checkpoint.reader(location, manifest, Path(cache))
             return checkpoint.weights(manifest, read, averaged)
 

@@ -433,6 +433,23 @@ class TestAlone:
         assert weights(spec) == {name: tensor.tolist() for name, tensor in best.items()}
         assert train(spec, HERE, stand_in).already_finished
 
+    def test_a_damaged_best_checkpoint_is_told_with_both_ways_on(self, tmp_path: Path) -> None:
+        found = iter([3.0, 1.0, 2.0, 4.0])
+        spec = make_spec(tmp_path / "run", evaluate_every_steps=2, keep_best=True)
+
+        def damage(step: int, _: int) -> None:
+            wait_for_writers()
+            if step == 8:
+                best = tmp_path / "run" / "checkpoints" / "step-00000004"
+                part = best / "rank-00000.safetensors"
+                part.write_bytes(part.read_bytes()[:-1] + b"\x81")
+
+        evaluating = partial(evaluated, on_step=damage, evaluate=lambda *_: {"loss": next(found)})
+        expected = r"step-00000004: rank-0.* is damaged(.*\n)*.*training\.pretrain\.keep_best=false"
+        with pytest.raises(CheckpointError, match=expected):
+            train(spec, HERE, evaluating)
+        assert checkpoint.steps_in(str(tmp_path / "run" / "checkpoints")) == [4, 6, 8]
+
     def test_the_best_few_are_kept_wherever_they_are_found(self, tmp_path: Path) -> None:
         found = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0])
         spec = make_spec(

@@ -14,7 +14,7 @@ of each sample:
   `2019-07-001.jpg` of `photo`. It is, with the parts of the same name up to the last dot, a sample
   of its own if it has a text of its own, or if nothing else is the image of `photo`.
 - its image is a link or a device (`special-file`) or is stored in pieces (`sparse-member`).
-- its name is no UTF-8: `undecodable-name`.
+- its name is no UTF-8: `name-not-utf8`.
 
 Folders and files whose name begins with a dot are passed over, as WebDataset does, and so is
 `__MACOSX`. A tar that is damaged, cut short, or has no end stops the run.
@@ -235,7 +235,7 @@ class WebDatasetSource:
         unusable: tuple[str, str] | None = None
         suffix = next((suffix for suffix in self.config.images() if suffix in parts), None)
         if not is_utf8:
-            unusable = ("undecodable-name", "its name is no UTF-8; pack it under another")
+            unusable = ("name-not-utf8", "a name that is not UTF-8; pack it under another")
         elif suffix is not None and parts[suffix].fault is not None:
             unusable = parts[suffix].fault
         elif suffix is not None:

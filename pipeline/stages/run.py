@@ -14,7 +14,7 @@ from pipeline import config, storage
 from pipeline.recipe import Recipe
 from pipeline.stages import evaluate, extract, ingest, report, train
 from pipeline.stages.environment import write_environment
-from pipeline.stages.preflight import preflight
+from pipeline.stages.preflight import preflight, require_writable
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome
 
@@ -43,6 +43,7 @@ def run_stages(
     """
     stages = {**STAGES, "ingest": partial(ingest.run, allow_removals=allow_removals)}
     preflight(recipe)
+    require_writable(recipe.run)
     storage.write_bytes(storage.join(recipe.run, "recipe.yaml"), config.to_yaml(recipe).encode())
     outcomes = {}
     for name in names:

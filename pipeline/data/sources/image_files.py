@@ -4,7 +4,7 @@ Videos, DICOM and folders of frames (ZIP) are images here as everywhere in a dat
 
 What becomes of an image with its texts is decided here for all sources of this kind: no file is
 a `missing-image` reject, a name that is not an image's `unknown-suffix`, one that is not UTF-8
-`name-not-utf8`, and a source adds its own reason where nobody has written anything about it. A
+`undecodable-name`, and a source adds its own reason where nobody has written anything about it. A
 link to nothing, a FIFO, a socket and a device are no files.
 """
 
@@ -135,7 +135,7 @@ def listed(
     location, stamp, suffix, absence = image
     if not is_utf8(location):
         location, stamp = printable(location), None
-        fault = ("name-not-utf8", f"{location}: its name is not UTF-8; rename it")
+        fault = ("undecodable-name", f"{location}: its name is not UTF-8; rename it")
     elif stamp is None:
         fault = ("missing-image", f"{location}: {absence}")
     elif suffix is None:

@@ -126,11 +126,13 @@ def listed(
     texts: Texts,
     detail: str = "",
     fault: tuple[str, str] | None = None,
+    num_entries: int = 1,
 ) -> Record | Reject:
     """Returns what an image with its texts is listed as.
 
     `fault` is the source's own reason against it, with a sentence: what the image itself is at
-    fault for comes first. `detail` says what was left out of the texts.
+    fault for comes first. `detail` says what was left out of the texts. `num_entries` of the
+    source's index went into it.
     """
     location, stamp, suffix, absence = image
     if not is_utf8(location):
@@ -150,10 +152,11 @@ def listed(
         texts=texts,
         fingerprint=fingerprint(f"{location} {stamp}", texts),
         detail=detail,
+        num_entries=num_entries,
     )
     if fault is None:
         return record
-    return Reject(key, split, *fault, record.fingerprint, remains=record)
+    return Reject(key, split, *fault, record.fingerprint, remains=record, num_entries=num_entries)
 
 
 def read_image(record: Record) -> bytes:

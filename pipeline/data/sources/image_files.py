@@ -5,11 +5,15 @@ Videos, DICOM and folders of frames (ZIP) are images here as everywhere in a dat
 What becomes of an image with its texts is decided here for all sources of this kind: no file is
 a `missing-image` reject, a name that is not an image's `unknown-suffix`, and a source adds its
 own reason where nobody has written anything about it.
+
+A name leads to a file below the folders that the recipe names, also with `..` in it or as a whole
+location. One that leads elsewhere is a `forbidden-location` reject, and nothing is looked up there:
+annotations are written by others. Only tables may name files anywhere, of some schemes.
 """
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from pipeline import storage
@@ -24,18 +28,23 @@ SUFFIXES = {
 }  # fmt: skip
 
 _LAST_NUMBER = re.compile(r"(\d+)$")
+_MAX_NUMBER_DIGITS = 19  # of an image's number, as of any of 64 bits
+# Names that may lead elsewhere than to the file of that name below a folder.
+_TO_BE_FOLLOWED = re.compile(r"(^|/)\.{0,2}(/|$)|://|\0")
 
 
 class ImageFile(NamedTuple):
     """An image that annotations speak of.
 
     `stamp` changes when it does; None: there is none. `suffix` is the image part's; None: it is
-    not named as an image is. A tuple, because millions are made.
+    not named as an image is. `forbidden` says why it may not be read. A tuple, because millions
+    are made.
     """
 
     location: str
     stamp: str | None
     suffix: str | None
+    forbidden: str = ""
 
     @classmethod
     def at(cls, location: str, stamp: str | None) -> "ImageFile":
@@ -46,8 +55,12 @@ class ImageFile(NamedTuple):
 class ImageFolders:
     """The image files of some folders, from one listing of each; no file is opened."""
 
-    def __init__(self, *folders: str) -> None:
-        """Lists the folders; raises SourceError if one is absent."""
+    def __init__(self, *folders: str, schemes: Collection[str] = ()) -> None:
+        """Lists the folders; raises SourceError if one is absent.
+
+        Files of these schemes (`storage.scheme`) may be named wherever they are.
+        """
+        self._schemes = schemes
         self._folders = [storage.absolute(folder).rstrip("/") for folder in folders]
         self._stamps: dict[str, dict[str, str]] = {}
         self._by_number: dict[int, ImageFile] | None = None
@@ -65,16 +78,27 @@ class ImageFolders:
 
     def named(self, name: str) -> ImageFile:
         """Returns the first folder's file of this name, which may begin with subfolders."""
+        first = None
         for folder in self._folders:
-            location = f"{folder}/{name}"
-            stamp = self._stamp(location)
+            location, forbidden = self._followed(folder, name)
+            stamp = None if forbidden else self._stamp(location)
             if stamp is not None:
                 return ImageFile.at(location, stamp)
-        return ImageFile.at(f"{self._folders[0]}/{name}", None)
+            first = first or ImageFile.at(location, None)._replace(forbidden=forbidden)
+        assert first is not None
+        return first
 
-    def located(self, location: str) -> ImageFile:
-        """Returns the file at an absolute location, in one of the folders or not."""
-        return ImageFile.at(location, self._stamp(location))
+    def _followed(self, folder: str, name: str) -> tuple[str, str]:
+        """Returns where a name leads from a folder, and why that may not be looked at."""
+        if _TO_BE_FOLLOWED.search(name) is None:
+            return f"{folder}/{name}", ""
+        if "\0" in name:
+            return name, f"{name!r} holds a NUL character"
+        location = storage.followed(folder, name)
+        below = any(location.startswith(f"{folder}/") for folder in self._folders)
+        if below or storage.scheme(location) in self._schemes:
+            return location, ""
+        return location, f"{name!r} leads out of {folder}; only files below it are read"
 
     def called(self, name: str) -> ImageFile:
         """Returns the file of this name, or of this name and an image's suffix."""
@@ -93,13 +117,13 @@ class ImageFolders:
         several fit, it is that of the first folder, then the first by name. An id that is not a
         number finds the image of that name.
         """
-        if not str(identity).isdecimal():
+        if not (str(identity).isdecimal() and len(str(identity)) <= _MAX_NUMBER_DIGITS):
             return self.called(str(identity))
         if self._by_number is None:
             self._by_number = {}
             for file in self:
                 number = _LAST_NUMBER.search(image_name(file.location.rpartition("/")[2]))
-                if number and file.suffix:
+                if number and file.suffix and len(number[1]) <= _MAX_NUMBER_DIGITS:
                     self._by_number.setdefault(int(number[1]), file)
         absent = storage.join(self._folders[0], f"*{identity:0>12}.jpg")
         return self._by_number.get(int(identity)) or ImageFile.at(absent, None)
@@ -129,8 +153,10 @@ def listed(
     `fault` is the source's own reason against it, with a sentence: what the image itself is at
     fault for comes first. `detail` says what was left out of the texts.
     """
-    location, stamp, suffix = image
-    if stamp is None:
+    location, stamp, suffix, forbidden = image
+    if forbidden:
+        fault = ("forbidden-location", forbidden)
+    elif stamp is None:
         fault = ("missing-image", f"{location}: no such file")
     elif suffix is None:
         expected = f"expected a name ending in .{', .'.join(SUFFIXES)}"
@@ -186,7 +212,7 @@ def _read_file(path: str) -> bytes:
 def image_key(identity: int | str) -> str:
     """Returns an image's key: COCO's own file names are the id in twelve digits."""
     if isinstance(identity, int) and identity >= 0:
-        return f"{identity:012d}"
+        return safe_key(f"{identity:012d}")
     return safe_key(str(identity))
 
 

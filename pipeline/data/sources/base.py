@@ -4,6 +4,7 @@ Listing reads annotation files and folder listings; image bytes are read later, 
 time, where the shard is written.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -200,6 +201,22 @@ def same_image(one: str, other: str) -> bool:
 def same_texts(one: str, other: str) -> bool:
     """Whether two fingerprints are of the same texts, as far as they tell halves apart."""
     return "-" in one and "-" in other and one.partition("-")[2] == other.partition("-")[2]
+
+
+_MAX_DETAIL = 1000  # characters
+_MAX_READABLE = 60
+
+
+def malformed(where: str, split: str, detail: str, reason: str = "malformed-record") -> Reject:
+    """Returns the reject of a record that is not what its format says, and so has no key.
+
+    `where` is its file and its place in it, such as `captions.json: annotations[5]`.
+    """
+    split = split or "train"
+    readable = re.sub(r"[^A-Za-z0-9_]+", "-", where.rpartition("/")[2])[:_MAX_READABLE].strip("-")
+    key = f"{readable}-{xxhash.xxh3_64_hexdigest(f'{split} {where}'.encode())}"
+    printable = detail[:_MAX_DETAIL].encode("utf-8", "backslashreplace").decode()
+    return Reject(key, split, reason, printable, fingerprint(printable, Texts(key)))
 
 
 def in_validation(key: str, fraction: float) -> bool:

@@ -79,6 +79,17 @@ class Gathering:
             yield from values.items()
             start = stop
 
+    def in_order(self) -> Iterator[tuple[str, Any, bool]]:
+        """Yields keys with values as they were put, and whether others are under the same key."""
+        self._file.flush()
+        _, group, sizes = np.unique(
+            np.frombuffer(self._hashes, np.uint64), return_inverse=True, return_counts=True
+        )
+        repeated = sizes[group] > 1
+        for index in range(len(self._hashes)):
+            key, value = self._read(index)
+            yield key, value, bool(repeated[index])
+
     def _read(self, index: int) -> tuple[str, Any]:
         offset, end = self._ends[index], self._ends[index + 1]
         key, value = json.loads(os.pread(self._file.fileno(), end - offset, offset))

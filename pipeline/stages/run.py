@@ -18,7 +18,7 @@ from pipeline.recipe import Recipe
 from pipeline.stages import evaluate, extract, ingest, report, train
 from pipeline.stages.changed import OnChange
 from pipeline.stages.environment import write_environment
-from pipeline.stages.preflight import preflight
+from pipeline.stages.preflight import preflight, require_writable
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome
 from pipeline.training.lease import IsLost, only_command
@@ -59,6 +59,7 @@ def run_stages(
         "finetune": partial(train.finetune, on_change=on_change),
     }
     preflight(recipe)
+    require_writable(recipe.run)
     with _alone_in(recipe.run, console) as is_lost:
         for name in names:
             train.refuse_changes(recipe, name, on_change)

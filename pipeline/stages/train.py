@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import storage
@@ -36,6 +36,7 @@ class DataInputs:
     dataset: Dataset
     extractor: dict[str, Any]  # its card
     mixed_in: tuple[tuple[Dataset, MixedInPart], ...] = ()
+    passed_over: dict[str, int] = field(default_factory=dict)  # by split: samples without features
 
     @classmethod
     def open(cls, recipe: Recipe) -> "DataInputs":
@@ -47,8 +48,17 @@ class DataInputs:
         for other, part in inputs.mixed_in:
             other.split(part.split, inputs.live or inputs.features)
         for split in (recipe.dataset.train_split, recipe.dataset.validation_split):
-            inputs.split(split)
+            inputs.passed_over[split] = inputs.split(split).num_rejects
         return inputs
+
+    def tell(self, progress: StageProgress) -> None:
+        """Says how many samples are passed over, as their images have no features."""
+        for split, number in self.passed_over.items():
+            if number:
+                progress.note(
+                    f"split {split}: {number:,} samples without features of {self.name} are passed "
+                    f"over; `sightline data rejects {self.dataset.url}` lists them"
+                )
 
     @property
     def features(self) -> str | None:
@@ -94,6 +104,7 @@ def pretrain(recipe: Recipe, progress: StageProgress) -> Outcome:
     if training is None or objectives is None:
         return Outcome("not in the recipe", 0.0, {})
     inputs = DataInputs.open(recipe)
+    inputs.tell(progress)
     answers = known_answers(recipe, inputs) if "qa" in objectives.settings() else ()
     parts = {
         "code": PRETRAIN_VERSION,
@@ -126,6 +137,7 @@ def pretrain(recipe: Recipe, progress: StageProgress) -> Outcome:
 def finetune(recipe: Recipe, progress: StageProgress) -> Outcome:
     """Trains the pretrained model on the benchmarks and, where asked for, its blind twin."""
     inputs = DataInputs.open(recipe)
+    inputs.tell(progress)
     initial = _pretrained(recipe)
     training = recipe.training.finetune
     parts = {

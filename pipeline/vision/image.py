@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipeline.data.decoding import Picture
-from pipeline.data.image_check import BadImageError
+from pipeline.data.image_file import BadImageError, max_pixels
 from pipeline.data.image_pixels import DECODING, Pixels, scaled
 from pipeline.data.kind import is_dicom, is_video
 from pipeline.errors import FeatureError
@@ -25,11 +25,26 @@ from pipeline.vision.window import (
     describe_window,
 )
 
+
+class UnusableImageError(FeatureError):
+    """An image of which no feature can be made. `reason` is a reject's: a short slug."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"not a usable image: {self.reason}: {self.detail}"
+
+
 View = tuple[float, float, float, float]  # x1, y1, x2, y2 as fractions of width and height
 
 
 def decode(payload: bytes, window: AnyWindow = None) -> Pixels:
     """Returns the picture as a viewer would show it, or raises FeatureError saying why not.
+
+    ConfigError is for a library that is not installed.
 
     The rules are those of `data.image_pixels`; a window is for DICOM and for 16-bit pictures.
     """
@@ -46,7 +61,7 @@ def decode(payload: bytes, window: AnyWindow = None) -> Pixels:
     try:
         return Picture(payload, to_eight_bits).pixels().copy()  # from memory that is used again
     except BadImageError as error:
-        raise FeatureError(f"not a readable image: {error}") from error
+        raise UnusableImageError(error.reason, error.detail) from error
 
 
 @dataclass(frozen=True)
@@ -188,5 +203,8 @@ def _resize(
 ) -> Pixels:
     if pixels.shape[:2] == (height, width):
         return pixels
+    if width * height > max_pixels():
+        found = f"{pixels.shape[1]} × {pixels.shape[0]} pixels"
+        raise UnusableImageError("oversized-image", f"{found} would become {width} × {height}")
     picture = Image.fromarray(pixels)
     return np.asarray(picture.resize((width, height), resampling))

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from pipeline.config import Config
 from pipeline.data.image_pixels import Pixels
 from pipeline.data.kind import is_dicom, is_video, is_zip
-from pipeline.errors import FeatureError
+from pipeline.errors import ConfigError, FeatureError
 from pipeline.vision.image import decode
 from pipeline.vision.window import AnyWindow, decode_dicom, num_images
 
@@ -66,7 +66,7 @@ def read_frames(payload: bytes, config: FramesConfig, window: AnyWindow = None) 
     try:
         import av
     except ImportError as error:
-        raise FeatureError("a video, which needs PyAV: pip install 'sightline[video]'") from error
+        raise ConfigError("a video, which needs PyAV: pip install 'sightline[video]'") from error
     try:
         with av.open(io.BytesIO(payload)) as container:
             if not container.streams.video:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from pipeline.config import Config
-from pipeline.errors import FeatureError
+from pipeline.errors import ConfigError, FeatureError
 
 
 class Window(Config):
@@ -81,7 +81,7 @@ def _faults_told(payload: bytes) -> Iterator[None]:
     except FeatureError:
         raise
     except ImportError as error:
-        raise FeatureError(
+        raise ConfigError(
             "a DICOM image, which needs pydicom: pip install 'sightline[dicom]'"
         ) from error
     except Exception as error:  # readers let many kinds through on damaged files

@@ -10,13 +10,14 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import fsspec
 
@@ -208,13 +209,28 @@ def list_names(location: str) -> list[str]:
     filesystem, path = _object_store(location)
     filesystem.invalidate_cache()
     try:
-        return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in filesystem.ls(path, False)})
+        names = {name.rstrip("/").removeprefix(path) for name in filesystem.ls(path, False)}
+        return sorted({name.rsplit("/", 1)[-1] for name in names if name})
     except FileNotFoundError:
         return []
 
 
-def list_stamps(folder: str) -> dict[str, str]:
-    """Returns the files directly in a folder, each with a stamp that changes when it does.
+class Entry(NamedTuple):
+    """What a name in a folder stands for: a file, a folder, or something that cannot be read.
+
+    `stamp` is a file's: it changes when the file does. `fault` says what the third kind is. An
+    object store may have a file and a folder of one name. The name is "" of keys that end a
+    folder's name by two slashes, which no location can tell.
+    """
+
+    name: str
+    kind: Literal["file", "folder", "other"]
+    stamp: str = ""
+    fault: str = ""
+
+
+def list_entries(folder: str) -> list[Entry]:
+    """Returns what is directly in a folder, sorted by name.
 
     A stamp is the size with the modification time, or with the version or ETag an object store
     keeps. One listing, no file is opened. Raises StorageError if the folder is absent.
@@ -222,19 +238,65 @@ def list_stamps(folder: str) -> dict[str, str]:
     try:
         if is_local(folder):
             with os.scandir(local_path(folder)) as entries:
-                stats = ((entry.name, entry.stat()) for entry in entries if entry.is_file())
-                return {name: f"{stat.st_size}-{stat.st_mtime_ns}" for name, stat in stats}
+                return sorted(map(_local_entry, entries))
         filesystem, path = _object_store(folder)
         filesystem.invalidate_cache()
-        return {
-            entry["name"].rsplit("/", 1)[-1]: f"{entry['size']}-{_object_version(entry)}"
-            for entry in filesystem.ls(path, detail=True)
-            if entry["type"] == "file"
-        }
+        found = (_object_entry(path, entry) for entry in filesystem.ls(path, detail=True))
+        return sorted(entry for entry in found if entry is not None)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StorageError(f"{folder}: no such folder") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: half a surrogate in its name
         raise StorageError(f"{folder}: cannot be listed ({error})") from error
+
+
+def list_stamps(folder: str) -> dict[str, str]:
+    """Returns the files of `list_entries`, each with its stamp."""
+    return {entry.name: entry.stamp for entry in list_entries(folder) if entry.kind == "file"}
+
+
+def folder_identity(folder: str) -> tuple[int, int] | None:
+    """Returns what is equal if and only if two local locations are one folder, or None."""
+    if not is_local(folder):
+        return None
+    status = local_path(folder).stat()
+    return status.st_dev, status.st_ino
+
+
+def _local_entry(entry: os.DirEntry[str]) -> Entry:
+    try:
+        if entry.is_file():
+            status = entry.stat()
+            return Entry(entry.name, "file", f"{status.st_size}-{status.st_mtime_ns}")
+        if entry.is_dir():
+            return Entry(entry.name, "folder")
+        mode = entry.stat().st_mode
+        fault = next(
+            (name for is_kind, name in _NO_FILES if is_kind(mode)), "neither file nor folder"
+        )
+    except FileNotFoundError:
+        fault = "a link to nothing"
+    except OSError as error:
+        fault = "a link in a circle" if error.errno == errno.ELOOP else f"not to be had ({error})"
+    return Entry(entry.name, "other", fault=fault)
+
+
+_NO_FILES = (
+    (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"), (stat.S_ISBLK, "a device"),
+    (stat.S_ISCHR, "a device"),
+)  # fmt: skip
+
+
+def _object_entry(folder: str, entry: dict[str, Any]) -> Entry | None:
+    """Returns None of the empty object that stands for a folder."""
+    name = entry["name"].removeprefix(folder).removeprefix("/")
+    if entry["type"] == "file":
+        if name.rstrip("/"):
+            return Entry(name, "file", f"{entry['size']}-{_object_version(entry)}")
+        fault = "an object whose key ends in a slash, with bytes in it"
+        return Entry("", "other", fault=fault) if entry["size"] else None
+    if name.strip("/"):
+        return Entry(name.rstrip("/"), "folder")
+    return Entry("", "other", fault="a folder without a name: keys with two slashes in a row")
 
 
 @dataclass(frozen=True)
@@ -251,7 +313,7 @@ def list_files(folder: str) -> dict[str, FileStatus]:
         if is_local(folder):
             with os.scandir(local_path(folder)) as entries:
                 stats = {entry.name: entry.stat() for entry in entries if entry.is_file()}
-            return {name: FileStatus(stat.st_size, stat.st_mtime) for name, stat in stats.items()}
+            return {name: FileStatus(one.st_size, one.st_mtime) for name, one in stats.items()}
         filesystem, path = _object_store(folder)
         filesystem.invalidate_cache()
         return {
@@ -278,8 +340,8 @@ def file_status(location: str) -> FileStatus | None:
     """Returns a file's status now, or None if it is absent."""
     try:
         if is_local(location):
-            stat = local_path(location).stat()
-            return FileStatus(stat.st_size, stat.st_mtime)
+            status = local_path(location).stat()
+            return FileStatus(status.st_size, status.st_mtime)
         filesystem, path = _object_store(location)
         filesystem.invalidate_cache()
         entry = filesystem.info(path)

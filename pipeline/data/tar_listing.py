@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import IO, NamedTuple, NoReturn
 
+from pipeline.data.member_names import shown
 from pipeline.errors import SourceError
 
 _BLOCK = 512
@@ -240,16 +241,6 @@ class _Reader:
         raise SourceError(
             f"{self._location}: not a plain tar, or cut short: at byte {at}, found {found}"
         )
-
-
-def shown(name: str) -> str:
-    """Returns a name as it can be printed and stored: bytes that are no UTF-8 as `\\xe9`."""
-    encoded = name.encode("utf-8", "surrogateescape")
-    printable = encoded.decode("utf-8", "backslashreplace")
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in printable
-    )
 
 
 def _number(field: bytes) -> int | None:

@@ -100,8 +100,15 @@ class TrainingConfig(BatchConfig):
         for key in ("patience", "keep_best", "keep_best_checkpoints"):
             if getattr(self, key) and self.evaluate_every_steps is None:
                 raise ValueError(f"{key} goes by evaluations: set evaluate_every_steps")
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(f"deepspeed.zero_optimization: expected a mapping, found {zero!r}")
         for key, stage in (("offload_optimizer", 1), ("offload_param", 3)):
-            if key in self.deepspeed.get("zero_optimization", {}) and self.zero_stage < stage:
+            if not isinstance(zero.get(key, {}), dict | None):
+                raise ValueError(
+                    f"deepspeed.zero_optimization.{key}: expected a mapping, found {zero[key]!r}"
+                )
+            if key in zero and self.zero_stage < stage:
                 raise ValueError(
                     f"deepspeed.zero_optimization.{key} has no effect with "
                     f"zero_stage={self.zero_stage}; use {stage} or more"

@@ -16,7 +16,7 @@ from pipeline.data.decoding import Picture
 from pipeline.data.image_file import BadImageError, max_pixels
 from pipeline.data.image_pixels import DECODING, Pixels, scaled
 from pipeline.data.kind import is_dicom, is_video
-from pipeline.errors import FeatureError
+from pipeline.errors import FeatureError, UnusableImageError
 from pipeline.vision.window import (
     AnyWindow,
     Window,
@@ -24,19 +24,6 @@ from pipeline.vision.window import (
     decode_dicom,
     describe_window,
 )
-
-
-class UnusableImageError(FeatureError):
-    """An image of which no feature can be made. `reason` is a reject's: a short slug."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
-    def __str__(self) -> str:
-        return f"not a usable image: {self.reason}: {self.detail}"
-
 
 View = tuple[float, float, float, float]  # x1, y1, x2, y2 as fractions of width and height
 
@@ -49,12 +36,8 @@ def decode(payload: bytes, window: AnyWindow = None) -> Pixels:
     The rules are those of `data.image_pixels`; a window is for DICOM and for 16-bit pictures.
     """
     if is_dicom(payload):
-        images, _ = decode_dicom(payload, window)
-        if len(images) > 1:
-            raise FeatureError(
-                f"a DICOM of {len(images)} images; set extractor.frames, as for a video"
-            )
-        return images[0]
+        ((_, pixels),) = decode_dicom(payload, window)
+        return pixels
     if is_video(payload):
         raise FeatureError("a video; set extractor.frames to {count: 8}, or to {rate: 1} a second")
     to_eight_bits = partial(apply_window, window=window) if isinstance(window, Window) else scaled

@@ -24,10 +24,10 @@ from pipeline.data.manifest import FEATURES
 from pipeline.data.sample import Sample
 from pipeline.data.shard import ShardWriter, shard_location
 from pipeline.data.shard_files import ShardFiles
-from pipeline.errors import FeatureError, ShardError
+from pipeline.errors import FeatureError, ShardError, UnusableImageError
 from pipeline.vision.ahead import run_ahead
 from pipeline.vision.feature import Extractor, Feature, Mask
-from pipeline.vision.image import Prepared, UnusableImageError
+from pipeline.vision.image import Prepared
 
 BATCHES_AHEAD = 2  # decoded and waiting for the network, or computed and waiting to be written
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.tar_listing import TarMember, list_tar, shown
+from pipeline.data.tar_listing import TarMember, list_tar
 from pipeline.errors import SourceError
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
@@ -63,23 +63,34 @@ def test_long_names_are_read_whole(form: int) -> None:
     assert contents(packed(prefixed, tarfile.USTAR_FORMAT)) == prefixed
 
 
+def pack(tar: Path, *arguments: str) -> None:
+    subprocess.run(["tar", "-cf", str(tar), *arguments], check=True)
+
+
 def test_what_the_tar_of_the_system_packs_is_read(tmp_path: Path) -> None:
     names = ["0.jpg", f"{'n' * 150}.jpg", f"{'d' * 90}/{'e' * 90}.txt"]
     for name in names:
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_text(name)
+    tar = tmp_path / "t.tar"
     for form in ("gnu", "oldgnu", "pax", "posix"):
         tar = tmp_path / "t.tar"
-        command = ["tar", "-cf", tar, f"--format={form}", "--sort=name", "-C", tmp_path / "in", "."]
+        command = [
+            "tar",
+            "-cf",
+            str(tar),
+            f"--format={form}",
+            "--sort=name",
+            "-C",
+            str(tmp_path / "in"),
+            ".",
+        ]
         subprocess.run(command, check=True)
         found = {
             name.removeprefix("./"): text.decode() for name, text in contents(tar.read_bytes())
         }
         assert found == {name: name for name in names}
-    subprocess.run(
-        ["tar", "-cf", tar, "--format=v7", "-C", tmp_path / "in", "0.jpg", "0.jpg"],
-        check=True,
-    )
+    pack(tar, "--format=v7", "-C", str(tmp_path / "in"), "0.jpg", "0.jpg")
     assert [name for name, _ in contents(tar.read_bytes())] == ["0.jpg", "0.jpg"]
 
 
@@ -256,8 +267,6 @@ def test_an_extended_header_without_a_member_is_found() -> None:
         members(tar)
 
 
-def test_a_name_is_shown_whatever_its_bytes_are() -> None:
+def test_a_name_may_have_any_bytes() -> None:
     ((name, _),) = contents(packed([("caf\udce9.jpg", b"J")], tarfile.GNU_FORMAT))
     assert name == "caf\udce9.jpg"
-    assert shown(name) == r"caf\xe9.jpg"
-    assert shown("a\nb é") == r"a\nb é"

@@ -36,19 +36,19 @@ from pydantic import Field, model_validator
 
 from pipeline import storage
 from pipeline.data.foreign_tar import ForeignTar
+from pipeline.data.member_names import is_hidden, shown
 from pipeline.data.read_ahead import ReadAhead, ReadAheadFile
 from pipeline.data.sample import Texts
 from pipeline.data.sources.base import ListedTar, Record, Reject, SourceConfig, by_key
 from pipeline.data.sources.image_files import SUFFIXES, ImageFile, image_key, listed
 from pipeline.data.sources.splits import check_splits, hash_split
 from pipeline.data.sources.text_columns import TextColumns
-from pipeline.data.tar_listing import TarMember, list_tar, shown
+from pipeline.data.tar_listing import TarMember, list_tar
 from pipeline.errors import ShardError, SourceError, StorageError
 
 _METHOD = 2  # raised when the same settings list other samples, so that tars are listed anew
 _MOST_TEXT_BYTES = 64 * 1024**2  # of a text part, which is read into memory
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_MAC_FOLDER = "__MACOSX/"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _NO_TEXTS = (
     "nothing is written about it; if its name has more dots and it is one part of several of a "
@@ -170,7 +170,7 @@ class WebDatasetSource:
         """Lists the samples of a tar in their order; raises SourceError if it is not whole."""
         location = listed_tar.tar.location
         with _opened(location) as file:
-            members = (member for member in list_tar(file, location) if _is_meant(member))
+            members = (member for member in list_tar(file, location) if not is_hidden(member.name))
             for name, adjacent in groupby(members, _sample_name):
                 for parts in _without_repeats(adjacent):
                     yield from self._entries(name, parts, file, listed_tar)
@@ -278,12 +278,6 @@ def _opened(location: str) -> contextlib.AbstractContextManager[IO[bytes]]:
     if storage.is_local(location):
         return storage.reader(location)
     return cast(IO[bytes], ReadAheadFile(location))
-
-
-def _is_meant(member: TarMember) -> bool:
-    """Whether a member is not what systems put beside files: `._a.jpg`, `.DS_Store`."""
-    folder, _, name = member.name.rpartition("/")
-    return not name.startswith(".") and _MAC_FOLDER not in f"{folder}/"
 
 
 def _sample_name(member: TarMember) -> str:

@@ -187,7 +187,10 @@ def _made(recipe: Recipe, name: str, outputs: Mapping[str, Any]) -> str:
     if name == "extract":
         if not outputs:
             return "features are live: made of the pictures of each batch"
-        return f"{storage.join(recipe.dataset.path, 'features', outputs['features'])}"
+        place = storage.join(recipe.dataset.path, "features", outputs["features"])
+        rejects = outputs.get("rejects") or {}
+        reasons = ", ".join(f"{reason} {count}" for reason, count in rejects.items())
+        return place + (f", {sum(rejects.values())} samples without ({reasons})" if rejects else "")
     if name in ("pretrain", "finetune"):
         phases = [
             f"{phase} loss {made['loss']:.3f}"

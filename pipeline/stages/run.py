@@ -35,7 +35,7 @@ def run_stages(recipe: Recipe, names: Sequence[str], console: Console) -> Summar
     `stages` has for each stage its state and seconds in this command, and `work_seconds`, what
     the work took when it was done. Raises ConfigError before any work if a file is missing.
     """
-    preflight(recipe)
+    preflight(recipe, names)
     storage.write_bytes(storage.join(recipe.run, "recipe.yaml"), config.to_yaml(recipe).encode())
     outcomes = {}
     for name in names:

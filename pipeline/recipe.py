@@ -172,6 +172,33 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _texts_fit_the_model(self) -> Self:
+        room = self.model.config(vocab_size=8, feature_dim=8).max_positions
+        for name, benchmark in self.benchmarks.build().items():
+            if benchmark.max_tokens > room:
+                raise ValueError(
+                    f"benchmarks.{name}.max_tokens={benchmark.max_tokens} is more than "
+                    f"model.sizes.max_positions={room}, the longest text that the model can read "
+                    "or write; make one smaller or the other larger"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluations_find_what_decides(self) -> Self:
+        phases = {"pretrain": self.objectives, "finetune": self.benchmarks.objectives()}
+        for name, objectives in phases.items():
+            training: TrainingConfig | None = getattr(self.training, name)
+            if training is None or objectives is None or training.evaluate_every_steps is None:
+                continue
+            figures = ["loss", *(objective.name for objective in objectives.build())]
+            if training.best_by not in figures:
+                raise ValueError(
+                    f"training.{name}.best_by={training.best_by}: an evaluation while training "
+                    f"gives {', '.join(figures)}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _teacher_sees_the_same_data(self) -> Self:
         distills = [self.benchmarks.distill, self.objectives and self.objectives.distill]
         if self.dataset.mixed_in and any(one and one.features for one in distills):

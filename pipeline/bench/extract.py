@@ -294,7 +294,7 @@ def ray_data_extract(
     size = extractor.image_size
 
     def pixels(row: dict[str, Any]) -> dict[str, Any]:
-        image = Image.open(io.BytesIO(row["jpg"])).convert("RGB")
+        image = Image.open(io.BytesIO(row["jpg"]), formats=["JPEG"]).convert("RGB")
         resized = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
         return {"key": row["__key__"], "pixels": resized}
 

@@ -1,20 +1,27 @@
-"""What can be refused before any work: files and devices that a recipe wants and are not there."""
+"""What can be refused before work: names in a recipe of what is not there.
 
-import os
-from collections.abc import Iterator, Sequence
+Files, devices, keys of DeepSpeed and, as soon as there is a dataset, its splits and texts.
+"""
+
+from collections.abc import Sequence
 
 from pipeline import storage
+from pipeline.data.dataset import Dataset
 from pipeline.errors import ConfigError, FeatureError
 from pipeline.recipe import Recipe
-from pipeline.stages.state import Record
+from pipeline.stages.devices import missing_devices
+from pipeline.training.engine import require_known_keys, require_precision
+from pipeline.training.spec import Environment
+
+FEW_SAMPLES = 20  # of a held-out split: fewer tell little
 
 
 def preflight(recipe: Recipe, stages: Sequence[str] = ()) -> None:
-    """Raises ConfigError naming the key, for all that is missing at once.
+    """Raises ConfigError naming the key, for every missing file and unknown key at once.
 
-    `stages` are those that are to be run: what they ask of this machine has to be there.
+    `stages` are those that are to be run: the devices that they ask for have to be there.
     """
-    faults = list(_devices(recipe, stages))
+    faults = list(missing_devices(recipe, stages))
     needed = {
         "model.initial": recipe.model.initial,
         "model.tokenizer": recipe.model.tokenizer,
@@ -39,45 +46,61 @@ def preflight(recipe: Recipe, stages: Sequence[str] = ()) -> None:
         recipe.trackers.check()
     except ConfigError as error:
         faults.append(str(error))
+    device = "cuda:0" if recipe.cluster.gpus_per_worker else "cpu"
+    rank = Environment(0, recipe.cluster.workers, 0, device)
+    for name in ("pretrain", "finetune"):
+        training = getattr(recipe.training, name)
+        if training is not None:
+            try:
+                require_known_keys(training, rank, f"training.{name}.deepspeed")
+                if recipe.cluster.address is None:  # else other machines compute
+                    require_precision(training, rank, f"training.{name}.precision")
+            except ConfigError as error:
+                faults.append(str(error))
     if faults:
         raise ConfigError("\n".join(faults))
 
 
-def _devices(recipe: Recipe, stages: Sequence[str]) -> Iterator[str]:
-    """Says what stages that are not done ask of this machine, and it has not."""
-    cluster, extract = recipe.cluster, recipe.features.extract
-    if cluster.address is not None:  # which may have more, or may wait for it
-        return
-    if "extract" in stages and not recipe.features.live:
-        cpus = max(os.cpu_count() or 1, cluster.workers * cluster.cpus_per_worker)
-        if extract.actors and cluster.runner == "ray" and extract.cpus_per_actor > cpus:
-            yield (
-                f"features.extract.cpus_per_actor: found {extract.cpus_per_actor:g}, and this "
-                f"machine has {cpus} CPUs; use fewer, or give the cluster.address of one with more"
+def require_splits(recipe: Recipe, dataset: Dataset) -> None:
+    """Raises ConfigError if a split that the recipe names lacks samples, or texts of a benchmark.
+
+    All faults are told at once.
+    """
+    part = recipe.dataset
+    named = {"dataset.train_split": (dataset, part.train_split)}
+    named["dataset.validation_split"] = (dataset, part.validation_split)
+    for number, other in enumerate(part.mixed_in):
+        named[f"dataset.mixed_in.{number}.split"] = (Dataset.open(other.path), other.split)
+    faults = []
+    for key, (source, name) in named.items():
+        sizes = source.split_sizes()
+        if name not in sizes:
+            known = ", ".join(f"{split} ({size} samples)" for split, size in sizes.items())
+            faults.append(
+                f"{key}: found {name!r}, of which {source.url} has no sample; "
+                f"its splits are {known or 'none: every sample was rejected or removed'}"
             )
-        if extract.gpus_per_actor and (here := _num_gpus()) < extract.gpus_per_actor:
-            yield (
-                f"features.extract.gpus_per_actor: found {extract.gpus_per_actor:g}, and this "
-                f"machine has {here} GPUs; use 0, or give the cluster.address of one that has some"
-            )
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", cluster.workers))  # set by torchrun
-    wanted = ranks_here * cluster.gpus_per_worker
-    trains = {"pretrain", "finetune"} & set(stages)
-    if wanted and any(not _is_done(recipe, stage) for stage in trains):
-        here = _num_gpus()
-        if here < wanted:
-            yield (
-                f"cluster.gpus_per_worker: {ranks_here} workers want {wanted} GPUs, and this "
-                f"machine has {here}; use 0 or fewer workers, or give the address of a cluster"
-            )
+    if not faults:
+        for key in ("dataset.train_split", "dataset.validation_split"):
+            split = dataset.split(named[key][1])
+            faults += [
+                f"{key}: split {split.name!r} has {split.num_samples} samples and no "
+                f"{benchmark.kind}, of which benchmarks.{name} is; choose another split, or leave "
+                "this benchmark out"
+                for name, benchmark in recipe.benchmarks.build().items()
+                if not split.counts(benchmark.kind).any()
+            ]
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
-def _is_done(recipe: Recipe, stage: str) -> bool:
-    record = Record.read(recipe.run, stage)
-    return record is not None and record.state == "done"
-
-
-def _num_gpus() -> int:
-    import torch  # which takes seconds to import, and is needed for this only here
-
-    return torch.cuda.device_count()
+def small_validation(recipe: Recipe, dataset: Dataset) -> str | None:
+    """Says so if what is held out is so little that its figures are mostly chance."""
+    name = recipe.dataset.validation_split
+    size = dataset.split_sizes().get(name, 0)
+    if size >= FEW_SAMPLES:
+        return None
+    return (
+        f"dataset.validation_split: split {name!r} has {size} samples; figures of so few are "
+        "mostly chance: hold out more"
+    )

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.cli import run_job
 from pipeline.errors import ConfigError
-from pipeline.stages import preflight as module
+from pipeline.stages import devices as module
 from pipeline.stages.preflight import preflight
 from pipeline.stages.run import STAGES
 from pipeline.stages.state import Record

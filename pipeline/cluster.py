@@ -85,8 +85,7 @@ class Connection:
 
     address: str  # empty for one of our own
     tell: Tell
-    answered_at: float = 0.0  # by time.monotonic
-    is_lost: bool = False
+    silent_since: float | None = None  # by time.monotonic; its head does not answer
 
 
 def _print(text: str) -> None:
@@ -105,7 +104,6 @@ def start_ray(cluster: ClusterConfig, tell: Tell = _print) -> None:
     ClusterError if there is no Ray at the address, or it does not let us in.
     """
     connection.tell = tell
-    connection.answered_at = time.monotonic()
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     if "ray" in sys.modules:
@@ -198,7 +196,10 @@ def _start(num_cpus: int) -> None:
         token()
         use_token()
     import ray
+    from ray._private import ray_constants
 
+    # Ray read the environment when it was imported, which may have been before us.
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] != "0"
     try:
         ray.init(
             # Without it, init joins any cluster that happens to run on this machine.

@@ -1,7 +1,7 @@
 """Room on a cluster, and work that waits for it."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipeline.cluster import connection, probe
@@ -25,31 +25,33 @@ class Waiting:
         self._each = {name: amount for name, amount in each.items() if amount}
         self._began = time.monotonic()
         self._told_at = 0.0
-        self._told = ""
+        self._told: bool | None = None
 
     def require_room(self) -> None:
         """Raises ConfigError if a Ray of our own has not the room, which nothing would change."""
         if not connection.address and self._room() < self._number:
             raise ConfigError(f"{self._lacking()}; ask for less, or join a cluster that has it")
 
-    def look(self, may_wait: bool = True) -> None:
-        """Tells, now and then, why nothing starts; call it every few seconds until something does.
+    def look(self, is_pending: Callable[[], bool]) -> None:
+        """Tells, now and then, what is waited for; call it every few seconds while work is done.
 
-        `may_wait` is false when the work is known to run. Raises ClusterError if the cluster was
-        lost, and ConfigError where no room can come.
+        `is_pending` tells whether a part of the work has not started. Raises ClusterError if the
+        cluster was lost, and ConfigError where no room can come.
         """
-        _require_answer()
+        if not _answers():  # any other question would wait for a minute
+            return
         self.require_room()
-        if self._room() < self._number:
+        lacks_room = self._room() < self._number
+        if lacks_room:
             text = f"{self._lacking()}; it waits for nodes, which may come"
-        elif may_wait and time.monotonic() - self._began > SECONDS_UNTIL_BUSY:
+        elif time.monotonic() - self._began > SECONDS_UNTIL_BUSY and is_pending():
             free = _listed(_free(), self._each)
             text = f"{self._asked()}, and others use the cluster, with {free} free; it waits"
         else:
             return
         now = time.monotonic()
-        if text.partition(":")[0] != self._told or now - self._told_at > SECONDS_BETWEEN_REMINDERS:
-            self._told, self._told_at = text.partition(":")[0], now
+        if lacks_room != self._told or now - self._told_at > SECONDS_BETWEEN_REMINDERS:
+            self._told, self._told_at = lacks_room, now
             connection.tell(text)
 
     def _room(self) -> int:
@@ -80,7 +82,7 @@ def wait(references: Sequence[Any], waiting: Waiting, has_begun: bool) -> list[A
         done: list[Any] = ray.wait(list(references), timeout=SECONDS_BETWEEN_LOOKS)[0]
         if done:
             return done
-        waiting.look(may_wait=not has_begun)
+        waiting.look(is_pending=lambda: not has_begun)
 
 
 def is_own() -> bool:
@@ -105,21 +107,38 @@ def _listed(there: Mapping[str, float], asked: Mapping[str, float]) -> str:
     return " and ".join(f"{there.get(name, 0.0):g} {name}" for name in asked)
 
 
-def _require_answer() -> None:
-    """Raises ClusterError if the head of the cluster has not answered for a while."""
+def require_cluster() -> None:
+    """Raises ClusterError if the head of the cluster does not answer, now and in a few seconds."""
+    deadline = time.monotonic() + SECONDS_UNTIL_LOST / 4
+    while not _answers():
+        if time.monotonic() > deadline:
+            raise _lost()
+        time.sleep(SECONDS_BETWEEN_LOOKS / 5)
+
+
+def _answers() -> bool:
+    """Tells whether the head of the cluster answers; raises ClusterError if it did not for long."""
+    now = time.monotonic()
+    try:
+        probe(_address())
+    except ClusterError as error:
+        connection.silent_since = connection.silent_since or now
+        if now - connection.silent_since < SECONDS_UNTIL_LOST:
+            return False
+        raise _lost() from error
+    connection.silent_since = None
+    return True
+
+
+def _lost() -> ClusterError:
+    whose = f"the Ray at {_address()}" if connection.address else "this command's own Ray"
+    return ClusterError(
+        f"{whose} was lost: its head does not answer any more. What is finished is kept; on a Ray "
+        "that runs, the same command goes on from the last checkpoint"
+    )
+
+
+def _address() -> str:
     import ray
 
-    now = time.monotonic()
-    address = connection.address or ray.get_runtime_context().gcs_address
-    try:
-        probe(address)
-    except ClusterError as error:
-        if now - connection.answered_at < SECONDS_UNTIL_LOST:
-            return
-        connection.is_lost = True
-        whose = f"the Ray at {address}" if connection.address else "this command's own Ray"
-        raise ClusterError(
-            f"{whose} was lost: its head does not answer any more. What is finished is kept; on a "
-            "Ray that runs, the same command goes on from the last checkpoint"
-        ) from error
-    connection.answered_at = now
+    return connection.address or str(ray.get_runtime_context().gcs_address)

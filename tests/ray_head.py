@@ -42,7 +42,8 @@ class RayHead:
             settings["RAY_AUTH_MODE"] = "token"
         options = []
         if listens_here_only:
-            settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # so 127.0.0.1 means itself
+            # So that 127.0.0.1 means itself, to who joins too.
+            self.environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
             options.append("--node-ip-address=127.0.0.1")
         opened = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
         port, dashboard, agent, client = (server.getsockname()[1] for server in opened)

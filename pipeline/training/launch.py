@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from pydantic import ValidationError
 from pipeline import storage
 from pipeline.cluster import ClusterConfig, start_ray
 from pipeline.errors import ConfigError, PipelineError, StorageError, TrainingError
-from pipeline.room import Waiting
+from pipeline.room import Waiting, require_cluster
 from pipeline.scratch import scratch_folder
 from pipeline.training.spec import Environment, TrainingResult, TrainingSpec
 
@@ -212,6 +213,7 @@ def _run_on_ray(
     except PipelineError:
         raise
     except Exception as error:
+        require_cluster()  # else it is of no use to say which of its processes were lost
         raise _in_one_sentence(error, specs[0]) from None
     finally:
         storage.remove(state)
@@ -401,7 +403,7 @@ def _fit(trainer: Any, waiting: Waiting, each: Mapping[str, float]) -> None:
 
     threading.Thread(target=fit, name="ray-train", daemon=True).start()
     while not futures.wait([done], SECONDS_BETWEEN_LOOKS_FOR_ROOM).done:
-        waiting.look(may_wait=_is_pending(each))
+        waiting.look(partial(_is_pending, each))
     done.result()
 
 
@@ -470,12 +472,12 @@ def _in_one_sentence(error: Exception, spec: TrainingSpec) -> PipelineError:
     storage.write_bytes(trace, str(error).encode())
     reasons = [
         f"rank {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items())
-    ] or [_last_line(cause)]
+    ] or [f"the process that leads the ranks: {_last_line(cause)}"]
     return TrainingError(f"{spec.phase}: {'; '.join(reasons)}; the whole trace is in {trace}")
 
 
 def _last_line(error: Any) -> str:
-    from ray.exceptions import OutOfMemoryError
+    from ray.exceptions import OutOfMemoryError, RayActorError
 
     if isinstance(error, OutOfMemoryError):
         return (
@@ -483,6 +485,13 @@ def _last_line(error: Any) -> str:
             "cluster.workers or a smaller micro_batch_size, and start again: it goes on"
         )
     cause = getattr(error, "_base_exc", error)
+    if isinstance(cause, RayActorError):
+        return (
+            "lost, with its node or by itself, and not to be restarted (cluster.max_failures); "
+            "start again: it goes on from the last checkpoint"
+        )
+    if isinstance(cause, ModuleNotFoundError):
+        return f"{cause} on its node; install Sightline and what it needs on every node"
     text = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {text[-1]}" if text else type(cause).__name__
 

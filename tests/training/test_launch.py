@@ -14,13 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from pipeline.cluster import ClusterConfig
 from pipeline.errors import ConfigError, FeatureError, TrainingError
 from pipeline.training import launch
 from pipeline.training.assembly import Assembly
-from pipeline.training.loop import finished_result
+from pipeline.training.loop import finished_result, request_stop
 from pipeline.training.metrics_log import read_metrics
 from pipeline.training.spec import TrainingSpec
 from tests.ray_head import RayHead
@@ -125,7 +126,7 @@ def test_what_ends_a_rank_is_told_in_a_sentence_and_the_trace_kept(tmp_path: Pat
     ours = WorkerGroupError("…", {0: ConnectionError("closed"), 1: FeatureError("no features")})
     assert str(launch._in_one_sentence(ours, spec)) == "rank 1: no features"
     full = launch._in_one_sentence(ControllerError(OutOfMemoryError("Refer to …")), spec)
-    assert str(full).startswith("pretrain: its machine's memory ran out")
+    assert str(full).startswith("pretrain: the process that leads the ranks: its machine's memory")
     refused = ControllerError(FeatureError("rank 3: no features"))
     assert launch._in_one_sentence(refused, spec) is refused.controller_failure
 
@@ -167,6 +168,24 @@ class TestOnRay:
         assert finished_result(good) is not None
         assert len(events(bad, "started")) == 1
         assert not (tmp_path / "good" / "ray").exists()
+
+    def test_ranks_of_one_machine_listen_there_only(self, tmp_path: Path) -> None:
+        spec = make_spec(tmp_path / "run", steps=STEPS)
+        found: set[str] = set()
+
+        def look() -> None:
+            wait_until(lambda: steps_logged(spec) >= 2)
+            for rank in range(2):
+                process = psutil.Process(int((tmp_path / "run" / f"pid-{rank}").read_text()))
+                connections = process.net_connections("inet")
+                found.update(one.laddr.ip for one in connections if one.status == "LISTEN")
+            request_stop(spec.folder)
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        launch.launch(spec, TWO_WORKERS, print)
+        thread.join()
+        assert found == {"127.0.0.1"}
 
     def test_its_figures_are_shown_to_prometheus(self, tmp_path: Path) -> None:
         import ray
@@ -227,7 +246,8 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> TrainingSpec:
 def own_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What Ray's processes of a test's own cluster know each other by, and nobody else does.
 
-    The folder takes the file by which Ray tells a whole machine of a cluster; it has to be there.
+    Ray's `Cluster` writes its address where the whole machine would find it, in a folder that is
+    there only if Ray ran before.
     """
     path = tmp_path / "token"
     path.touch(mode=0o600)
@@ -235,6 +255,7 @@ def own_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as f:
+        (Path(f) / "ray").mkdir()
         monkeypatch.setenv("RAY_TMPDIR", f)
         yield
 

@@ -133,8 +133,8 @@ def _answers() -> bool:
 def _lost() -> ClusterError:
     whose = f"the Ray at {_address()}" if connection.address else "this command's own Ray"
     return ClusterError(
-        f"{whose} was lost: its head does not answer any more. What is finished is kept; on a Ray "
-        "that runs, the same command goes on from the last checkpoint"
+        f"{whose} was lost: its head does not answer any more. What is finished is kept, and with "
+        "a Ray that runs the same command goes on from there"
     )
 
 

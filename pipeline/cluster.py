@@ -255,8 +255,6 @@ def _job_config() -> Any:
 
 def _join(address: str) -> str:
     """Connects to a cluster that others have started, and returns its address."""
-    # Ray writes what it is told of a cluster that dies to our terminal, a line for each task.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     where = _address_of_auto() if address == "auto" else address
     if token():
         use_token()  # a cluster that wants none takes no notice

@@ -15,8 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -103,13 +102,15 @@ class JobClient:
             return Submitted(job, is_new=True)
 
     def _start(self, recipe: Recipe, job: str, metadata: dict[str, str]) -> None:
-        with _recipe_folder(recipe.on_cluster()) as folder:
+        with tempfile.TemporaryDirectory(prefix="sightline-job-") as folder:
+            (Path(folder) / "recipe.yaml").write_text(config.to_yaml(recipe.on_cluster()))
+            (Path(folder) / "job.sh").write_text(script(recipe))
             self._client.submit_job(
-                entrypoint=entrypoint(recipe),
+                entrypoint="sh job.sh",
                 submission_id=job,
                 metadata=metadata,
                 runtime_env={
-                    "working_dir": str(folder),
+                    "working_dir": folder,
                     "env_vars": {
                         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_SECONDS),
                         "PYTHONUNBUFFERED": "1",
@@ -249,8 +250,8 @@ def _probe(address: str) -> None:
         raise StageError(f"what answers at {address} is no Ray dashboard; check the address")
 
 
-def entrypoint(recipe: Recipe) -> str:
-    """Returns the job's shell command, which finds out where it is.
+def script(recipe: Recipe) -> str:
+    """Returns what the job's shell runs, which finds out where it is.
 
     An address tells nothing of it: 127.0.0.1 may be the end of a tunnel. The machine is this one
     if it was started at the same time and has the same files. There, the job runs with this
@@ -304,11 +305,3 @@ def _boot() -> str:
 def _file(path: Path) -> str:
     found = path.stat()
     return f"{found.st_dev}:{found.st_ino}"
-
-
-@contextmanager
-def _recipe_folder(recipe: Recipe) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="sightline-job-") as name:
-        folder = Path(name)
-        (folder / "recipe.yaml").write_text(config.to_yaml(recipe))
-        yield folder

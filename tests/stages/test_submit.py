@@ -18,7 +18,7 @@ from pipeline.cli import run_job
 from pipeline.errors import ConfigError, StageError
 from pipeline.recipe import Recipe
 from pipeline.stages import submit
-from pipeline.stages.submit import JobClient, Submitted, entrypoint, job_name
+from pipeline.stages.submit import JobClient, Submitted, job_name, script
 from tests.ray_head import RayHead
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -147,7 +147,7 @@ def test_names_are_of_what_a_recipe_says(tmp_path: Path, monkeypatch: pytest.Mon
     assert job_name(relative) != here
 
 
-class TestEntrypoint:
+class TestScript:
     """The job's command, run by a shell as a head runs it."""
 
     @pytest.fixture(autouse=True)
@@ -181,7 +181,7 @@ class TestEntrypoint:
         here.mkdir()
         (here / "pipeline.py").write_text("raise SystemExit('the wrong module')")
         monkeypatch.chdir(here)
-        done = self._run(entrypoint(config.load(Recipe, QUICKSTART)))
+        done = self._run(script(config.load(Recipe, QUICKSTART)))
         assert done.returncode == 64  # of the recipe above, by the real command line
         assert "Refused: " in done.stderr
         assert "the wrong module" not in done.stderr
@@ -191,7 +191,7 @@ class TestEntrypoint:
     ) -> None:
         self._installed("sightline")
         monkeypatch.setattr(submit, "_boot", lambda: "another machine's")
-        done = self._run(entrypoint(recipe(tmp_path)))
+        done = self._run(script(recipe(tmp_path)))
         assert done.stdout.split() == ["sightline", "run", f"{self.folder}/recipe.yaml"]
 
     def test_on_other_files_of_this_machine_too(
@@ -199,7 +199,7 @@ class TestEntrypoint:
     ) -> None:
         self._installed("python")
         monkeypatch.setattr(submit, "_file", lambda _path: "1:1")  # as of a container
-        done = self._run(entrypoint(recipe(tmp_path)))
+        done = self._run(script(recipe(tmp_path)))
         assert done.stdout.split()[-5:-1] == ["-P", "-m", "pipeline.cli", "run"]
 
     def test_where_nothing_is_installed_it_says_so(
@@ -207,7 +207,7 @@ class TestEntrypoint:
     ) -> None:
         (self.path / "python").symlink_to("/bin/false")
         monkeypatch.setattr(submit, "_boot", lambda: "another machine's")
-        done = self._run(entrypoint(recipe(tmp_path)))
+        done = self._run(script(recipe(tmp_path)))
         assert done.returncode == 1
         assert "Sightline is not installed on this cluster's head" in done.stderr
 
@@ -216,7 +216,7 @@ class TestEntrypoint:
     ) -> None:
         self._installed("sightline")
         monkeypatch.setattr(submit, "_boot", lambda: "another machine's")
-        done = self._run(entrypoint(config.load(Recipe, QUICKSTART)))
+        done = self._run(script(config.load(Recipe, QUICKSTART)))
         assert done.returncode == 64
         assert done.stderr.startswith("Refused: the recipe's 'runs/quickstart' is relative to ")
         assert done.stdout == ""

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize(
     ("family", "make_config", "suffix"),
     [
-        ("visualbert", visualbert_config, "th"),
+        ("visualbert", partial(visualbert_config, visual_token_type=0), "th"),
         ("lxmert", lxmert_config, "pth"),
         ("vilbert", vilbert_config, "bin"),
         ("uniter", uniter_config, "pt"),

@@ -28,7 +28,7 @@ from pipeline.models import families
 from pipeline.objectives.objective import ObjectivesConfig
 from pipeline.recipe import Recipe
 from pipeline.stages import train
-from pipeline.stages.preflight import preflight
+from pipeline.stages.preflight import initial_weights, preflight
 from pipeline.stages.progress import StageProgress
 from pipeline.training.assembly import MicroBatch, assemble
 from pipeline.training.engine import require_swapping
@@ -178,6 +178,9 @@ def check(recipe: Recipe, console: Console) -> Report:
     elif any(phase.data for phase in phases):
         phases = _timed(recipe, inputs, phases, console)
     advice = tuple(line for phase in phases for line in _advice(recipe, machine, phase))
+    initial = initial_weights(recipe)
+    if initial is not None:
+        advice = (f"model.initial: {initial.summary()}", *advice)
     return Report(recipe.name, machine, tuple(phases), tuple(unknown), advice)
 
 

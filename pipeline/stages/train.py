@@ -8,6 +8,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.data.dataset import Dataset, Split
 from pipeline.data.images import LiveConfig
+from pipeline.data.picture_range import PictureRange
 from pipeline.data.vocabulary import build_tokenizer, load_tokenizer, save_tokenizer
 from pipeline.errors import ConfigError, PipelineError, StageError, StoppedError, TrainingError
 from pipeline.model_files import digest, is_model, read_own
@@ -16,6 +17,7 @@ from pipeline.recipe import MixedInPart, Recipe
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, once
 from pipeline.training.launch import launch_all, read_spec
+from pipeline.training.model_folder import require_same_words
 from pipeline.training.spec import MixedIn, TrainingConfig, TrainingSpec
 from pipeline.training.trackers import tracking
 from pipeline.vision.feature import extractor_name
@@ -173,10 +175,13 @@ def _train(
     """Runs phases one after another; raises StoppedError if the run was told to stop."""
     for spec in specs:
         check_fits(spec, inputs.split(spec.split), recipe.cluster.workers)
+        if spec.initial is not None:
+            require_same_words(spec.tokenizer, spec.initial)
 
     def show(line: dict[str, Any]) -> None:
         if "loss" not in line:
-            progress.note(f"{line['phase']}: {line['event']} at step {line.get('step', 0)}")
+            told = f": {line['summary']}" if "summary" in line else ""
+            progress.note(f"{line['phase']}: {line['event']} at step {line.get('step', 0)}{told}")
             return
         losses = "  ".join(f"{name} {loss:.3f}" for name, loss in line["losses"].items())
         figures = f"loss {line['loss']:.3f} ({losses})  {line['samples_per_second']:.0f} samples/s"
@@ -233,6 +238,10 @@ def phase_spec(
 ) -> TrainingSpec:
     folder = storage.absolute(storage.join(recipe.run, phase))
     version, mixed_in = _versions(folder, inputs)
+    caption, vqa = recipe.benchmarks.caption, recipe.benchmarks.vqa
+    pictures = None
+    if phase != "blind":
+        pictures = PictureRange.of(inputs.split(recipe.dataset.train_split)).to_json()
     tokenizer = storage.absolute(storage.join(recipe.run, "tokenizer"))
     config = recipe.model.config(
         vocab_size=len(load_tokenizer(tokenizer)),
@@ -255,6 +264,7 @@ def phase_spec(
         initial=storage.absolute(initial) if initial else None,
         tokenizer=tokenizer,
         max_tokens=recipe.model.max_tokens,
+        decoding=caption.decoding() if caption else None,
         answers=tuple(answers),
         objectives=objectives.settings(),
         blind=phase == "blind",
@@ -265,6 +275,8 @@ def phase_spec(
             "family": recipe.model.family,
             "phase": phase,
             "max_tokens": recipe.model.max_tokens,
+            **({"question_tokens": vqa.max_tokens} if vqa else {}),
+            **({"pictures": pictures} if pictures else {}),
             "data": {
                 "dataset": inputs.dataset.url,
                 "version": version,

@@ -10,6 +10,7 @@ from pipeline.config import Config
 from pipeline.data.images import LiveConfig
 from pipeline.data.loader import BatchConfig
 from pipeline.errors import ConfigError
+from pipeline.models.generation import Decoding
 from pipeline.vision.grid import GridConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -205,6 +206,7 @@ class TrainingSpec(Config):
     # Operations that one rank's device can make in a second, for the share that the model makes use
     # of (MFU); None: those of a GPU that is known.
     device_flops: PositiveFloat | None = None
+    decoding: Decoding | None = None  # how the model will write what it is scored by
     # what the model folder records beside the weights
     card: dict[str, Any] = Field(default_factory=dict)
 
@@ -226,6 +228,7 @@ class TrainingSpec(Config):
             "folder",
             "tokenizer",
             "initial",
+            "decoding",
             "card",
             "device_flops",
         ):

@@ -59,6 +59,13 @@ Overrides = Annotated[
 PrintRecipe = Annotated[
     bool, typer.Option("--print-recipe", help="Print the resolved recipe and do nothing.")
 ]
+AllowRemovals = Annotated[
+    bool,
+    typer.Option(
+        "--allow-removals",
+        help="Let any number of samples go that the source has no more, for this once.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")]
 Address = Annotated[
     str,
@@ -132,20 +139,42 @@ def _add_stage_verb(name: str, description: str) -> None:
         print_recipe: PrintRecipe = False,
         as_json: AsJson = False,
     ) -> None:
-        from pipeline import config
-        from pipeline.recipe import Recipe
+        _run_verb(name, recipe, overrides, print_recipe, as_json)
 
-        resolved = config.load(Recipe, recipe, overrides or [])
-        if print_recipe:
-            typer.echo(config.to_yaml(resolved), nl=False)
-            return
-        from pipeline.stages.run import STAGES, run_stages
+    @reported
+    def ingesting_verb(
+        recipe: RecipePath,
+        overrides: Overrides = None,
+        allow_removals: AllowRemovals = False,
+        print_recipe: PrintRecipe = False,
+        as_json: AsJson = False,
+    ) -> None:
+        _run_verb(name, recipe, overrides, print_recipe, as_json, allow_removals)
 
-        summary = run_stages(resolved, list(STAGES) if name == "run" else [name], console)
-        if as_json:
-            typer.echo(json.dumps(summary, ensure_ascii=False))
+    app.command(name, help=description)(ingesting_verb if name in ("run", "ingest") else verb)
 
-    app.command(name, help=description)(verb)
+
+def _run_verb(
+    name: str,
+    recipe: str,
+    overrides: list[str] | None,
+    print_recipe: bool,
+    as_json: bool,
+    allow_removals: bool = False,
+) -> None:
+    from pipeline import config
+    from pipeline.recipe import Recipe
+
+    resolved = config.load(Recipe, recipe, overrides or [])
+    if print_recipe:
+        typer.echo(config.to_yaml(resolved), nl=False)
+        return
+    from pipeline.stages.run import STAGES, run_stages
+
+    names = list(STAGES) if name == "run" else [name]
+    summary = run_stages(resolved, names, console, allow_removals)
+    if as_json:
+        typer.echo(json.dumps(summary, ensure_ascii=False))
 
 
 for _name, _description in STAGE_VERBS.items():

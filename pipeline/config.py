@@ -19,7 +19,9 @@ from pipeline.errors import ConfigError
 class Config(BaseModel):
     """A frozen settings object that refuses unknown keys. Derived values are methods."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=False, validate_default=True, allow_inf_nan=False
+    )
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -27,10 +29,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 def load(config: type[ConfigT], location: str, overrides: Sequence[str] = ()) -> ConfigT:
     """Reads a YAML file, applies `dotted.key=value` overrides, and checks the result."""
-    try:
-        document = yaml.safe_load(storage.read_bytes(location))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{location}: not valid YAML: {error}") from error
+    document = _parsed(storage.read_bytes(location), location)
     if not isinstance(document, dict):
         raise ConfigError(
             f"{location}: expected a mapping of keys, found {type(document).__name__}"
@@ -59,14 +58,81 @@ def overridden(document: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
     return document
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe types; a key that a mapping has twice is an error, not the last of its values."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != _MERGE:
+                if key_node.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key_node.value!r} is given twice",
+                        key_node.start_mark,
+                    )  # fmt: skip
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_MERGE = "tag:yaml.org,2002:merge"  # of `<<`, whose keys those beside it override
+_MAX_VALUES = 100_000  # of a document, with aliases written out
+_MAX_DEPTH = 50
+_MAX_BYTES = 1 << 24
+
+
+def _parsed(text: bytes | str, where: str) -> Any:
+    """Returns what YAML holds, or raises ConfigError naming where it is."""
+    if len(text) > _MAX_BYTES:
+        raise ConfigError(
+            f"{where}: found {len(text)} bytes, more than the {_MAX_BYTES} of the largest recipe "
+            "that is read; is it one?"
+        )
+    try:
+        document = yaml.load(text, _Loader)  # a safe one
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where}: not valid YAML: nested too deeply") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        # PyYAML's own of a value it cannot make: 5,000 digits, a 31st of February, `!!bool no-one`
+        fault = str(error).partition(";")[0]
+        raise ConfigError(f"{where}: not valid YAML: a value cannot be read: {fault}") from error
+    _num_values(document, where, {}, 0)
+    return document
+
+
+def _num_values(value: Any, where: str, known: dict[int, int], depth: int) -> int:
+    """Counts the values in a document; raises ConfigError if they are too many, or too deep.
+
+    Aliases make one value stand in many places, or within itself, at no cost in the file.
+    """
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{where}: {value!r:.80} holds half a surrogate pair") from error
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        if depth > _MAX_DEPTH:
+            raise ConfigError(
+                f"{where}: values are nested over {_MAX_DEPTH} deep, or an alias stands within "
+                "its own anchor"
+            )
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_num_values(part, where, known, depth + 1) for part in parts)
+    if known[id(value)] > _MAX_VALUES:
+        raise ConfigError(
+            f"{where}: holds over {_MAX_VALUES} values once its aliases are written out"
+        )
+    return known[id(value)]
+
+
 def _override(document: dict[str, Any], override: str) -> dict[str, Any]:
     name, equals, text = override.partition("=")
     if not equals or not name:
-        raise ConfigError(f"override {override!r}: expected dotted.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from error
+        raise ConfigError(f"override {_shown(override)}: expected dotted.key=value")
+    value = _parsed(text, f"override {_shown(override)}")
     *parents, last = name.split(".")
     result = dict(document)
     node = result
@@ -95,7 +161,18 @@ def _fault(config: type[Config], fault: Any) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if isinstance(found, dict | list):
         return f"{key}: {message}"
-    return f"{key}: found {found!r}; {message}"
+    return f"{key}: found {_shown(found)}; {message}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # of an integer of thousands of digits, which has no decimal form
+        text = f"a number of {value.bit_length()} bits"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
+
+
+_MAX_SHOWN = 200  # characters of a value in a message
 
 
 def _is_tag(location: tuple[int | str, ...], index: int) -> bool:

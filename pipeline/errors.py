@@ -32,6 +32,10 @@ class RejectError(PipelineError):
     """More records were rejected than the recipe allows."""
 
 
+class RemovalError(PipelineError):
+    """More samples would leave a dataset than the recipe allows."""
+
+
 class FeatureError(PipelineError):
     """Features are missing, do not match their samples, or cannot be computed."""
 

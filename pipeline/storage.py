@@ -1,19 +1,23 @@
 """Every byte in and out: local paths and object stores by URL, published atomically.
 
-A location is a plain string: a local path or a URL that fsspec knows (`s3://bucket/prefix`).
+A location is a plain string: a local path or a URL that fsspec knows (`s3://bucket/prefix`). A
+local path may begin with `~` or `~user`, which every function here takes for the home folder.
+fsspec's chains of URLs (`simplecache::http://…`) are no locations: a `::` is part of a name.
 Nothing here is appended to or edited in place: an object appears whole or not at all.
 """
 
 import contextlib
+import errno
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import fsspec
 
@@ -29,7 +33,11 @@ def local_path(location: str) -> Path:
     """Returns a local location as a path; raises StorageError for an object store."""
     if not is_local(location):
         raise StorageError(f"{location}: expected a local path, found an object store URL")
-    return Path(location.removeprefix("file://"))
+    if "\0" in location:
+        raise StorageError(f"{location!r}: no file's name holds a NUL character")
+    path = location.removeprefix("file://")
+    # Unlike that of pathlib this leaves the home folder of an unknown user alone.
+    return Path(os.path.expanduser(path) if path.startswith("~") else path)  # noqa: PTH111
 
 
 def join(location: str, *names: str) -> str:
@@ -39,12 +47,43 @@ def join(location: str, *names: str) -> str:
 
 def is_absolute(location: str) -> bool:
     """Whether the location means the same from any working directory."""
-    return not is_local(location) or local_path(location).expanduser().is_absolute()
+    return not is_local(location) or local_path(location).is_absolute()
 
 
 def absolute(location: str) -> str:
     """Returns the location such that it means the same from any working directory."""
-    return str(local_path(location).expanduser().absolute()) if is_local(location) else location
+    return str(local_path(location).absolute()) if is_local(location) else location
+
+
+def scheme(location: str) -> str:
+    """Returns a URL's scheme in lower case, such as `s3`; of a local path it is `file`."""
+    return location.partition("://")[0].lower() if "://" in location else "file"
+
+
+def followed(folder: str, name: str) -> str:
+    """Returns the location that a name in a file leads to from an absolute folder.
+
+    A name may be a location of its own. `.` and `..` are followed, up to the folder's root or
+    bucket; `~` is an ordinary character here.
+    """
+    if "://" in name and scheme(name) != "file":
+        return name
+    root, path = "", name
+    if scheme(name) == "file" and "://" in name:
+        path = name.partition("://")[2]
+    elif not name.startswith("/"):
+        path = f"{folder}/{name}"
+        if not is_local(folder):
+            start, slashes, path = path.partition("://")
+            bucket, _, path = path.partition("/")
+            root = f"{start}{slashes}{bucket}"
+    parts: list[str] = []
+    for part in path.split("/"):
+        if part == "..":
+            del parts[-1:]
+        elif part not in ("", "."):
+            parts.append(part)
+    return f"{root}/{'/'.join(parts)}"
 
 
 def read_bytes(location: str) -> bytes:
@@ -137,12 +176,17 @@ def _is_new(create: Callable[[], object]) -> bool:
 
 def exists(location: str) -> bool:
     """Whether an object or folder is there now."""
-    if is_local(location):
-        return local_path(location).exists()
-    filesystem, path = _object_store(location)
-    filesystem.invalidate_cache()
-    found: bool = filesystem.exists(path)
-    return found
+    try:
+        if is_local(location):
+            return local_path(location).exists()
+        filesystem, path = _object_store(location)
+        filesystem.invalidate_cache()
+        found: bool = filesystem.exists(path)
+        return found
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise StorageError(f"{location}: cannot be looked up ({error})") from error
 
 
 def size_bytes(location: str) -> int:
@@ -165,13 +209,28 @@ def list_names(location: str) -> list[str]:
     filesystem, path = _object_store(location)
     filesystem.invalidate_cache()
     try:
-        return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in filesystem.ls(path, False)})
+        names = {name.rstrip("/").removeprefix(path) for name in filesystem.ls(path, False)}
+        return sorted({name.rsplit("/", 1)[-1] for name in names if name})
     except FileNotFoundError:
         return []
 
 
-def list_stamps(folder: str) -> dict[str, str]:
-    """Returns the files directly in a folder, each with a stamp that changes when it does.
+class Entry(NamedTuple):
+    """What a name in a folder stands for: a file, a folder, or something that cannot be read.
+
+    `stamp` is a file's: it changes when the file does. `fault` says what the third kind is. An
+    object store may have a file and a folder of one name. The name is "" of keys that end a
+    folder's name by two slashes, which no location can tell.
+    """
+
+    name: str
+    kind: Literal["file", "folder", "other"]
+    stamp: str = ""
+    fault: str = ""
+
+
+def list_entries(folder: str) -> list[Entry]:
+    """Returns what is directly in a folder, sorted by name.
 
     A stamp is the size with the modification time, or with the version or ETag an object store
     keeps. One listing, no file is opened. Raises StorageError if the folder is absent.
@@ -179,19 +238,65 @@ def list_stamps(folder: str) -> dict[str, str]:
     try:
         if is_local(folder):
             with os.scandir(local_path(folder)) as entries:
-                stats = ((entry.name, entry.stat()) for entry in entries if entry.is_file())
-                return {name: f"{stat.st_size}-{stat.st_mtime_ns}" for name, stat in stats}
+                return sorted(map(_local_entry, entries))
         filesystem, path = _object_store(folder)
         filesystem.invalidate_cache()
-        return {
-            entry["name"].rsplit("/", 1)[-1]: f"{entry['size']}-{_object_version(entry)}"
-            for entry in filesystem.ls(path, detail=True)
-            if entry["type"] == "file"
-        }
+        found = (_object_entry(path, entry) for entry in filesystem.ls(path, detail=True))
+        return sorted(entry for entry in found if entry is not None)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StorageError(f"{folder}: no such folder") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: half a surrogate in its name
         raise StorageError(f"{folder}: cannot be listed ({error})") from error
+
+
+def list_stamps(folder: str) -> dict[str, str]:
+    """Returns the files of `list_entries`, each with its stamp."""
+    return {entry.name: entry.stamp for entry in list_entries(folder) if entry.kind == "file"}
+
+
+def folder_identity(folder: str) -> tuple[int, int] | None:
+    """Returns what is equal if and only if two local locations are one folder, or None."""
+    if not is_local(folder):
+        return None
+    status = local_path(folder).stat()
+    return status.st_dev, status.st_ino
+
+
+def _local_entry(entry: os.DirEntry[str]) -> Entry:
+    try:
+        if entry.is_file():
+            status = entry.stat()
+            return Entry(entry.name, "file", f"{status.st_size}-{status.st_mtime_ns}")
+        if entry.is_dir():
+            return Entry(entry.name, "folder")
+        mode = entry.stat().st_mode
+        fault = next(
+            (name for is_kind, name in _NO_FILES if is_kind(mode)), "neither file nor folder"
+        )
+    except FileNotFoundError:
+        fault = "a link to nothing"
+    except OSError as error:
+        fault = "a link in a circle" if error.errno == errno.ELOOP else f"not to be had ({error})"
+    return Entry(entry.name, "other", fault=fault)
+
+
+_NO_FILES = (
+    (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"), (stat.S_ISBLK, "a device"),
+    (stat.S_ISCHR, "a device"),
+)  # fmt: skip
+
+
+def _object_entry(folder: str, entry: dict[str, Any]) -> Entry | None:
+    """Returns None of the empty object that stands for a folder."""
+    name = entry["name"].removeprefix(folder).removeprefix("/")
+    if entry["type"] == "file":
+        if name.rstrip("/"):
+            return Entry(name, "file", f"{entry['size']}-{_object_version(entry)}")
+        fault = "an object whose key ends in a slash, with bytes in it"
+        return Entry("", "other", fault=fault) if entry["size"] else None
+    if name.strip("/"):
+        return Entry(name.rstrip("/"), "folder")
+    return Entry("", "other", fault="a folder without a name: keys with two slashes in a row")
 
 
 @dataclass(frozen=True)
@@ -208,7 +313,7 @@ def list_files(folder: str) -> dict[str, FileStatus]:
         if is_local(folder):
             with os.scandir(local_path(folder)) as entries:
                 stats = {entry.name: entry.stat() for entry in entries if entry.is_file()}
-            return {name: FileStatus(stat.st_size, stat.st_mtime) for name, stat in stats.items()}
+            return {name: FileStatus(one.st_size, one.st_mtime) for name, one in stats.items()}
         filesystem, path = _object_store(folder)
         filesystem.invalidate_cache()
         return {
@@ -235,8 +340,8 @@ def file_status(location: str) -> FileStatus | None:
     """Returns a file's status now, or None if it is absent."""
     try:
         if is_local(location):
-            stat = local_path(location).stat()
-            return FileStatus(stat.st_size, stat.st_mtime)
+            status = local_path(location).stat()
+            return FileStatus(status.st_size, status.st_mtime)
         filesystem, path = _object_store(location)
         filesystem.invalidate_cache()
         entry = filesystem.info(path)
@@ -343,11 +448,17 @@ def object_store_options(location: str) -> dict[str, str]:
 
 
 def _object_store(location: str) -> tuple[Any, str]:
+    """Returns the file system of a URL and the path in it, as `fsspec.core.url_to_fs` does.
+
+    That one would follow the chains of URLs that names may hold, to anywhere.
+    """
     try:
-        filesystem, path = fsspec.core.url_to_fs(location)
-    except (ImportError, ValueError) as error:
+        protocol = scheme(location)
+        kind = fsspec.get_filesystem_class(protocol)
+        filesystem = fsspec.filesystem(protocol, **kind._get_kwargs_from_urls(location))
+        return filesystem, kind._strip_protocol(location)
+    except (ImportError, OSError, TypeError, ValueError) as error:
         raise StorageError(f"{location}: no driver for this kind of URL ({error})") from error
-    return filesystem, path
 
 
 def _object_version(entry: dict[str, Any]) -> str:

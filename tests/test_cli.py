@@ -1,8 +1,10 @@
+import json
 from pathlib import Path
 
 import pytest
 
 from pipeline.cli import run_job
+from tests.data.sources.built import draw
 
 QUICKSTART = str(Path(__file__).resolve().parents[1] / "jobs" / "recipes" / "quickstart.yaml")
 
@@ -82,3 +84,38 @@ def test_a_benchs_settings_are_printed_and_a_wrong_one_is_refused(
         assert "rounds: 2" in capsys.readouterr().out
     assert run_job(["bench", "model", "rownds=2"]) == 64
     assert "did you mean 'rounds'?" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_source_that_lost_half_its_samples_is_refused_and_allowed_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw(*(tmp_path / "photos" / f"{name}.png" for name in "abcd"))
+    for name in "abcd":
+        (tmp_path / "photos" / f"{name}.txt").write_text(f"picture {name}")
+    settings = [
+        QUICKSTART, "dataset.source={type: folder, folder: photos}", "dataset.path=data",
+        "cluster={runner: process, workers: 1}", "run=run",
+    ]  # fmt: skip
+
+    def records() -> dict[str, int]:
+        found: dict[str, int] = json.loads(capsys.readouterr().out)["stages"]["ingest"]["records"]
+        return {name: found[name] for name in ("added", "edited", "removed", "unchanged")}
+
+    assert run_job(["ingest", *settings, "--json"]) == 0
+    assert records() == {"added": 4, "edited": 0, "removed": 0, "unchanged": 0}
+    for name in "ab":
+        (tmp_path / "photos" / f"{name}.png").unlink()
+        (tmp_path / "photos" / f"{name}.txt").unlink()
+    (tmp_path / "photos" / "c.txt").write_text("another caption")
+
+    assert run_job(["ingest", *settings]) == 1
+    said = capsys.readouterr().err
+    assert "2 of 4 samples would be removed" in said
+    assert "--allow-removals" in said
+    assert run_job(["ingest", *settings, "--allow-removals", "--json"]) == 0
+    assert records() == {"added": 0, "edited": 1, "removed": 2, "unchanged": 1}
+    assert "max_removed_fraction: 0.2" in (tmp_path / "run" / "recipe.yaml").read_text()
+    assert run_job(["ingest", *settings]) == 0
+    told = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "2 samples (0 added, 0 edited, 0 removed, 2 unchanged), 0 rejects" in told

@@ -98,3 +98,50 @@ def test_a_file_that_is_not_a_mapping_is_refused(tmp_path: Path) -> None:
     path.write_text("a: [1\n")
     with pytest.raises(ConfigError, match="not valid YAML"):
         config.load(Whole, str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("name: a\nname: b\ndataset: {}", "the key 'name' is given twice"),
+        ("dataset:\n  batch: 2\n  source: {}\n  batch: 4", "the key 'batch' is given twice"),
+        (f"name: {'[' * 5000}{']' * 5000}", "nested too deeply"),
+        (f"name: {'{a: ' * 3000}1{'}' * 3000}", "nested too deeply"),
+        (f"name: {'[' * 200}{']' * 200}", "nested over 50 deep"),
+        ("name: &a [*a]", "an alias stands within its own anchor"),
+        (f"name: {'9' * 5000}", "a value cannot be read: Exceeds the limit"),
+        ("name: 2024-02-31", "a value cannot be read: day is out of range"),
+        ("name: !!bool maybe", "a value cannot be read"),
+        ("name: !!timestamp maybe", "a value cannot be read"),
+        ("name: !!python/object:os.system x", "not valid YAML"),
+        ('name: "\\ud800"', "half a surrogate pair"),
+        ("name: x\ndataset: {source: {type: circle, radius: .inf}}", "radius: found inf"),
+        ("name: x\ndataset: {source: {type: circle, radius: 1.0e999}}", "radius: found '1.0e999'"),
+        ("name: \xff", "not valid YAML"),
+        ("- a\n- b", "expected a mapping"),
+    ],
+)
+def test_yaml_that_is_no_recipe_is_one_sentence(tmp_path: Path, text: str, match: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=match) as found:
+        config.load(Whole, str(path))
+    assert str(path) in str(found.value)
+
+
+def test_aliases_are_counted_as_often_as_they_stand(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 10)}]" for n in range(12)]
+    path.write_text("\n".join(levels))
+    with pytest.raises(ConfigError, match="over 100000 values once its aliases are written out"):
+        config.load(Whole, str(path))
+    path.write_text(f"parts: [&part {{side: 2}}, {{<<: *part, side: 3}}]\n{RECIPE}")
+    with pytest.raises(ConfigError, match="parts: unknown key"):  # a key beside `<<` overrides
+        config.load(Whole, str(path))
+
+
+@pytest.mark.parametrize("override", ["name=" + "[" * 5000, "name=" + "9" * 5000, "name=\udcff"])
+def test_an_override_that_cannot_be_read_is_one_short_sentence(recipe: str, override: str) -> None:
+    with pytest.raises(ConfigError, match="override 'name=") as found:
+        config.load(Whole, recipe, [override])
+    assert len(str(found.value)) < 700

@@ -11,6 +11,7 @@ ORDER = [
     "errors",
     "storage",
     "config",
+    "cluster",
     "data",
     "vision",
     "causal_lm",
@@ -31,6 +32,7 @@ ONLY_IN = {
     "deepspeed": {"pipeline/training/engine.py"},
     "ray": {
         "pipeline/bench/extract.py",
+        "pipeline/cluster.py",
         "pipeline/data/shard_tasks.py",
         "pipeline/stages/submit.py",
         "pipeline/training/launch.py",

@@ -89,3 +89,68 @@ def test_a_stamp_is_what_the_listing_of_its_folder_says(tmp_path: Path) -> None:
     assert storage.stamp(location) == storage.list_stamps(str(tmp_path))["a.bin"]
     with pytest.raises(StorageError, match="nowhere: no such file"):
         storage.stamp(str(tmp_path / "nowhere"))
+
+
+def test_a_tilde_is_the_home_folder_in_every_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    storage.write_bytes("~/deep/object", b"whole")
+    assert (tmp_path / "deep" / "object").read_bytes() == b"whole"
+    assert storage.absolute("~/deep/object") == str(tmp_path / "deep" / "object")
+    assert storage.list_names("~/deep") == ["object"]
+    assert storage.stamp("~/deep/object") == storage.stamp(str(tmp_path / "deep" / "object"))
+    assert storage.exists("~")
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute("~nobody-of-that-name/x") == str(
+        tmp_path / "~nobody-of-that-name" / "x"
+    )
+    assert storage.absolute("x~") == str(tmp_path / "x~")
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "simplecache::http://127.0.0.1:9/x",
+        "filecache::file:///etc/hostname",
+        "zip://hostname::/tmp/x.zip",
+        "nothing-of-the-kind://x",
+    ],
+)
+def test_chains_of_urls_are_no_locations(location: str) -> None:
+    with pytest.raises(StorageError, match="no driver for this kind of URL"):
+        storage.read_bytes(location)
+
+
+def test_two_colons_in_an_objects_name_are_part_of_it(object_store: str) -> None:
+    location = f"{object_store}/a::b.jpg"
+    storage.write_bytes(location, b"whole")
+    assert storage.read_bytes(location) == b"whole"
+    assert storage.list_names(object_store) == ["a::b.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "location"),
+    [
+        ("/a/b", "c.jpg", "/a/b/c.jpg"),
+        ("/a/b", "./c//d.jpg", "/a/b/c/d.jpg"),
+        ("/a/b", "../c.jpg", "/a/c.jpg"),
+        ("/a/b", "../../../../c.jpg", "/c.jpg"),
+        ("/a/b", "/c.jpg", "/c.jpg"),
+        ("/a/b", "file:///c/../d.jpg", "/d.jpg"),
+        ("/a/b", "~/c.jpg", "/a/b/~/c.jpg"),
+        ("/a/b", "s3://c/d.jpg", "s3://c/d.jpg"),
+        ("s3://a/b", "./c.jpg", "s3://a/b/c.jpg"),
+        ("s3://a/b", "../../../c.jpg", "s3://a/c.jpg"),
+        ("s3://a/b", "/c.jpg", "/c.jpg"),
+        ("s3://a/b", "x::http://c", "x::http://c"),
+    ],
+)
+def test_a_name_is_followed_from_its_folder(folder: str, name: str, location: str) -> None:
+    assert storage.followed(folder, name) == location
+
+
+def test_no_name_is_too_long_to_be_absent(tmp_path: Path) -> None:
+    assert not storage.exists(f"{tmp_path}/{'x' * 300}")
+    with pytest.raises(StorageError, match="NUL"):
+        storage.exists(f"{tmp_path}/a\0b")

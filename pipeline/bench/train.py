@@ -20,12 +20,13 @@ from pipeline.bench import measure
 from pipeline.bench.measure import Times
 from pipeline.bench.result import Comparison, Result
 from pipeline.bench.steps import BARE, MARKS, OURS, Marked
+from pipeline.cluster import ClusterConfig
 from pipeline.config import Config
 from pipeline.errors import TrainingError
 from pipeline.recipe import Recipe
 from pipeline.stages import extract, ingest, train
 from pipeline.stages.progress import StageProgress
-from pipeline.training.launch import ClusterConfig, launch_all
+from pipeline.training.launch import launch_all
 from pipeline.training.spec import TrainingSpec
 
 Seconds = tuple[float, float]  # by the wall's clock, and of CPU time

@@ -72,6 +72,12 @@ class Dataset:
         """Returns the names of the splits that have live samples, sorted."""
         return sorted(self._manifest.samples(["split"])["split"].unique().to_pylist())
 
+    def split_sizes(self) -> dict[str, int]:
+        """Returns the number of live samples of each split that has some, by name."""
+        counted = self._manifest.samples(["split"])["split"].value_counts().to_pylist()
+        sizes = {entry["values"]: entry["counts"] for entry in counted}
+        return {name: sizes[name] for name in sorted(sizes)}
+
     def content(self, split: str | None = None) -> str:
         """Returns a digest of what there is to learn from: of a split's live samples, or of all.
 

@@ -75,6 +75,7 @@ FEATURES = pa.schema(
 # Delta's own retries would put our commit after any other that does not conflict in its eyes: an
 # append after every append, a second creation after the first.
 _NO_RETRIES = CommitProperties(max_commit_retries=0)
+_ORIGIN = "sightlineOrigin"  # among the properties of a commit
 # A table is written anew when it is in more files than this, or more of its rows are superseded.
 _MAX_FILES = 16
 _MAX_SUPERSEDED = 0.1
@@ -189,7 +190,7 @@ class Manifest:
         """Returns the table's files that no kept version and no recent reader or writer needs."""
         return self._table.unused_files(kept, min_age_hours)
 
-    def commit(self, rows: pa.Table) -> "Manifest":
+    def commit(self, rows: pa.Table, origin: str = "") -> "Manifest":
         """Appends rows (schema `SAMPLES`, `sequence` optional) and returns the new version.
 
         What other writers have committed since this manifest was opened stays: rows that it has
@@ -197,9 +198,10 @@ class Manifest:
         split and fingerprint by now, live or in the row's own state, and a removal of a key that
         others touched. The manifest that is returned remembers what others did, so that a chain
         of commits may be planned from its first version. Without rows nothing is committed.
-        Raises ManifestError if the rows do not fit or name a key twice.
+        `origin` names what the rows come of: with one, nothing is put on top of the commits of
+        another origin. Raises ManifestError of these, and if rows do not fit or name a key twice.
         """
-        return Manifest(self.url, self._table.append(rows, ("key",), _still_needed))
+        return Manifest(self.url, self._table.append(rows, ("key",), _still_needed, origin))
 
     def features(self, extractor: str) -> "FeatureManifest":
         """Returns the newest list of what an extractor has made; it may be empty."""
@@ -412,6 +414,7 @@ class _Table:
         rows: pa.Table,
         identity: Sequence[str],
         needed: Callable[[pa.Table, pa.Table], pa.Table],
+        origin: str = "",
     ) -> "_Table":
         """Appends the rows as the next version; see `Manifest.commit`.
 
@@ -430,10 +433,11 @@ class _Table:
                     table._delta,
                     rows.set_column(index, "sequence", sequence),
                     mode="append",
-                    commit_properties=_NO_RETRIES,
+                    commit_properties=_commit_of(origin) if origin else _NO_RETRIES,
                 )
             except CommitFailedError:
                 latest = _Table.open(self.location, self.schema)
+                latest._refuse_others(origin, table.version)
                 newer = latest._read(self.schema.names, after=table.version)
                 others = pa.concat_tables([others, newer])
                 rows = needed(rows, _newest(others, identity))
@@ -446,6 +450,21 @@ class _Table:
                     delta = _Table.open(self.location, self.schema, version)._delta
                 return _Table(self.location, self.schema, delta, others)
         return _Table(self.location, self.schema, table._delta, others)
+
+    def _refuse_others(self, origin: str, after: int) -> None:
+        """Raises ManifestError if a commit after a version is of another origin than ours."""
+        if not origin:
+            return
+        for commit in self._delta.history():
+            if commit["version"] > after and commit.get(_ORIGIN, origin) != origin:
+                time = datetime.fromtimestamp(commit["timestamp"] / 1000, UTC)
+                raise ManifestError(
+                    f"{self.location}: version {commit['version']}, of {time:%Y-%m-%d %H:%M:%S} "
+                    "UTC, is by another ingest, with another source or other settings, that runs "
+                    "beside this one. This one stops here, so that the two do not mix: ingest into "
+                    "a dataset from one source at a time, or list both under `type: merged`, or "
+                    "give each a dataset.path of its own"
+                )
 
     def _fitting(self, rows: pa.Table, identity: Sequence[str]) -> pa.Table:
         if "sequence" not in rows.column_names:
@@ -478,6 +497,10 @@ class _Table:
                 f"{self.location}: version {self.version} cannot be read ({error})"
             ) from error
         return rows.cast(fields)
+
+
+def _commit_of(origin: str) -> CommitProperties:
+    return CommitProperties(max_commit_retries=0, custom_metadata={_ORIGIN: origin})
 
 
 def _newest(rows: pa.Table, identity: Sequence[str]) -> pa.Table:

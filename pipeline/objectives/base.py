@@ -87,6 +87,7 @@ class Objective(ABC):
     metric_name: ClassVar[str]
     needs_distractors: ClassVar[bool] = False
     needs_regions: ClassVar[bool] = False
+    needs_global_batch: ClassVar[bool] = False  # all ranks' samples of a step in one pass
     needs_attention: bool = False  # the model's attention maps
     matched_only: bool = False  # a sample shown with another image's text costs nothing
     turns: Turns | None = None  # the steps that train it; None: all

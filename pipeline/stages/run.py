@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -28,20 +29,26 @@ STAGES: Mapping[str, Callable[[Recipe, StageProgress], Outcome]] = {
 
 Summary = dict[str, Any]
 
+_CHANGES = ("added", "edited", "removed", "unchanged")  # of records, since the last ingest
 
-def run_stages(recipe: Recipe, names: Sequence[str], console: Console) -> Summary:
+
+def run_stages(
+    recipe: Recipe, names: Sequence[str], console: Console, allow_removals: bool = False
+) -> Summary:
     """Runs the named stages and returns what RUN/summary.json then holds.
 
     `stages` has for each stage its state and seconds in this command, and `work_seconds`, what
-    the work took when it was done. Raises ConfigError before any work if a file is missing.
+    the work took when it was done; for ingest also `records`, what it found. Raises ConfigError
+    before any work if a file is missing. `allow_removals` is for ingest.
     """
+    stages = {**STAGES, "ingest": partial(ingest.run, allow_removals=allow_removals)}
     preflight(recipe)
     storage.write_bytes(storage.join(recipe.run, "recipe.yaml"), config.to_yaml(recipe).encode())
     outcomes = {}
     for name in names:
         started = time.monotonic()
         with StageProgress(console, name) as progress:
-            outcome = STAGES[name](recipe, progress)
+            outcome = stages[name](recipe, progress)
         outcomes[name] = outcome
         seconds = time.monotonic() - started
         console.print(_line(name, outcome, seconds), highlight=False)
@@ -63,6 +70,7 @@ def _update_summary(recipe: Recipe, name: str, outcome: Outcome, seconds: float)
             "state": outcome.state,
             "seconds": round(seconds, 2),
             "work_seconds": round(outcome.seconds, 2),
+            **({"records": outcome.outputs} if name == "ingest" else {}),
         }
     }
     summary["stages"] = {stage: stages[stage] for stage in STAGES if stage in stages}
@@ -102,8 +110,9 @@ def _made(recipe: Recipe, name: str, outputs: Mapping[str, Any]) -> str:
     if name == "ingest":
         rejects = sum(outputs["rejects"].values())
         reasons = ", ".join(f"{reason} {count}" for reason, count in outputs["rejects"].items())
+        changes = ", ".join(f"{outputs[change]} {change}" for change in _CHANGES)
         return (
-            f"{outputs['samples']} samples, {rejects} rejects"
+            f"{outputs['samples']} samples ({changes}), {rejects} rejects"
             + (f" ({reasons})" if reasons else "")
             + f" in {recipe.dataset.path}"
         )

@@ -14,6 +14,7 @@ from pipeline.errors import ConfigError, PipelineError, StageError, StoppedError
 from pipeline.model_files import digest, is_model, read_own
 from pipeline.objectives.objective import ObjectivesConfig
 from pipeline.recipe import MixedInPart, Recipe
+from pipeline.stages.preflight import require_splits, small_validation
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, once
 from pipeline.training.launch import launch_all, read_spec
@@ -41,8 +42,12 @@ class DataInputs:
 
     @classmethod
     def open(cls, recipe: Recipe) -> "DataInputs":
-        """Raises ManifestError or FeatureError if an earlier stage has work to do."""
+        """Raises ManifestError or FeatureError if an earlier stage has work to do.
+
+        ConfigError names a split or texts that the dataset does not have.
+        """
         dataset = Dataset.open(recipe.dataset.path)
+        require_splits(recipe, dataset)
         card = recipe.features.card()
         others = ((Dataset.open(other.path), other) for other in recipe.dataset.mixed_in)
         inputs = cls(dataset, card, tuple(others))
@@ -174,14 +179,16 @@ def _train(
 ) -> dict[str, Any]:
     """Runs phases one after another; raises StoppedError if the run was told to stop."""
     for spec in specs:
-        check_fits(spec, inputs.split(spec.split), recipe.cluster.workers)
+        check_fits(spec, inputs, recipe.cluster.workers)
         if spec.initial is not None:
             require_same_words(spec.tokenizer, spec.initial)
+    warning = small_validation(recipe, inputs.dataset)
+    if warning is not None:
+        progress.note(f"warning: {warning}")
 
     def show(line: dict[str, Any]) -> None:
         if "loss" not in line:
-            told = f": {line['summary']}" if "summary" in line else ""
-            progress.note(f"{line['phase']}: {line['event']} at step {line.get('step', 0)}{told}")
+            progress.note(f"{line['phase']}: {_said(line)}")
             return
         losses = "  ".join(f"{name} {loss:.3f}" for name, loss in line["losses"].items())
         figures = f"loss {line['loss']:.3f} ({losses})  {line['samples_per_second']:.0f} samples/s"
@@ -208,6 +215,14 @@ def _train(
         spec.phase: {"steps": result.steps, "loss": result.loss, "model": result.model_folder}
         for spec, result in zip(specs, results, strict=True)
     }
+
+
+def _said(event: Mapping[str, Any]) -> str:
+    """Returns what happened in training, and why, if the event says so."""
+    step = f" at step {event['step']}" if "step" in event else ""
+    reason = event.get("reason") or event.get("summary")
+    reason = f": {reason}" if reason else ""
+    return f"{event['event']}{step}{reason}"
 
 
 def phase_specs(recipe: Recipe, inputs: DataInputs) -> list[TrainingSpec]:
@@ -318,17 +333,21 @@ def _versions(folder: str, inputs: DataInputs) -> tuple[int, tuple[MixedIn, ...]
     )
 
 
-def check_fits(spec: TrainingSpec, split: Split, workers: int) -> None:
+def check_fits(spec: TrainingSpec, inputs: DataInputs, workers: int) -> None:
     """Refuses what the data cannot feed, before a worker starts."""
-    for objective in ObjectivesConfig.model_validate(spec.objectives).build():
-        kind = objective.stream.kind
-        num_examples = int(split.counts(kind).sum())
-        if num_examples < workers:
-            raise ConfigError(
-                f"cluster.workers: found {workers}, but split {split.name!r} has {num_examples} "
-                f"{kind} for objective {objective.name!r} and each rank needs one; use fewer "
-                "workers, or a dataset that has them"
-            )
+    splits = [spec.split]
+    if spec.training.evaluate_every_steps is not None and spec.held_out_split is not None:
+        splits.append(spec.held_out_split)
+    for split in map(inputs.split, splits):
+        for objective in ObjectivesConfig.model_validate(spec.objectives).build():
+            kind = objective.stream.kind
+            num_examples = int(split.counts(kind).sum())
+            if num_examples < workers:
+                raise ConfigError(
+                    f"cluster.workers: found {workers}, but split {split.name!r} has "
+                    f"{num_examples} {kind} for objective {objective.name!r} and each rank needs "
+                    "one; use fewer workers, or a dataset that has them"
+                )
 
 
 def known_answers(recipe: Recipe, inputs: DataInputs) -> Sequence[str]:

@@ -4,7 +4,6 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +18,7 @@ from pipeline.data.mixture import MixedOrder, MixedSplit
 from pipeline.data.order import Order
 from pipeline.data.packing import pack, part
 from pipeline.data.vocabulary import load_tokenizer
+from pipeline.errors import ConfigError
 from pipeline.model_files import is_model, read_own
 from pipeline.models import families
 from pipeline.models.base import ModelConfig
@@ -28,7 +28,8 @@ from pipeline.objectives.base import Objective
 from pipeline.objectives.objective import ObjectivesConfig, by_stream
 from pipeline.objectives.stream import ObjectiveModel, StreamCollator
 from pipeline.training import model_folder
-from pipeline.training.evaluation import Evaluate, held_out_losses
+from pipeline.training.evaluation import Evaluate
+from pipeline.training.held_out import evaluate, held_out_parts
 from pipeline.training.model_card import ModelCard
 from pipeline.training.spec import Environment, MixedIn, TrainingSpec
 
@@ -137,12 +138,12 @@ class _Feed:
     global_batch_size: int
     micro_batch_size: int
     most_places: int | None  # of a micro-batch; None: all have as many samples
-    num_steps: int  # of an epoch of the smallest kind, at least one
 
     def batches(
         self, start: int, stop: int, rank: int, world_size: int
     ) -> Generator[list[stream.MicroBatch], None, None]:
         """Yields for each step in [start, stop) the rank's micro-batches."""
+        self._require_one_pass(world_size)
         read_at_once = self.micro_batch_size
         if self.most_places is not None:  # all of the rank's share, to be cut here
             read_at_once = self.global_batch_size
@@ -161,6 +162,20 @@ class _Feed:
                 if self.most_places is not None:
                     read = self._cut(read[0], self.most_places)
                 yield [self._collated(batches) for batches in read]
+
+    def _require_one_pass(self, world_size: int) -> None:
+        """Raises ConfigError if a global batch is cut that an objective needs whole."""
+        whole = self.global_batch_size
+        fits = whole <= self.micro_batch_size * world_size and whole % world_size == 0
+        if fits and self.most_places is None:
+            return
+        for collate in self.collators:
+            if collate.needs_global_batch:
+                raise ConfigError(
+                    f"objectives.{collate.objectives[0].name}: contrasts the whole global batch in "
+                    "one pass, but a rank has several micro-batches a step; make "
+                    "global_batch_size = micro_batch_size x ranks"
+                )
 
     def _collated(self, batches: Mapping[TextKind, Batch]) -> stream.MicroBatch:
         return stream.MicroBatch(
@@ -225,7 +240,6 @@ def _feed(
     ]
     training = spec.training
     loaders: dict[TextKind, Loader] = {}
-    num_steps = []
     for kind in dict.fromkeys(objective.stream.kind for objective in objectives):
         split, order = _ordered(spec, kind, splits)
         loaders[kind] = Loader(
@@ -237,14 +251,12 @@ def _feed(
             group_by=kind if training.group_by_length else None,
             threads=training.loader_threads,
         )
-        num_steps.append(max(1, order.num_examples // training.global_batch_size))
     return _Feed(
         loaders,
         collators,
         training.global_batch_size,
         training.micro_batch_size,
         most_places,
-        min(num_steps),
     )
 
 
@@ -275,7 +287,7 @@ def _batches(spec: TrainingSpec, objectives: list[Objective]) -> Batches:
 
 
 def _evaluation(spec: TrainingSpec) -> Evaluate | None:
-    """Returns the held-out losses of the same objectives, over the same batches each time."""
+    """Returns the held-out losses of the same objectives, over the same examples each time."""
     if spec.held_out_split is None or spec.training.evaluate_every_steps is None:
         return None
     # objectives of its own: some open what they read of a split
@@ -285,16 +297,13 @@ def _evaluation(spec: TrainingSpec) -> Evaluate | None:
         spec.held_out_split,
         spec.live.whole() if spec.live else spec.features,
     )
-    num_steps = min(feed.num_steps, spec.training.evaluate_batches)
+    training = spec.training
+    parts = held_out_parts(feed.loaders, feed.collators, spec.seed, training.evaluate_examples)
 
-    def evaluate(module: nn.Module, environment: Environment) -> dict[str, float]:
-        steps = feed.batches(0, num_steps, environment.rank, environment.world_size)
-        num_passes = spec.training.accumulation_steps(environment.world_size)
-        with contextlib.closing(steps):
-            batches = chain.from_iterable(steps)
-            return held_out_losses(module, batches, environment, num_steps * num_passes)
+    def evaluate_held_out(module: nn.Module, environment: Environment) -> dict[str, float]:
+        return evaluate(module, parts, training, environment)
 
-    return evaluate
+    return evaluate_held_out
 
 
 def _fresh_modules(spec: TrainingSpec, initial: str) -> Sequence[str]:

@@ -154,9 +154,10 @@ class _Run:
             start = self._start(damaged.append)
             stack.callback(self._close_engine)
             if self.is_first:
-                self.keeper.look(start)
                 self.log = stack.enter_context(MetricsLog(self.spec.folder, start))
             self._tell_start(start, damaged)
+            if self.is_first:
+                self.keeper.look(start)
             stack.callback(self.keeper.wait)
             step, stopped = self._steps(start)
             self.keeper.finish()
@@ -177,24 +178,31 @@ class _Run:
         """Builds the engine from the newest whole checkpoint, or anew if there is none.
 
         Returns the checkpoint's step. Training goes on from there or, after a roll-back, from the
-        step `given_up`, without the updates between.
+        step `given_up`, without the updates between. Raises CheckpointError on every rank if there
+        are checkpoints and none is whole.
         """
         with tempfile.TemporaryDirectory(prefix="sightline-") as folder:
             cache = Path(folder)
-            found = [0]
+            told: list[Any] = [0, None]  # the step, or why there is none
             if self.is_first:
-                newest = checkpoint.newest(self.checkpoints, cache, damaged)
-                found = [newest.step if newest else 0]
-            dist.broadcast_object_list(found)
-            if not found[0]:
+                try:
+                    newest = checkpoint.newest(self.checkpoints, cache, damaged)
+                    told[0] = newest.step if newest else 0
+                except CheckpointError as error:
+                    told[1] = str(error)
+            dist.broadcast_object_list(told)
+            found = int(told[0])
+            if told[1] is not None:
+                raise CheckpointError(told[1])
+            if not found:
                 self._build(0, given_up, Tally(), None)
             else:
-                location = storage.join(self.checkpoints, checkpoint.name_of(found[0]))
+                location = storage.join(self.checkpoints, checkpoint.name_of(found))
                 manifest = checkpoint.read_manifest(location)
                 _require_same(self.spec, manifest.sequence, location)
                 read = checkpoint.reader(location, manifest, cache)
                 self._build(manifest.step, given_up, manifest.tally, read)
-        return found[0]
+        return found
 
     def _build(
         self, at: int, given_up: int | None, tally: Tally, read: checkpoint.ReadTensor | None

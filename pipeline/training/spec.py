@@ -60,7 +60,8 @@ class TrainingConfig(BatchConfig):
     zero_stage: Literal[0, 1, 2, 3] = 1
     recompute_layers: bool = False  # in the backward pass: less memory for a third more arithmetic
     evaluate_every_steps: PositiveInt | None = None  # on the held-out data; None: never
-    evaluate_batches: PositiveInt = 50  # at most so many global batches of it, always the same
+    # At most so many of its captions and of its questions, always the same; None: each once.
+    evaluate_examples: PositiveInt | None = None
     best_by: str = "loss"  # the evaluated figure that tells a better model
     best_is: Literal["lowest", "highest"] = "lowest"
     patience: PositiveInt | None = None  # evaluations without a better one that end the run
@@ -100,8 +101,15 @@ class TrainingConfig(BatchConfig):
         for key in ("patience", "keep_best", "keep_best_checkpoints"):
             if getattr(self, key) and self.evaluate_every_steps is None:
                 raise ValueError(f"{key} goes by evaluations: set evaluate_every_steps")
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(f"deepspeed.zero_optimization: expected a mapping, found {zero!r}")
         for key, stage in (("offload_optimizer", 1), ("offload_param", 3)):
-            if key in self.deepspeed.get("zero_optimization", {}) and self.zero_stage < stage:
+            if not isinstance(zero.get(key, {}), dict | None):
+                raise ValueError(
+                    f"deepspeed.zero_optimization.{key}: expected a mapping, found {zero[key]!r}"
+                )
+            if key in zero and self.zero_stage < stage:
                 raise ValueError(
                     f"deepspeed.zero_optimization.{key} has no effect with "
                     f"zero_stage={self.zero_stage}; use {stage} or more"

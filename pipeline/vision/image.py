@@ -34,12 +34,8 @@ def decode(payload: bytes, window: AnyWindow = None) -> Pixels:
     The rules are those of `data.image_pixels`; a window is for DICOM and for 16-bit pictures.
     """
     if is_dicom(payload):
-        images, _ = decode_dicom(payload, window)
-        if len(images) > 1:
-            raise FeatureError(
-                f"a DICOM of {len(images)} images; set extractor.frames, as for a video"
-            )
-        return images[0]
+        ((_, pixels),) = decode_dicom(payload, window)
+        return pixels
     if is_video(payload):
         raise FeatureError("a video; set extractor.frames to {count: 8}, or to {rate: 1} a second")
     to_eight_bits = partial(apply_window, window=window) if isinstance(window, Window) else scaled

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from pipeline.cluster import ClusterConfig
 from pipeline.training import launch
 from pipeline.training.assembly import Assembly
 from pipeline.training.metrics_log import read_metrics
@@ -39,7 +40,7 @@ def main(folder: str, address: str | None = None) -> None:
         train_while_nodes_go_and_come(make_spec(folder, steps=ELASTIC_STEPS))
         return
     launch._on_ray_worker = ray_worker
-    cluster = launch.ClusterConfig(workers=2, address=address)
+    cluster = ClusterConfig(workers=2, address=address)
     print(launch.launch(spec, cluster, print).state)
 
 
@@ -57,7 +58,7 @@ def unhurried(spec: TrainingSpec) -> Assembly:
 def train_and_lose_a_node(spec: TrainingSpec) -> None:
     """Prints how the run ended, the nodes that ranks were on, and the one that was lost."""
     with nodes_of_one_rank(3) as (cluster, nodes):
-        config = launch.ClusterConfig(workers=2, address=cluster.address)
+        config = ClusterConfig(workers=2, address=cluster.address)
         training = Training(spec, config, unhurried)
         training.wait_for(lambda: len(read_metrics(spec.folder)) >= 14)
         before = [node_of(spec, rank, nodes) for rank in range(2)]
@@ -70,7 +71,7 @@ def train_while_nodes_go_and_come(spec: TrainingSpec) -> None:
     """Prints how the run ended, and the seconds that it took to go on without and with a node."""
     launch.SECONDS_BETWEEN_RESIZES = 2.0
     with nodes_of_one_rank(2) as (cluster, nodes):
-        config = launch.ClusterConfig(workers=2, min_workers=1, address=cluster.address)
+        config = ClusterConfig(workers=2, min_workers=1, address=cluster.address)
         training = Training(spec, config, waiting_for_nodes)
         training.wait_for(lambda: len(read_metrics(spec.folder)) >= 4)
         cluster.remove_node(nodes[node_of(spec, 1, nodes)], allow_graceful=False)
@@ -104,7 +105,7 @@ class Training:
     """A run in a thread beside those who change its cluster."""
 
     def __init__(
-        self, spec: TrainingSpec, config: launch.ClusterConfig, assembled: launch.Assembled
+        self, spec: TrainingSpec, config: ClusterConfig, assembled: launch.Assembled
     ) -> None:
         self._states: list[str] = []
 

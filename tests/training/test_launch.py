@@ -18,11 +18,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import config
+from pipeline.cluster import ClusterConfig
 from pipeline.errors import ConfigError, FeatureError, TrainingError
 from pipeline.training import launch
 from pipeline.training.assembly import Assembly
-from pipeline.training.launch import ClusterConfig
 from pipeline.training.loop import finished_result
 from pipeline.training.metrics_log import read_metrics
 from pipeline.training.spec import TrainingSpec
@@ -110,30 +109,6 @@ def test_more_workers_than_samples_of_a_step_are_refused_before_anything_starts(
     with pytest.raises(ConfigError, match="leaves some of 9 ranks without a sample"):
         launch.launch(make_spec(tmp_path), ClusterConfig(workers=9, min_workers=smallest), print)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_range_of_workers_is_one_and_needs_nodes() -> None:
-    assert list(ClusterConfig(workers=3).world_sizes()) == [3]
-    assert list(ClusterConfig(workers=3, min_workers=1).world_sizes()) == [1, 2, 3]
-    with pytest.raises(ConfigError, match="min_workers=3 is more than workers=2"):
-        config.check(ClusterConfig, {"workers": 2, "min_workers": 3}, "cluster")
-    with pytest.raises(ConfigError, match="loses and gains no nodes"):
-        config.check(ClusterConfig, {"runner": "process", "min_workers": 1}, "cluster")
-
-
-def test_an_address_has_no_use_in_one_process() -> None:
-    with pytest.raises(ConfigError, match="no use for address"):
-        config.check(ClusterConfig, {"runner": "process", "address": "auto"}, "cluster")
-
-
-def test_an_address_where_no_ray_answers_is_named_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    with pytest.raises(TrainingError, match=f"no Ray answers at 127.0.0.1:{port}"):
-        launch.start_ray(ClusterConfig(address=f"127.0.0.1:{port}"))
 
 
 def test_what_ends_a_rank_is_told_in_a_sentence_and_the_trace_kept(tmp_path: Path) -> None:

@@ -197,6 +197,20 @@ def test_an_averaged_and_evaluated_run_resumes_bit_by_bit(
     assert weights(broken) == weights(unbroken)
 
 
+def refused(rank: int, spec: TrainingSpec, match: str) -> None:
+    here = Environment(rank, torch.distributed.get_world_size(), rank, "cpu")
+    with pytest.raises(CheckpointError, match=match):
+        train(spec, here, stand_in)
+
+
+def test_every_rank_is_told_that_no_checkpoint_is_whole(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path / "run")
+    in_processes(2, train_and_die, spec, 1, 5)
+    for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
+        manifest.unlink()
+    assert in_processes(2, refused, spec, "none of the checkpoints is whole") == [0, 0]
+
+
 @pytest.mark.usefixtures("alone")
 class TestAlone:
     def test_a_finished_run_is_reported_and_left_alone(self, tmp_path: Path) -> None:
@@ -263,6 +277,19 @@ class TestAlone:
         assert "step-00000006: rank-00000.safetensors is damaged" in damaged["reason"]
         assert [event["step"] for event in events(spec, "resumed")] == [3]
         assert curve(spec) == curve(whole)
+
+    def test_a_run_without_a_whole_checkpoint_stops_and_leaves_all_as_it_is(
+        self, tmp_path: Path
+    ) -> None:
+        spec = make_spec(tmp_path / "run")
+        with pytest.raises(InterruptedError):
+            train(spec, HERE, partial(stand_in, on_step=interrupt_at(8)))
+        for part in (tmp_path / "run" / "checkpoints").glob("*/rank-00000.safetensors"):
+            part.write_bytes(part.read_bytes()[:-1])
+        before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")}
+        with pytest.raises(CheckpointError, match=r"none .* whole:\n.*006.*\n.*003.*\n.*restart"):
+            train(spec, HERE, stand_in)
+        assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")} == before
 
     def test_a_run_that_died_before_its_model_was_written_writes_it(self, tmp_path: Path) -> None:
         spec = make_spec(tmp_path / "run")

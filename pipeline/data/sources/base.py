@@ -74,6 +74,13 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class ConfiguredSource(Source, Protocol):
+    """A source that a recipe's settings have made."""
+
+    config: "SourceConfig"
+
+
 @dataclass(frozen=True)
 class ListedTar:
     """A tar of a source, and the split its samples are for: "" if their keys decide."""

@@ -3,8 +3,9 @@
 Videos, DICOM and folders of frames (ZIP) are images here as everywhere in a dataset.
 
 What becomes of an image with its texts is decided here for all sources of this kind: no file is
-a `missing-image` reject, a name that is not an image's `unknown-suffix`, and a source adds its
-own reason where nobody has written anything about it.
+a `missing-image` reject, a name that is not an image's `unknown-suffix`, one that is not UTF-8
+`name-not-utf8`, and a source adds its own reason where nobody has written anything about it. A
+link to nothing, a FIFO, a socket and a device are no files.
 """
 
 import os
@@ -19,8 +20,9 @@ from pipeline.errors import SourceError, StorageError
 
 MEDIA = ("mp4", "mov", "webm", "mkv", "zip", "dcm")  # videos, frames in a ZIP, DICOM
 SUFFIXES = {
-    "jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp", "gif": "gif", "bmp": "bmp",
-    "tif": "tif", "tiff": "tif", "m4v": "mp4", **{suffix: suffix for suffix in MEDIA},
+    "jpg": "jpg", "jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "png": "png", "webp": "webp",
+    "gif": "gif", "bmp": "bmp", "tif": "tif", "tiff": "tif", "avif": "avif", "m4v": "mp4",
+    **{suffix: suffix for suffix in MEDIA},
 }  # fmt: skip
 
 _LAST_NUMBER = re.compile(r"(\d+)$")
@@ -29,18 +31,19 @@ _LAST_NUMBER = re.compile(r"(\d+)$")
 class ImageFile(NamedTuple):
     """An image that annotations speak of.
 
-    `stamp` changes when it does; None: there is none. `suffix` is the image part's; None: it is
-    not named as an image is. A tuple, because millions are made.
+    `stamp` changes when it does; None: there is none, and `absence` says why. `suffix` is the
+    image part's; None: it is not named as an image is. A tuple, because millions are made.
     """
 
     location: str
     stamp: str | None
     suffix: str | None
+    absence: str = "no such file"
 
     @classmethod
-    def at(cls, location: str, stamp: str | None) -> "ImageFile":
+    def at(cls, location: str, stamp: str | None, absence: str = "no such file") -> "ImageFile":
         """Returns the file at a location, whose suffix its name says."""
-        return cls(location, stamp, SUFFIXES.get(location.rpartition(".")[2].lower()))
+        return cls(location, stamp, SUFFIXES.get(location.rpartition(".")[2].lower()), absence)
 
 
 class ImageFolders:
@@ -129,9 +132,12 @@ def listed(
     `fault` is the source's own reason against it, with a sentence: what the image itself is at
     fault for comes first. `detail` says what was left out of the texts.
     """
-    location, stamp, suffix = image
-    if stamp is None:
-        fault = ("missing-image", f"{location}: no such file")
+    location, stamp, suffix, absence = image
+    if not is_utf8(location):
+        location, stamp = printable(location), None
+        fault = ("name-not-utf8", f"{location}: its name is not UTF-8; rename it")
+    elif stamp is None:
+        fault = ("missing-image", f"{location}: {absence}")
     elif suffix is None:
         expected = f"expected a name ending in .{', .'.join(SUFFIXES)}"
         fault = ("unknown-suffix", f"{location.rpartition('/')[2]!r}: {expected}")
@@ -181,6 +187,19 @@ def _read_file(path: str) -> bytes:
         return payload
     finally:
         os.close(descriptor)
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a file's name, as the system gives it, is UTF-8."""
+    try:
+        return name.isascii() or bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def printable(name: str) -> str:
+    """Returns a name with its bytes that are not UTF-8 as `\\udce9` and the like."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def image_key(identity: int | str) -> str:

@@ -52,7 +52,7 @@ class MergedSourceConfig(SourceConfig):
     sources: list[Annotated[SingleSource, Field(discriminator="type")]] = Field(min_length=1)
 
     def build(self) -> "MergedSource":
-        return MergedSource([source.build() for source in self.sources])
+        return MergedSource(self)
 
     def leaves_images(self) -> bool:
         return any(source.leaves_images() for source in self.sources)
@@ -68,8 +68,9 @@ class MergedSourceConfig(SourceConfig):
 class MergedSource:
     """The join of several sources, gathered in a scratch file: 24 bytes of memory a record."""
 
-    def __init__(self, sources: list[Source]) -> None:
-        self.sources = sources
+    def __init__(self, config: MergedSourceConfig) -> None:
+        self.config = config
+        self.sources: list[Source] = [source.build() for source in config.sources]
 
     def records(self) -> Iterator[Record | Reject]:
         """Lists the keys in the order of their hashes."""

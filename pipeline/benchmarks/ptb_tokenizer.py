@@ -3,9 +3,9 @@
 The COCO caption evaluator tokenises with Stanford's Penn Treebank tokenizer (CoreNLP 3.4.1) in
 Java, lower-cases, and drops punctuation tokens. This is the same language in regular expressions,
 found by putting probes, every character (see `ptb_characters`) and 127,000 captions, questions and
-answers to the original; it needs no Java and takes each caption by itself. The original reads its captions as one text, so that the
-first word of the next caption can decide whether a closing `K.` keeps its period; here a caption
-ends its sentence.
+answers to the original; it needs no Java and takes each caption by itself. The original reads its
+captions as one text, so that the first word of the next caption can decide whether a closing `K.`
+keeps its period; here a caption ends its sentence.
 """
 
 import re

@@ -25,6 +25,7 @@ from pipeline.model_files import (
     CONFIG,
     OWN,
     WEIGHTS,
+    is_model,
     is_original,
     read_json,
     read_original,
@@ -189,6 +190,8 @@ def initialise(model: VisionLanguageModel, location: str, fresh: Sequence[str] =
             assign(model.backbone.get_submodule(NETWORK), load(backbone), backbone)
         if is_original(location):
             return families.take_over(model, read_original(location), "original", fresh)
+        if is_model(location):
+            require_unchanged(location, read_own(location))
         document, tensors = read_weights(location)
         families.require_same_computation(model, document)
         layout = families.layout_of(model, document)

@@ -139,6 +139,7 @@ def _from_checkpoint(location: str, folder: str, skipped: tuple[str, ...]) -> Ex
         tokenizer=tokenizer,
         answers=spec.answers,
         card=card,
+        decoding=spec.decoding,
     )
     return Exported(folder, location, manifest.step, card.num_parameters, card.model_type, skipped)
 

@@ -114,7 +114,7 @@ def test_any_checkpoint_gives_its_own_state(finished: Path, tmp_path: Path, phot
     for step, folder in folders.items():
         done = export(str(phase / "checkpoints" / f"step-{step:08d}"), str(folder))
         assert done.step == step
-        assert predict(str(folder), photo, "")["image"] == photo
+        assert predict(str(folder), photo)["image"] == photo
     last = weights(phase / "model")
     assert all(torch.equal(last[name], tensor) for name, tensor in weights(folders[3]).items())
     assert any(not torch.equal(last[name], one) for name, one in weights(folders[2]).items())

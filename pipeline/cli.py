@@ -403,6 +403,9 @@ def data_info(dataset: DatasetUrl, as_json: AsJson = False) -> None:
     output.print(table)
     for extractor, number in found["features"].items():
         output.print(f"features {extractor}: {number:,} samples")
+    for extractor, reasons in found["feature_rejects"].items():
+        for reason, number in reasons.items():
+            output.print(f"features {extractor}: {number:,} rejects, {reason}")
     for reason, number in found["rejects"].items():
         output.print(f"rejects {reason}: {number:,}")
 
@@ -531,6 +534,7 @@ def data_verify(dataset: DatasetUrl, version: Version = None, as_json: AsJson = 
             typer.echo("\t".join((fault.kind, fault.location, fault.key, fault.detail)))
     features = "".join(
         f"; {name}: {has.num_samples:,} samples, {has.num_missing:,} without"
+        + (f", {has.num_rejects:,} rejects" if has.num_rejects else "")
         for name, has in found.features.items()
     )
     console.print(

@@ -40,6 +40,18 @@ class FeatureError(PipelineError):
     """Features are missing, do not match their samples, or cannot be computed."""
 
 
+class UnusableImageError(FeatureError):
+    """An image of which no feature can be made. `reason` is a reject's: a short slug."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"not a usable image: {self.reason}: {self.detail}"
+
+
 class ModelError(PipelineError):
     """A model's weights or configuration do not fit its family."""
 

@@ -3,9 +3,12 @@
 Files, keys of DeepSpeed and, as soon as there is a dataset, its splits and texts.
 """
 
+import yaml
+
 from pipeline import storage
 from pipeline.data.dataset import Dataset
-from pipeline.errors import ConfigError, FeatureError
+from pipeline.data.manifest import require_usable
+from pipeline.errors import ConfigError, FeatureError, ManifestError, StorageError
 from pipeline.recipe import Recipe
 from pipeline.training.engine import require_known_keys, require_precision
 from pipeline.training.spec import Environment
@@ -32,6 +35,9 @@ def preflight(recipe: Recipe) -> None:
     for key, location in needed.items():
         if location is not None and not storage.exists(location):
             faults.append(f"{key}: {location}: no such file or folder; give its path, as `{key}=…`")
+        elif location is not None and not storage.is_readable(location):
+            faults.append(f"{key}: {location}: neither a file nor a folder, but a FIFO or a device")
+    faults += _misplaced(recipe)
     try:
         recipe.features.extractor.check()
     except FeatureError as error:
@@ -53,6 +59,54 @@ def preflight(recipe: Recipe) -> None:
                 faults.append(str(error))
     if faults:
         raise ConfigError("\n".join(faults))
+
+
+def require_writable(run: str) -> None:
+    """Makes the run's folder; raises ConfigError if nothing can be written in it."""
+    probe = storage.join(run, ".writable")
+    try:
+        storage.write_bytes(probe, b"")
+        storage.remove(probe)
+    except (StorageError, OSError) as error:
+        raise ConfigError(f"run: {run}: {error}; choose another folder, as `run=…`") from error
+
+
+def _misplaced(recipe: Recipe) -> list[str]:
+    """Returns what is wrong with where the run and the dataset are to be."""
+    run, dataset = (storage.absolute(at).rstrip("/") for at in (recipe.run, recipe.dataset.path))
+    faults = [
+        f"{key}: {location}: a file is there; give the path of a folder"
+        for key, location in (("run", run), ("dataset.path", dataset))
+        if storage.is_local(location)
+        and storage.exists(location)
+        and not storage.local_path(location).is_dir()
+    ]
+    try:
+        require_usable(dataset)
+    except ManifestError as error:
+        faults.append(f"dataset.path: {error}")
+    else:
+        if run == dataset or storage.exists(storage.join(run, "manifest", "samples", "_delta_log")):
+            faults.append(f"run: {run}: a dataset is there; give the run a folder of its own")
+    owner = _name_of(run)
+    if owner not in (None, recipe.name):
+        faults.append(
+            f"run: {run}: the run {owner!r} is there, and this one is {recipe.name!r}; give it a "
+            "folder of its own, as `run=…`, or the same `name`"
+        )
+    return faults
+
+
+def _name_of(run: str) -> str | None:
+    """Returns the name of the run that has this folder, if there is one that can be read."""
+    location = storage.join(run, "recipe.yaml")
+    if not storage.exists(location):
+        return None
+    try:
+        document = yaml.safe_load(storage.read_bytes(location))
+    except (StorageError, yaml.YAMLError, ValueError):
+        return None  # it is written anew
+    return str(document["name"]) if isinstance(document, dict) and "name" in document else None
 
 
 def require_splits(recipe: Recipe, dataset: Dataset) -> None:

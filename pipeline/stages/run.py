@@ -18,7 +18,7 @@ from pipeline.recipe import Recipe
 from pipeline.stages import evaluate, extract, ingest, report, train
 from pipeline.stages.changed import OnChange
 from pipeline.stages.environment import write_environment
-from pipeline.stages.preflight import preflight
+from pipeline.stages.preflight import preflight, require_writable
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome
 from pipeline.training.lease import IsLost, only_command
@@ -59,6 +59,7 @@ def run_stages(
         "finetune": partial(train.finetune, on_change=on_change),
     }
     preflight(recipe)
+    require_writable(recipe.run)
     with _alone_in(recipe.run, console) as is_lost:
         for name in names:
             train.refuse_changes(recipe, name, on_change)
@@ -186,7 +187,10 @@ def _made(recipe: Recipe, name: str, outputs: Mapping[str, Any]) -> str:
     if name == "extract":
         if not outputs:
             return "features are live: made of the pictures of each batch"
-        return f"{storage.join(recipe.dataset.path, 'features', outputs['features'])}"
+        place = storage.join(recipe.dataset.path, "features", outputs["features"])
+        rejects = outputs.get("rejects") or {}
+        reasons = ", ".join(f"{reason} {count}" for reason, count in rejects.items())
+        return place + (f", {sum(rejects.values())} samples without ({reasons})" if rejects else "")
     if name in ("pretrain", "finetune"):
         phases = [
             f"{phase} loss {made['loss']:.3f}"

@@ -1,7 +1,7 @@
 """The pretrain and finetune stages: a dataset with features to a model folder."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline import storage
@@ -38,6 +38,7 @@ class DataInputs:
     dataset: Dataset
     extractor: dict[str, Any]  # its card
     mixed_in: tuple[tuple[Dataset, MixedInPart], ...] = ()
+    passed_over: dict[str, int] = field(default_factory=dict)  # by split: samples without features
 
     @classmethod
     def open(cls, recipe: Recipe) -> "DataInputs":
@@ -53,8 +54,17 @@ class DataInputs:
         for other, part in inputs.mixed_in:
             other.split(part.split, inputs.live or inputs.features)
         for split in (recipe.dataset.train_split, recipe.dataset.validation_split):
-            inputs.split(split)
+            inputs.passed_over[split] = inputs.split(split).num_rejects
         return inputs
+
+    def tell(self, progress: StageProgress) -> None:
+        """Says how many samples are passed over, as their images have no features."""
+        for split, number in self.passed_over.items():
+            if number:
+                progress.note(
+                    f"split {split}: {number:,} samples without features of {self.name} are passed "
+                    f"over; `sightline data rejects {self.dataset.url}` lists them"
+                )
 
     @property
     def features(self) -> str | None:
@@ -128,6 +138,7 @@ def pretrain(recipe: Recipe, progress: StageProgress, on_change: OnChange = REFU
     if recipe.training.pretrain is None or recipe.objectives is None:
         return Outcome("not in the recipe", 0.0, {})
     inputs = DataInputs.open(recipe)
+    inputs.tell(progress)
     model = storage.join(recipe.run, "pretrain", "model")
     return _phases_done(recipe, inputs, ["pretrain"], model, progress, on_change)
 
@@ -135,6 +146,7 @@ def pretrain(recipe: Recipe, progress: StageProgress, on_change: OnChange = REFU
 def finetune(recipe: Recipe, progress: StageProgress, on_change: OnChange = REFUSE) -> Outcome:
     """Trains the pretrained model on the benchmarks and, where asked for, its blind twin."""
     inputs = DataInputs.open(recipe)
+    inputs.tell(progress)
     if recipe.training.pretrain is not None:
         pretrained = _pretrained(recipe)
         if not is_model(pretrained):

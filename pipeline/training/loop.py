@@ -4,6 +4,12 @@ A step is: take the micro-batches, forward and backward each, clip, update, log.
 outlives a step: data and corruption are functions of the step, and dropout is seeded from
 (seed, step, rank) when the step begins. So the step number, the tally and the tensors of a
 checkpoint are all that a run is, and it goes on bit-identically on the same number of ranks.
+
+On another number of ranks, or with other micro-batches, data, corruption, rates and, without
+dropout, the loss to rounding are the same (1e-6); with dropout its draws are others, and the loss
+is off by their noise (0.03 to 0.5 %), as it would be with another seed for dropout. To draw them
+for each sample by itself, fused attention kernels would have to be given up, which have random
+numbers of their own, and the language models of others too, whose dropout is theirs.
 """
 
 import contextlib
@@ -137,6 +143,7 @@ class _StepFigures:
 class _Run:
     engine: Engine
     tally: Tally
+    ranks_before: int | None = None  # those that wrote the checkpoint it goes on from
 
     def __init__(
         self,
@@ -230,6 +237,7 @@ class _Run:
                     tally = tally.in_new_stretch(not names & _EVALUATED)
                 read = checkpoint.reader(location, manifest, cache)
                 self._build(manifest.step, given_up, tally, read)
+                self.ranks_before = manifest.world_size
         return found
 
     def _stretch(self, start: int) -> Stretch | None:
@@ -519,7 +527,16 @@ class _Run:
             return {}
         location = storage.join(self.checkpoints, checkpoint.name_of(chosen))
         with tempfile.TemporaryDirectory(prefix="sightline-") as cache:
-            manifest = checkpoint.verify(location, Path(cache))
+            try:
+                manifest = checkpoint.verify(location, Path(cache))
+            except CheckpointError as error:
+                phase = "pretrain" if self.spec.phase == "pretrain" else "finetune"
+                raise CheckpointError(
+                    f"{error}\nIt has the weights of the best evaluation, which the model is to "
+                    "have. Put an undamaged copy of it back; or give the same command with "
+                    f"`training.{phase}.keep_best=false` and `--from-checkpoint`, for a model of "
+                    "the last step's weights"
+                ) from error
             read = checkpoint.reader(location, manifest, Path(cache))
             return checkpoint.weights(manifest, read, averaged)
 
@@ -534,6 +551,19 @@ class _Run:
             device=self.environment.device,
             engine=self.engine.config,
         )
+        before, now = self.ranks_before, self.environment.world_size
+        if before not in (None, now):
+            self._event(
+                "ranks-changed",
+                step=start,
+                before=before,
+                now=now,
+                reason=(
+                    f"{before} ranks before, {now} now: data, masking and learning rate go on as "
+                    "they were; dropout is drawn anew, so that the loss differs from an unbroken "
+                    "run's by its noise (without dropout, by rounding)"
+                ),
+            )
 
 
 class _Meter:

@@ -79,6 +79,7 @@ def test_a_run_whose_rank_was_killed_ends_as_the_unbroken_one(
     assert finished_result(broken) is None
     train_on(2, broken)
     assert [event["step"] for event in events(broken, "resumed")] == [3]
+    assert not events(broken, "ranks-changed")
     assert curve(broken) == curve(unbroken)
     assert weights(broken) == weights(unbroken)
 
@@ -87,10 +88,11 @@ def test_a_run_killed_at_any_moments_ends_as_the_unbroken_one(tmp_path: Path) ->
     settings: dict[str, Any] = {"steps": 60, "checkpoint_every_steps": 1}
     unbroken, broken = (make_spec(tmp_path / name, **settings) for name in ("unbroken", "broken"))
     train_on(2, unbroken)
-    for seconds in np.random.default_rng(5).uniform(0.1, 0.6, size=4):
-        in_processes(2, train_until, broken, seconds)
+    rng = np.random.default_rng(5)
+    for _ in range(4):
+        in_processes(2, train_until, broken, int(rng.integers(4, 9)), rng.uniform(0, 0.05))
     train_on(2, broken)
-    assert len(events(broken, "resumed")) > 1
+    assert len(events(broken, "resumed")) == 4
     assert curve(broken) == curve(unbroken)
     assert weights(broken) == weights(unbroken)
 
@@ -106,6 +108,8 @@ def test_a_run_goes_on_with_other_ranks_and_stages_within_rounding(tmp_path: Pat
     train_on(2, third, without_dropout)
     resumed = [(event["step"], event["world_size"]) for event in events(third, "resumed")]
     assert resumed == [(3, 1), (6, 2)]
+    changed = [(one["step"], one["before"], one["now"]) for one in events(third, "ranks-changed")]
+    assert changed == [(3, 2, 1), (6, 1, 2)]
     assert losses(third) == pytest.approx(losses(steady), abs=1e-6)
     for name, values in weights(steady).items():
         assert np.allclose(weights(third)[name], values, atol=1e-5)
@@ -430,6 +434,23 @@ class TestAlone:
         best = checkpoint.weights(manifest, read, averaged=False)
         assert weights(spec) == {name: tensor.tolist() for name, tensor in best.items()}
         assert train(spec, HERE, stand_in).already_finished
+
+    def test_a_damaged_best_checkpoint_is_told_with_both_ways_on(self, tmp_path: Path) -> None:
+        found = iter([3.0, 1.0, 2.0, 4.0])
+        spec = make_spec(tmp_path / "run", evaluate_every_steps=2, keep_best=True)
+
+        def damage(step: int, _: int) -> None:
+            wait_for_writers()
+            if step == 8:
+                best = tmp_path / "run" / "checkpoints" / "step-00000004"
+                part = best / "rank-00000.safetensors"
+                part.write_bytes(part.read_bytes()[:-1] + b"\x81")
+
+        evaluating = partial(evaluated, on_step=damage, evaluate=lambda *_: {"loss": next(found)})
+        expected = r"step-00000004: rank-0.* is damaged(.*\n)*.*training\.pretrain\.keep_best=false"
+        with pytest.raises(CheckpointError, match=expected):
+            train(spec, HERE, evaluating)
+        assert checkpoint.steps_in(str(tmp_path / "run" / "checkpoints")) == [4, 6, 8]
 
     def test_the_best_few_are_kept_wherever_they_are_found(self, tmp_path: Path) -> None:
         found = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0])

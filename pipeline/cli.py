@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Annotated, Literal, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Literal, ParamSpec
 
 import typer
 from rich.console import Console
@@ -22,8 +22,10 @@ from rich.table import Column, Table
 from pipeline import __version__
 from pipeline.errors import BusyError, ConfigError, LostError, PipelineError, StoppedError
 
+if TYPE_CHECKING:
+    from pipeline.stages.submit import JobClient
+
 REFUSED_STATUS = 64
-COMMAND = "SIGHTLINE_COMMAND"  # of the environment: what a refusal tells to repeat
 LOST_STATUS = 70
 BUSY_STATUS = 75
 INTERRUPTED_STATUS = 130
@@ -238,6 +240,7 @@ def _run_stages(
         return
     from pipeline.stages.changed import OnChange
     from pipeline.stages.run import STAGES, run_stages
+    from pipeline.stages.submit import COMMAND
 
     # A job knows its recipe by another name than the user who submitted it.
     command = os.environ.get(COMMAND) or shlex.join(["sightline", name, recipe, *overrides])
@@ -329,27 +332,48 @@ def submit(
     address: Address = LOCAL_CLUSTER,
     name: Annotated[
         str,
-        typer.Option(help="The job's id; a name in use is refused. Default: made from the recipe."),
+        typer.Option(help="The job's id. Default: made from what the recipe says."),
     ] = "",
     detach: Annotated[bool, typer.Option(help="Print the job's id and return at once.")] = False,
+    from_checkpoint: FromCheckpoint = False,
+    restart: Restart = False,
 ) -> int:
     """Run a recipe on a Ray cluster as a job; follow its log and return its exit status.
 
-    The cluster needs Sightline installed. Relative paths in the recipe are those of this folder,
-    which a cluster of several machines must share; better use URLs there.
+    Where a job of the very recipe runs already, that is followed; after one that ended, a new one
+    goes on. The cluster needs Sightline installed. Relative paths in the recipe are those of this
+    folder, where the cluster's head is this machine; elsewhere use URLs.
     """
     from pipeline import config
     from pipeline.recipe import Recipe
-    from pipeline.stages.submit import JobClient, job_name
+    from pipeline.stages.submit import JobClient
 
     resolved = config.load(Recipe, recipe, overrides or [])
     client = JobClient(address)
-    job = client.submit(resolved, name or job_name(resolved.name))
+    flag = {"continue": ["--from-checkpoint"], "restart": ["--restart"], "refuse": []}
+    flags = flag[_decision(from_checkpoint, restart)]
+    given = ["sightline", "submit", recipe, *(overrides or []), "--address", address]
+    submitted = client.submit(resolved, name, flags, shlex.join(given))
+    job = submitted.job
     if detach:
         typer.echo(job)
         return 0
-    console.print(f"job {job} at {address}; Ctrl-C leaves it running", highlight=False)
-    return client.follow(job)
+    found = "" if submitted.is_new else " runs already, and is followed"
+    return _follow(client, job, f"job {job} at {address}{found}; Ctrl-C leaves it running")
+
+
+def _follow(client: "JobClient", job: str, announced: str) -> int:
+    try:
+        console.print(announced, highlight=False, soft_wrap=True)
+        return client.follow(job)
+    except KeyboardInterrupt:
+        console.print(
+            f"The job goes on. Follow it: {client.command('logs', job)} --follow\n"
+            f"Stop it: {client.command('stop', job)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return INTERRUPTED_STATUS
 
 
 @job_app.command("status")
@@ -369,7 +393,7 @@ def job_logs(job: str, address: Address = LOCAL_CLUSTER, follow: bool = False) -
 
     client = JobClient(address)
     if follow:
-        return client.follow(job)
+        return _follow(client, job, f"job {job} at {address}; Ctrl-C leaves it running")
     typer.echo(client.logs(job))
     return 0
 
@@ -637,3 +661,7 @@ def _add_bench_verb(name: str, description: str) -> None:
 
 for _name, _description in BENCH_VERBS.items():
     _add_bench_verb(_name, _description)
+
+
+if __name__ == "__main__":
+    main()

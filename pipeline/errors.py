@@ -12,6 +12,10 @@ class ConfigError(PipelineError):
     """A recipe, an override or a combination of settings is refused before work starts."""
 
 
+class ClusterError(PipelineError):
+    """Ray cannot be started or joined, or was lost."""
+
+
 class StorageError(PipelineError):
     """A path or object store cannot be read or written."""
 

@@ -1,7 +1,9 @@
 """What can be refused before work: names in a recipe of what is not there.
 
-Files, keys of DeepSpeed and, as soon as there is a dataset, its splits and texts.
+Files, devices, keys of DeepSpeed and, as soon as there is a dataset, its splits and texts.
 """
+
+from collections.abc import Sequence
 
 import yaml
 
@@ -10,15 +12,19 @@ from pipeline.data.dataset import Dataset
 from pipeline.data.manifest import require_usable
 from pipeline.errors import ConfigError, FeatureError, ManifestError, StorageError
 from pipeline.recipe import Recipe
+from pipeline.stages.devices import missing_devices
 from pipeline.training.engine import require_known_keys, require_precision
 from pipeline.training.spec import Environment
 
 FEW_SAMPLES = 20  # of a held-out split: fewer tell little
 
 
-def preflight(recipe: Recipe) -> None:
-    """Raises ConfigError naming the key, for every missing file and unknown key at once."""
-    faults = []
+def preflight(recipe: Recipe, stages: Sequence[str] = ()) -> None:
+    """Raises ConfigError naming the key, for every missing file and unknown key at once.
+
+    `stages` are those that are to be run: the devices that they ask for have to be there.
+    """
+    faults = list(missing_devices(recipe, stages))
     needed = {
         "model.initial": recipe.model.initial,
         "model.tokenizer": recipe.model.tokenizer,

@@ -58,7 +58,7 @@ def run_stages(
         "pretrain": partial(train.pretrain, on_change=on_change),
         "finetune": partial(train.finetune, on_change=on_change),
     }
-    preflight(recipe)
+    preflight(recipe, names)
     require_writable(recipe.run)
     with _alone_in(recipe.run, console) as is_lost:
         for name in names:

@@ -340,13 +340,15 @@ class TestOnActors:
         report = extract(str(tmp_path), PIXELS, ExtractConfig(actors=5, cpus_per_actor=1))
         check_features(tmp_path, report, images)
 
-    def test_cluster_without_room_for_one_actor_is_reported(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(module, "START_TIMEOUT_SECONDS", 3.0)
+    def test_a_ray_of_its_own_without_room_for_one_actor_is_refused(self, tmp_path: Path) -> None:
         make_dataset(str(tmp_path), pictures(2))
-        with pytest.raises(FeatureError, match="asks for 64 CPUs and 0 GPUs, and the cluster has"):
-            extract(str(tmp_path), PIXELS, ExtractConfig(actors=1, cpus_per_actor=64))
+        for asked, fault in (
+            ({"cpus_per_actor": 64}, "1 x 64 CPU asked for, and this machine has 2 CPU"),
+            ({"gpus_per_actor": 1}, "1 x 1 CPU and 1 GPU asked for, and this machine has 2 CPU"),
+        ):
+            pool = ExtractConfig.model_validate({"actors": 1, **asked})
+            with pytest.raises(ConfigError, match=f"extract: {fault}"):
+                extract(str(tmp_path), PIXELS, pool)
 
     def _workers(self) -> list[int]:
         found: list[Any] = []

@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from pipeline.cluster import TOKEN_ADVICE, token, use_token
 from pipeline.errors import ConfigError, StageError
 from pipeline.recipe import Recipe
 
+COMMAND = "SIGHTLINE_COMMAND"  # of a job's environment: how the user named what it does
 POLL_SECONDS = 1.0
 PROBE_TIMEOUT_SECONDS = 5.0
 SECONDS_UNTIL_LOST = 30.0  # that a cluster may fail to answer while a job of it is followed
@@ -64,8 +65,13 @@ class JobClient:
             else:
                 os.environ[_ADDRESS] = before
 
-    def submit(self, recipe: Recipe, name: str = "") -> Submitted:
+    def submit(
+        self, recipe: Recipe, name: str = "", flags: Sequence[str] = (), command: str = ""
+    ) -> Submitted:
         """Starts the recipe's job, or finds the one that runs.
+
+        `flags` are those of `sightline run`; `command` is what the user gave, to be repeated by
+        what the job says of it.
 
         With a name, the job has that one; without, it is named by what the recipe says, and by a
         number from the second time on. Raises StageError if the name is taken, or if another job
@@ -94,17 +100,24 @@ class JobClient:
                         f"`{self.command('stop', other.submission_id)}`, or give another run="
                     )
             try:
-                self._start(recipe, job, {"recipe": wanted, "run": run})
+                self._start(recipe, job, {"recipe": wanted, "run": run}, flags, command)
             except RuntimeError as error:
                 if "already exists" in str(error):  # by a submission at the same moment
                     continue
                 raise StageError(f"{self.address} refused the job: {error}") from error
             return Submitted(job, is_new=True)
 
-    def _start(self, recipe: Recipe, job: str, metadata: dict[str, str]) -> None:
+    def _start(
+        self,
+        recipe: Recipe,
+        job: str,
+        metadata: dict[str, str],
+        flags: Sequence[str],
+        command: str,
+    ) -> None:
         with tempfile.TemporaryDirectory(prefix="sightline-job-") as folder:
             (Path(folder) / "recipe.yaml").write_text(config.to_yaml(recipe.on_cluster()))
-            (Path(folder) / "job.sh").write_text(script(recipe))
+            (Path(folder) / "job.sh").write_text(script(recipe, flags))
             self._client.submit_job(
                 entrypoint="sh job.sh",
                 submission_id=job,
@@ -114,6 +127,7 @@ class JobClient:
                     "env_vars": {
                         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_SECONDS),
                         "PYTHONUNBUFFERED": "1",
+                        COMMAND: command,
                     },
                 },
             )
@@ -250,7 +264,7 @@ def _probe(address: str) -> None:
         raise StageError(f"what answers at {address} is no Ray dashboard; check the address")
 
 
-def script(recipe: Recipe) -> str:
+def script(recipe: Recipe, flags: Sequence[str] = ()) -> str:
     """Returns what the job's shell runs, which finds out where it is.
 
     An address tells nothing of it: 127.0.0.1 may be the end of a tunnel. The machine is this one
@@ -266,6 +280,7 @@ def script(recipe: Recipe) -> str:
         'file() { stat -L -c %d:%i "$1" 2>/dev/null || stat -L -f %d:%i "$1" 2>/dev/null; }',
         'same() { boot && [ "$(file "$1")" = "$2" ]; }',
     ]
+    run = " ".join(["run", '"$recipe"', *map(shlex.quote, flags)])
     relative = recipe.relative_locations()
     if relative:
         sorry = (
@@ -285,10 +300,10 @@ def script(recipe: Recipe) -> str:
         f"if same {shlex.quote(str(package))} {_file(package)} "
         f"&& [ -x {shlex.quote(sys.executable)} ]; then",
         f'export PYTHONPATH={shlex.quote(str(root))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
-        f'exec {shlex.quote(sys.executable)} -P -m pipeline.cli run "$recipe"',
-        'elif command -v sightline >/dev/null; then exec sightline run "$recipe"',
+        f"exec {shlex.quote(sys.executable)} -P -m pipeline.cli {run}",
+        f"elif command -v sightline >/dev/null; then exec sightline {run}",
         "elif python -P -c 'import pipeline.cli' 2>/dev/null; then "
-        'exec python -P -m pipeline.cli run "$recipe"',
+        f"exec python -P -m pipeline.cli {run}",
         f"else echo {shlex.quote(missing)} >&2; exit 1; fi",
     ]
     return "\n".join(lines)

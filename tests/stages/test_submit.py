@@ -192,7 +192,10 @@ class TestScript:
         self._installed("sightline")
         monkeypatch.setattr(submit, "_boot", lambda: "another machine's")
         done = self._run(script(recipe(tmp_path)))
-        assert done.stdout.split() == ["sightline", "run", f"{self.folder}/recipe.yaml"]
+        told = ["sightline", "run", f"{self.folder}/recipe.yaml"]
+        assert done.stdout.split() == told
+        again = self._run(script(recipe(tmp_path), ["--restart"]))
+        assert again.stdout.split() == [*told, "--restart"]
 
     def test_on_other_files_of_this_machine_too(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -381,6 +381,27 @@ def remove(location: str) -> None:
         filesystem.rm(name, recursive=True)
 
 
+def move(location: str, target: str) -> None:
+    """Gives a folder another name beside it, or raises StorageError; `target` must not be there.
+
+    In an object store it is copied, and removed once all of it is.
+    """
+    if exists(target):
+        raise StorageError(f"{target}: there is something; {location} cannot be moved there")
+    try:
+        if is_local(location):
+            local_path(location).rename(local_path(target))
+            return
+        filesystem, name = _object_store(location)
+        filesystem.invalidate_cache()
+        _, new_name = _object_store(target)
+        for path in filesystem.find(name):
+            filesystem.cp_file(path, new_name + path.removeprefix(name))
+        filesystem.rm(name, recursive=True)
+    except OSError as error:
+        raise StorageError(f"{location}: cannot be moved to {target} ({error})") from error
+
+
 @dataclass
 class Draft:
     """A file on its way into a folder: written at `path`, published under `name`."""

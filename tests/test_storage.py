@@ -161,6 +161,23 @@ def test_no_name_is_too_long_to_be_absent(tmp_path: Path) -> None:
         storage.exists(f"{tmp_path}/a\0b")
 
 
+def test_a_folder_is_moved_with_all_it_holds_and_over_nothing(
+    tmp_path: Path, object_store: str
+) -> None:
+    for root in (str(tmp_path), object_store):
+        old, new = (storage.join(root, name) for name in ("a run", "a run.replaced-1"))
+        for name in ("one", "deep/two"):
+            storage.write_bytes(storage.join(old, name), name.encode())
+        storage.move(old, new)
+        assert not storage.exists(old)
+        for name in ("one", "deep/two"):
+            assert storage.read_bytes(storage.join(new, name)) == name.encode()
+        storage.write_bytes(storage.join(old, "three"), b"")
+        with pytest.raises(StorageError, match="there is something"):
+            storage.move(old, new)
+        assert storage.exists(storage.join(old, "three"))
+
+
 _WRITES_FOR_EVER = """
 import sys, time
 from pipeline import storage

@@ -110,9 +110,12 @@ def start_ray(cluster: ClusterConfig, tell: Tell = _print) -> None:
         import ray
 
         if ray.is_initialized():
+            if cluster.address is not None:
+                connection.address = str(ray.get_runtime_context().gcs_address)
             return
     if cluster.address is None:
         _start(cluster.workers * cluster.cpus_per_worker)
+        connection.address = ""
     else:
         connection.address = _join(cluster.address)
 

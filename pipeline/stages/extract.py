@@ -41,6 +41,7 @@ def run(recipe: Recipe, progress: StageProgress) -> Outcome:
         "features": report.extractor,
         "images": report.num_images,
         "unchanged": report.num_unchanged,
+        "rejects": dict(report.rejects),
         "bytes": report.size_bytes,
         "images_per_second": round(report.images_per_second, 1),
         "network_waited": round(report.waited_fraction, 3),

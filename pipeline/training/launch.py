@@ -7,6 +7,7 @@ our own newest whole checkpoint, so Ray is told of none and keeps no state that 
 import atexit
 import contextlib
 import ipaddress
+import json
 import os
 import signal
 import socket
@@ -29,7 +30,8 @@ from pipeline.cluster import ClusterConfig, start_ray
 from pipeline.errors import ConfigError, PipelineError, StorageError, TrainingError
 from pipeline.room import Waiting, require_cluster
 from pipeline.scratch import scratch_folder
-from pipeline.training.spec import Environment, TrainingResult, TrainingSpec
+from pipeline.training.continuation import differences, fixed
+from pipeline.training.spec import Environment, TrainingConfig, TrainingResult, TrainingSpec
 
 if TYPE_CHECKING:
     from pipeline.training.assembly import Assembly
@@ -95,17 +97,31 @@ def launch_all(
 
 
 def read_spec(folder: str) -> TrainingSpec:
-    """Returns what a phase's folder holds a run of; raises TrainingError if nobody has told."""
+    """Returns what a phase's folder holds a run of; raises TrainingError if nobody has told.
+
+    A training setting that this release does not have is left out.
+    """
     try:
-        return TrainingSpec.model_validate_json(storage.read_bytes(storage.join(folder, SPEC)))
-    except (StorageError, ValidationError) as error:
+        document = json.loads(storage.read_bytes(storage.join(folder, SPEC)))
+        settings = document["training"].items()
+        known = {key: value for key, value in settings if key in TrainingConfig.model_fields}
+        return TrainingSpec.model_validate({**document, "training": known})
+    except (
+        StorageError,
+        ValidationError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ) as error:
         raise TrainingError(f"{folder}: {SPEC} does not say what was trained: {error}") from error
 
 
 def _record(spec: TrainingSpec) -> None:
     """Leaves the spec in its folder, unless another run is there, which the ranks will refuse."""
     with contextlib.suppress(TrainingError):  # there is none, or one that nobody can use
-        if read_spec(spec.folder).sequence() != spec.sequence():
+        begun = read_spec(spec.folder).sequence()
+        if fixed(differences(begun, spec.sequence(), spec.phase)):
             return
     location = storage.join(spec.folder, SPEC)
     storage.write_bytes(location, spec.model_dump_json(indent=1).encode())

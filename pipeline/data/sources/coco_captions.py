@@ -7,6 +7,8 @@ Official files of 2014 and 2017 and any file of that shape. What becomes of each
 - its file is not there: a `missing-image` reject; its name is not an image's: `unknown-suffix`.
 - it has no caption: `no-captions`; none with a word in it: `empty-captions`.
 - captions that name an image which `images` does not list: one `unknown-image` reject per image.
+
+An image or a caption that is not what the format says is a `malformed-record`, and costs itself.
 """
 
 from collections.abc import Iterable, Iterator
@@ -72,9 +74,10 @@ class CocoCaptionsSource:
         caption_at = annotations.reader(_Caption, _Caption.checked)
         captions = Groups(annotations, "image_id")
         known = set()
-        for image in map(image_at, range(len(images))):
+        for image in images.made(image_at, range(len(images))):
             known.add(image.id)
-            found = _Captions(image.id, map(caption_at, captions.places(image.id)))
+            places = captions.places(image.id)
+            found = _Captions(image.id, annotations.made(caption_at, places))
             yield listed(
                 key=(key := image_key(image.id)),
                 split=split or hash_split(key, self.config.validation_fraction),
@@ -84,13 +87,16 @@ class CocoCaptionsSource:
                 fault=found.fault,
             )
         for image_id, entries in captions.beside(known):
-            yield self._orphan(image_id, entries, location, split)
+            usable = [*annotations.checked(_Caption.checked, entries)]
+            yield self._orphan(image_id, usable, location, split)
+        yield from images.rejects(split)
+        yield from annotations.rejects(split)
 
     def _orphan(
-        self, image_id: Identity, captions: list[Fields], location: str, split: str
+        self, image_id: Identity, captions: list["_Caption"], location: str, split: str
     ) -> Reject:
         key = image_key(image_id)
-        texts = _Captions(image_id, map(_Caption.checked, captions)).texts
+        texts = _Captions(image_id, captions).texts
         split = split or hash_split(key, self.config.validation_fraction)
         remains = Record(key, split, "", "", texts, fingerprint("", texts))
         detail = f"{len(captions)} captions name image {image_id!r}, which {location} does not list"

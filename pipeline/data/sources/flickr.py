@@ -9,6 +9,8 @@ each image that a caption or a list names:
   which has never been a file.
 - nothing describes it: `no-captions`; with lists, it is in none (92 of Flickr8k's): `no-split`;
   in several: `several-splits`.
+
+A line that is not of this form is a `malformed-record`, and costs itself.
 """
 
 from collections import defaultdict
@@ -19,7 +21,7 @@ from pydantic import Field, model_validator
 
 from pipeline import storage
 from pipeline.data.sample import Texts
-from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key
+from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, malformed
 from pipeline.data.sources.image_files import (
     ImageFolders,
     image_key,
@@ -27,7 +29,7 @@ from pipeline.data.sources.image_files import (
     listed,
     read_image,
 )
-from pipeline.data.sources.json_file import read_text
+from pipeline.data.sources.json_file import read_text, shown
 from pipeline.data.sources.splits import check_splits, folders_of, hash_split
 from pipeline.errors import SourceError
 
@@ -63,7 +65,8 @@ class FlickrSource:
     def records(self) -> Iterator[Record | Reject]:
         """Lists the images in the order of their captions, then those that only a list names."""
         folders = ImageFolders(*folders_of(self.config.images, ""))
-        captions = _captions(storage.absolute(self.config.captions))
+        captions, faults = _captions(storage.absolute(self.config.captions))
+        yield from faults
         splits = self._lists()
         for name in dict.fromkeys([*captions, *splits]):
             image_id = image_name(name)
@@ -104,17 +107,24 @@ class FlickrSource:
         return splits
 
 
-def _captions(location: str) -> dict[str, list[str]]:
+def _captions(location: str) -> tuple[dict[str, list[str]], list[Reject]]:
+    """Returns the captions of each image, and the lines that are none.
+
+    Raises SourceError if no line is one.
+    """
     captions: defaultdict[str, list[str]] = defaultdict(list)
+    faults = []
     for number, line in enumerate(read_text(location).split("\n"), 1):
         if not line.strip():
             continue
         label, tab, caption = line.partition("\t")
         name, sign, order = label.rpartition("#")
-        if not (tab and sign and name and order.strip().isdecimal()):
-            raise SourceError(
-                f"{location}: line {number}: expected an image's name, '#' and a number, a tab "
-                f"and a caption, found {line.strip()[:80]!r}. Is it a Flickr .token file?"
-            )
-        captions[name.strip()].append(caption.strip())
-    return captions
+        if tab and sign and name.strip() and order.strip().isdecimal():
+            captions[name.strip()].append(caption.strip())
+            continue
+        where = f"{location}: line {number}"
+        expected = "expected an image's name, '#' and a number, a tab and a caption"
+        faults.append(malformed(where, "", f"{where}: {expected}, found {shown(line.strip())}"))
+    if faults and not captions:
+        raise SourceError(f"{faults[0].detail}. Is it a Flickr .token file?")
+    return captions, faults

@@ -1,7 +1,8 @@
 """Karpathy's split files of COCO, Flickr30k and Flickr8k: captions and splits in one JSON.
 
 `dataset_coco.json`, `dataset_flickr30k.json` and `dataset_flickr8k.json`, whose captions are each
-sentence's `raw` words. An image's key is its COCO id, or its file's name without the suffix.
+sentence's `raw` words. An image's key is its COCO id, or its file's name without the suffix. An
+entry that is not what the format says is a `malformed-record`, and costs itself.
 """
 
 from collections.abc import Iterator
@@ -59,8 +60,8 @@ class KarpathySource:
         """Lists the images in the file's order."""
         folders = ImageFolders(*folders_of(self.config.images, ""))
         entries = read_json(storage.absolute(self.config.annotations), _KIND).list("images")
-        for entry in entries.objects():
-            yield self._record(entry, folders)
+        yield from entries.each(lambda entry: self._record(entry, folders))
+        yield from entries.rejects("")
 
     def read(self, record: Record) -> bytes:
         """Returns the image file's bytes; `record.image` is its location."""

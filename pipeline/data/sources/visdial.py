@@ -8,12 +8,15 @@ words. Dense annotations give one round of a dialog the relevance of each option
 - its file is not there: a `missing-image` reject; its name is not an image's: `unknown-suffix`.
 - its dialogs have no round: `no-rounds`.
 - dense annotations of an image without a dialog: an `unknown-image` reject.
+- a dialog or a dense annotation that is not what the format says: a `malformed-record`, which
+  costs itself.
 
 The last round of a test dialog has options but neither an answer nor `gt_index`.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -22,9 +25,15 @@ from pipeline import storage
 from pipeline.data.sample import Dialog, Round, Texts
 from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, fingerprint
 from pipeline.data.sources.image_files import ImageFolders, image_key, listed, read_image
-from pipeline.data.sources.json_file import Fields, Groups, Identity, read_json, read_json_list
+from pipeline.data.sources.json_file import (
+    Fields,
+    Groups,
+    Identity,
+    read_json,
+    read_json_list,
+    shown,
+)
 from pipeline.data.sources.splits import check_splits, folders_of, hash_split
-from pipeline.errors import SourceError
 
 _DIALOGS = "a VisDial v1.0 file"
 _DENSE = "a VisDial v1.0 dense annotations file"
@@ -88,18 +97,18 @@ class VisdialSource:
         words = _Words(
             document.list("data", "questions").strings(), document.list("data", "answers").strings()
         )
-        dialogs = Groups(document.list("data", "dialogs"), "image_id")
-        judged = None
+        listed_dialogs = document.list("data", "dialogs")
+        dialogs = Groups(listed_dialogs, "image_id")
+        judgements, judged = None, None
         if dense is not None:
-            judged = Groups(read_json_list(storage.absolute(dense), _DENSE), "image_id")
+            judgements = read_json_list(storage.absolute(dense), _DENSE)
+            judged = Groups(judgements, "image_id")
         for image_id, entries in dialogs:
-            texts = Texts(
-                image_id,
-                dialogs=_with_relevance(
-                    [words.dialog(entry) for entry in entries],
-                    judged.of(image_id) if judged else (),
-                ),
-            )
+            found = [*listed_dialogs.checked(words.dialog, entries)]
+            if judged is not None and found:
+                for dialog in judged.made(partial(_with_relevance, found), image_id):
+                    found[0] = dialog
+            texts = Texts(image_id, dialogs=tuple(found))
             key = image_key(image_id)
             yield listed(
                 key=key,
@@ -108,9 +117,13 @@ class VisdialSource:
                 texts=texts,
                 fault=None if texts.num_rounds else ("no-rounds", "its dialogs have no round"),
             )
-        for image_id, _ in judged or ():
+        yield from listed_dialogs.rejects(split)
+        if judgements is None or judged is None:
+            return
+        for image_id, _ in judged:
             if not dialogs.of(image_id):
                 yield self._orphan(image_id, f"{dense} judges a dialog that is not there", split)
+        yield from judgements.rejects(split)
 
     def _orphan(self, image_id: Identity, detail: str, split: str) -> Reject:
         key = image_key(image_id)
@@ -126,7 +139,7 @@ class VisdialSource:
 class _Words:
     """The questions and answers that a file's dialogs speak of by number."""
 
-    def __init__(self, questions: Sequence[str], answers: Sequence[str]) -> None:
+    def __init__(self, questions: Sequence[str | None], answers: Sequence[str | None]) -> None:
         self._questions = questions
         self._answers = answers
 
@@ -142,10 +155,10 @@ class _Words:
         if "answer" in turn:
             answer = turn.integer("answer", len(self._answers))
         for option in options:
-            if not isinstance(option, int) or not 0 <= option < len(self._answers):
+            if type(option) is not int or not 0 <= option < len(self._answers):
                 raise turn.wrong(
                     "answer_options",
-                    f"expected numbers from 0 to {len(self._answers) - 1}, found {option!r}",
+                    f"expected numbers from 0 to {len(self._answers) - 1}, found {shown(option)}",
                 )
         if "gt_index" in turn:
             gt_index = turn.integer("gt_index", len(options))
@@ -153,31 +166,40 @@ class _Words:
                 raise turn.wrong(
                     "gt_index", f"option {gt_index} is answer {options[gt_index]}, not {answer}"
                 )
+        question = turn.integer("question", len(self._questions))
         return Round(
-            question=self._questions[turn.integer("question", len(self._questions))],
-            answer="" if answer is None else self._answers[answer],
-            options=tuple(self._answers[option] for option in options),
+            question=_said(self._questions, question, turn, "question"),
+            answer="" if answer is None else _said(self._answers, answer, turn, "answer"),
+            options=tuple(
+                _said(self._answers, option, turn, "answer_options") for option in options
+            ),
             gt_index=-1 if gt_index is None else gt_index,
         )
 
 
-def _with_relevance(dialogs: list[Dialog], judged: Sequence[Fields]) -> tuple[Dialog, ...]:
-    """Returns the dialogs of an image with what its dense annotations say of the first one."""
-    for entry in judged:
-        rounds = list(dialogs[0].rounds)
-        index = entry.integer("round_id", len(rounds) + 1) - 1
-        if index < 0:
-            raise entry.wrong("round_id", "rounds count from 1, found 0")
-        name = next((name for name in _RELEVANCE if name in entry), _RELEVANCE[0])
-        relevance = entry.list(name)
-        num_options = len(rounds[index].options)
-        if len(relevance) != num_options or not all(
-            isinstance(value, int | float) and 0 <= value <= 1 for value in relevance
-        ):
-            raise SourceError(
-                f"{entry.where}: {name!r}: expected {num_options} numbers from 0 to 1, one for "
-                f"each option of round {index + 1}, found {len(relevance)} values"
-            )
-        rounds[index] = replace(rounds[index], relevance=tuple(map(float, relevance)))
-        dialogs[0] = replace(dialogs[0], rounds=tuple(rounds))
-    return tuple(dialogs)
+def _said(words: Sequence[str | None], number: int, turn: Fields, name: str) -> str:
+    found = words[number]
+    if found is None:
+        raise turn.wrong(name, f"number {number} of the list that it is in is no string")
+    return found
+
+
+def _with_relevance(dialogs: Sequence[Dialog], entry: Fields) -> Dialog:
+    """Returns the first dialog of an image with what a dense annotation says of it."""
+    rounds = list(dialogs[0].rounds)
+    index = entry.integer("round_id", len(rounds) + 1) - 1
+    if index < 0:
+        raise entry.wrong("round_id", "rounds count from 1, found 0")
+    name = next((name for name in _RELEVANCE if name in entry), _RELEVANCE[0])
+    relevance = entry.list(name)
+    num_options = len(rounds[index].options)
+    if len(relevance) != num_options or not all(
+        type(value) in (int, float) and 0 <= value <= 1 for value in relevance
+    ):
+        raise entry.wrong(
+            name,
+            f"expected {num_options} numbers from 0 to 1, one for each option of round "
+            f"{index + 1}, found {len(relevance)} values",
+        )
+    rounds[index] = replace(rounds[index], relevance=tuple(map(float, relevance)))
+    return replace(dialogs[0], rounds=tuple(rounds))

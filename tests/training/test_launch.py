@@ -235,10 +235,11 @@ def wait_for_step(driver: "subprocess.Popen[str]", spec: TrainingSpec, step: int
 def ended(driver: "subprocess.Popen[str]", seconds: float = 300) -> str:
     """Returns the last line that a driver printed; it must have succeeded."""
     try:
-        output, _ = driver.communicate(timeout=seconds)
+        output, said = driver.communicate(timeout=seconds)
     finally:
         driver.kill()
-    assert driver.returncode == 0
+    assert driver.returncode == 0, said
+    assert "state-dump" not in said
     return output.splitlines()[-1]
 
 

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import fsspec
+import psutil  # type: ignore[import-untyped]
 
 from pipeline.errors import StorageError
 
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:64]
-_SCRATCH_OF_HERE = re.compile(rf"\..*\.{_HOST}\.[0-9a-f]{{8}}\.partial", re.DOTALL)
+_SCRATCH_OF_HERE = re.compile(rf"\..*\.{_HOST}\.(\d+)-[0-9a-f]{{8}}\.partial", re.DOTALL)
 _tidied: set[Path] = set()  # the folders where this process has looked for what others left
 
 
@@ -442,15 +443,16 @@ def draft(folder: str, name: str | None = None, durable: bool = False) -> Iterat
 def _scratch(target: Path | None, name: str) -> Iterator[Path]:
     """Yields a hidden file to write, in the target folder or, for an object store, in TMPDIR.
 
-    It is locked as long as this process lives, so that one that was killed leaves what the next
-    to write in that folder knows for litter, and removes.
+    It is locked as long as this process lives, and has its number, so that one that was killed
+    leaves what the next to write in that folder knows for litter, and removes. The lock alone
+    does not tell: safetensors writes a new file of the same name, which nobody has locked.
     """
     if target is not None:
         target.mkdir(parents=True, exist_ok=True)
     where = target or Path(tempfile.gettempdir())
     _remove_litter(where)
     while True:
-        mine = where / f".{name}.{_HOST}.{uuid.uuid4().hex[:8]}.partial"
+        mine = where / f".{name}.{_HOST}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
         mode = 0o600 if target is None else 0o666
         descriptor = os.open(mine, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, mode)
         try:
@@ -470,7 +472,8 @@ def _remove_litter(folder: Path) -> None:
         return
     _tidied.add(folder)
     with os.scandir(folder) as entries:
-        litter = [entry.path for entry in entries if _SCRATCH_OF_HERE.fullmatch(entry.name)]
+        found = [(entry.path, _SCRATCH_OF_HERE.fullmatch(entry.name)) for entry in entries]
+    litter = [path for path, match in found if match and not psutil.pid_exists(int(match[1]))]
     for path in litter:
         with contextlib.suppress(OSError):  # gone meanwhile, somebody else's, or in use
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)

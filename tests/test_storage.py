@@ -182,7 +182,9 @@ _WRITES_FOR_EVER = """
 import sys, time
 from pipeline import storage
 with storage.draft(sys.argv[1]) as draft:
-    draft.path.write_bytes(b"half")
+    new = draft.path.with_suffix(".new")  # as safetensors writes: another file of that name
+    new.write_bytes(b"half")
+    new.replace(draft.path)
     print(draft.path, flush=True)
     time.sleep(600)
 """

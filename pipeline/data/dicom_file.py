@@ -88,6 +88,8 @@ class DicomFile:
         from pydicom.pixels.processing import apply_modality_lut, apply_rescale
 
         if self.photometry in GREY:
+            if stored.ndim != 2:
+                raise BadImageError("unsupported-pixels", f"grey of shape {stored.shape}")
             if self._dataset.get("ModalityLUTSequence"):
                 units: Values = apply_modality_lut(stored, self._dataset)
             else:

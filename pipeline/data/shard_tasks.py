@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from pipeline.data.ingest_plan import ShardPlan
 from pipeline.data.sources.base import Source
 from pipeline.errors import PipelineError
+from pipeline.room import Waiting, wait
 
 _RETRIES = 3  # for a lost worker or node; an error is not retried
 
@@ -36,10 +37,12 @@ def run_tasks(
 
     task = ray.remote(max_retries=_RETRIES)(work)
     source_ref = ray.put(source)  # one copy in the object store rather than one per Ray task
+    waiting, has_begun = Waiting("ingest", 1, {"CPU": 1}), False
     running: list[Any] = [task.remote(plan, source_ref) for plan in first]
     try:
         while running:
-            done = running[0] if in_order else ray.wait(running)[0][0]
+            done = wait(running[:1] if in_order else running, waiting, has_begun)[0]
+            has_begun = True
             running.remove(done)
             running += [task.remote(plan, source_ref) for plan in islice(plans, 1)]
             try:

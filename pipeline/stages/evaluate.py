@@ -51,6 +51,7 @@ class _Scored:
 def run(recipe: Recipe, progress: StageProgress) -> Outcome:
     """Scores RUN/model, and its blind twin, on the held-out split with official metrics."""
     inputs = DataInputs.open(recipe)
+    inputs.tell(progress)
     folder = storage.join(recipe.run, "model")
     blind_folder = storage.join(recipe.run, "blind", "model")
     if not is_model(folder):
@@ -69,7 +70,7 @@ def run(recipe: Recipe, progress: StageProgress) -> Outcome:
         twin = load_model(blind_folder) if has_blind else None
         device = _device(recipe)
         split = inputs.split(recipe.dataset.validation_split)
-        unseen = inputs.dataset.split(recipe.dataset.validation_split)
+        unseen = split.without_features()
         examples: list[Example] = []
         metrics: dict[str, float] = {}
         headlines: dict[str, float] = {}

@@ -15,6 +15,7 @@ from pipeline.errors import CheckpointError, ConfigError, ModelError
 from pipeline.models import families
 from pipeline.models.base import ModelConfig
 from pipeline.training import checkpoint, model_folder
+from pipeline.training.continuation import differences, fixed
 from pipeline.training.launch import read_spec
 from pipeline.training.loop import CHECKPOINTS
 from pipeline.training.metrics_log import read_metrics
@@ -111,17 +112,16 @@ def _from_checkpoint(location: str, folder: str, skipped: tuple[str, ...]) -> Ex
     spec = read_spec(phase)
     with tempfile.TemporaryDirectory(prefix="sightline-") as cache:
         manifest = checkpoint.verify(location, Path(cache))
-        differences = checkpoint.differences(spec.sequence(), manifest.sequence)
-        if differences:
+        others = fixed(differences(manifest.sequence, spec.sequence(), spec.phase))
+        if others:
             raise CheckpointError(
                 f"{location}: it is not of the run that {phase} describes; it differs in "
-                f"{'; '.join(differences)}"
+                f"{'; '.join(map(str, others))}"
             )
         sizes, parameters = _parameters(spec, location, manifest, Path(cache))
     run = phase.rsplit("/", 1)[0]
-    tokenizer = storage.join(run, "tokenizer")
-    if not storage.exists(tokenizer):
-        tokenizer = spec.tokenizer
+    places = (storage.join(above, "tokenizer") for above in (phase, run))  # it may have been moved
+    tokenizer = next(filter(storage.exists, places), spec.tokenizer)
     made = {**spec.card, "step": manifest.step}
     card = ModelCard(
         model_type=families.family_of(sizes).model_type,

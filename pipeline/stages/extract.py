@@ -35,12 +35,13 @@ def run(recipe: Recipe, progress: StageProgress) -> Outcome:
         recipe.features.extractor,
         config,
         on_progress=show,
-        start_ray=partial(start_ray, recipe.cluster),
+        start_ray=partial(start_ray, recipe.cluster, progress.note),
     )
     outputs = {
         "features": report.extractor,
         "images": report.num_images,
         "unchanged": report.num_unchanged,
+        "rejects": dict(report.rejects),
         "bytes": report.size_bytes,
         "images_per_second": round(report.images_per_second, 1),
         "network_waited": round(report.waited_fraction, 3),

@@ -1,19 +1,24 @@
 """What can be refused before work: names in a recipe of what is not there, or of no use to it.
 
-Files, weights to begin with, keys of DeepSpeed and, as soon as there is a dataset, its splits and
-texts.
+Files, devices, weights to begin with, keys of DeepSpeed and, as soon as there is a dataset, its
+splits and texts.
 """
 
+from collections.abc import Sequence
+
 import torch
+import yaml
 
 from pipeline import storage
 from pipeline.data.dataset import Dataset
+from pipeline.data.manifest import require_usable
 from pipeline.data.vocabulary import load_tokenizer
-from pipeline.errors import ConfigError, FeatureError, ModelError
+from pipeline.errors import ConfigError, FeatureError, ManifestError, ModelError, StorageError
 from pipeline.model_files import is_model
 from pipeline.models import families
 from pipeline.models.layouts import LoadReport
 from pipeline.recipe import Recipe
+from pipeline.stages.devices import missing_devices
 from pipeline.training.engine import require_known_keys, require_precision
 from pipeline.training.model_folder import initialise, require_same_words
 from pipeline.training.spec import Environment
@@ -21,9 +26,12 @@ from pipeline.training.spec import Environment
 FEW_SAMPLES = 20  # of a held-out split: fewer tell little
 
 
-def preflight(recipe: Recipe) -> None:
-    """Raises ConfigError naming the key, for every missing file and unknown key at once."""
-    faults = []
+def preflight(recipe: Recipe, stages: Sequence[str] = ()) -> None:
+    """Raises ConfigError naming the key, for every missing file and unknown key at once.
+
+    `stages` are those that are to be run: the devices that they ask for have to be there.
+    """
+    faults = list(missing_devices(recipe, stages))
     needed = {
         "model.initial": recipe.model.initial,
         "model.tokenizer": recipe.model.tokenizer,
@@ -40,6 +48,9 @@ def preflight(recipe: Recipe) -> None:
     for key, location in needed.items():
         if location is not None and not storage.exists(location):
             faults.append(f"{key}: {location}: no such file or folder; give its path, as `{key}=…`")
+        elif location is not None and not storage.is_readable(location):
+            faults.append(f"{key}: {location}: neither a file nor a folder, but a FIFO or a device")
+    faults += _misplaced(recipe)
     if not faults:
         try:
             initial_weights(recipe)
@@ -66,6 +77,54 @@ def preflight(recipe: Recipe) -> None:
                 faults.append(str(error))
     if faults:
         raise ConfigError("\n".join(faults))
+
+
+def require_writable(run: str) -> None:
+    """Makes the run's folder; raises ConfigError if nothing can be written in it."""
+    probe = storage.join(run, ".writable")
+    try:
+        storage.write_bytes(probe, b"")
+        storage.remove(probe)
+    except (StorageError, OSError) as error:
+        raise ConfigError(f"run: {run}: {error}; choose another folder, as `run=…`") from error
+
+
+def _misplaced(recipe: Recipe) -> list[str]:
+    """Returns what is wrong with where the run and the dataset are to be."""
+    run, dataset = (storage.absolute(at).rstrip("/") for at in (recipe.run, recipe.dataset.path))
+    faults = [
+        f"{key}: {location}: a file is there; give the path of a folder"
+        for key, location in (("run", run), ("dataset.path", dataset))
+        if storage.is_local(location)
+        and storage.exists(location)
+        and not storage.local_path(location).is_dir()
+    ]
+    try:
+        require_usable(dataset)
+    except ManifestError as error:
+        faults.append(f"dataset.path: {error}")
+    else:
+        if run == dataset or storage.exists(storage.join(run, "manifest", "samples", "_delta_log")):
+            faults.append(f"run: {run}: a dataset is there; give the run a folder of its own")
+    owner = _name_of(run)
+    if owner not in (None, recipe.name):
+        faults.append(
+            f"run: {run}: the run {owner!r} is there, and this one is {recipe.name!r}; give it a "
+            "folder of its own, as `run=…`, or the same `name`"
+        )
+    return faults
+
+
+def _name_of(run: str) -> str | None:
+    """Returns the name of the run that has this folder, if there is one that can be read."""
+    location = storage.join(run, "recipe.yaml")
+    if not storage.exists(location):
+        return None
+    try:
+        document = yaml.safe_load(storage.read_bytes(location))
+    except (StorageError, yaml.YAMLError, ValueError):
+        return None  # it is written anew
+    return str(document["name"]) if isinstance(document, dict) and "name" in document else None
 
 
 def initial_weights(recipe: Recipe) -> LoadReport | None:

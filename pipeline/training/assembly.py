@@ -225,13 +225,18 @@ def _feed(
 ) -> _Feed:
     tokenizer = load_tokenizer(spec.tokenizer)
     blind_dim = None
-    if spec.blind:  # no picture is read, decoded or varied
-        features, blind_dim = None, spec.model["feature_dim"]
+    if spec.blind:
+        blind_dim = spec.model["feature_dim"]
+
+    def opened(dataset: Dataset, split: str) -> Split:
+        found = dataset.split(split, features)
+        return found.without_features() if spec.blind else found  # no picture is read or varied
+
     dataset = Dataset.open(spec.dataset, spec.dataset_version)
-    splits = {dataset.split(split_name, features): 1.0}
+    splits = {opened(dataset, split_name): 1.0}
     for other in mixed_in:
-        opened = Dataset.open(other.dataset, other.dataset_version)
-        splits[opened.split(other.split, features)] = other.weight
+        more = Dataset.open(other.dataset, other.dataset_version)
+        splits[opened(more, other.split)] = other.weight
     for objective in objectives:
         objective.open(dataset, split_name)
     collators = [

@@ -13,10 +13,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipeline.data.decoding import Picture
-from pipeline.data.image_check import BadImageError
+from pipeline.data.image_file import BadImageError, max_pixels
 from pipeline.data.image_pixels import DECODING, Pixels, scaled
 from pipeline.data.kind import is_dicom, is_video
-from pipeline.errors import FeatureError
+from pipeline.errors import FeatureError, UnusableImageError
 from pipeline.vision.window import (
     AnyWindow,
     Window,
@@ -31,6 +31,8 @@ View = tuple[float, float, float, float]  # x1, y1, x2, y2 as fractions of width
 def decode(payload: bytes, window: AnyWindow = None) -> Pixels:
     """Returns the picture as a viewer would show it, or raises FeatureError saying why not.
 
+    ConfigError is for a library that is not installed.
+
     The rules are those of `data.image_pixels`; a window is for DICOM and for 16-bit pictures.
     """
     if is_dicom(payload):
@@ -42,7 +44,7 @@ def decode(payload: bytes, window: AnyWindow = None) -> Pixels:
     try:
         return Picture(payload, to_eight_bits).pixels().copy()  # from memory that is used again
     except BadImageError as error:
-        raise FeatureError(f"not a readable image: {error}") from error
+        raise UnusableImageError(error.reason, error.detail) from error
 
 
 @dataclass(frozen=True)
@@ -184,5 +186,8 @@ def _resize(
 ) -> Pixels:
     if pixels.shape[:2] == (height, width):
         return pixels
+    if width * height > max_pixels():
+        found = f"{pixels.shape[1]} × {pixels.shape[0]} pixels"
+        raise UnusableImageError("oversized-image", f"{found} would become {width} × {height}")
     picture = Image.fromarray(pixels)
     return np.asarray(picture.resize((width, height), resampling))

@@ -17,7 +17,7 @@ from pipeline.data.image_file import BadImageError
 from pipeline.data.image_pixels import Pixels
 from pipeline.data.kind import is_dicom, is_video, is_zip
 from pipeline.data.video_file import opened_video, upright
-from pipeline.errors import FeatureError
+from pipeline.errors import ConfigError, FeatureError, UnusableImageError
 from pipeline.vision.image import decode
 from pipeline.vision.window import AnyWindow, decode_dicom, num_images
 
@@ -68,10 +68,10 @@ def read_frames(payload: bytes, config: FramesConfig, window: AnyWindow = None) 
         with opened_video(payload) as (container, stream):
             return list(_video_frames(container, stream, config))
     except ImportError as error:
-        raise FeatureError("a video, which needs PyAV: pip install 'sightline[video]'") from error
+        raise ConfigError("a video, which needs PyAV: pip install 'sightline[video]'") from error
     except BadImageError as error:
         what = "folder of frames" if is_zip(payload) else "video"
-        raise FeatureError(f"not a readable {what}: {error.detail}") from error
+        raise UnusableImageError(error.reason, f"a {what}: {error.detail}") from error
 
 
 def choose(times: Sequence[float], config: FramesConfig) -> list[int]:

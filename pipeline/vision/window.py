@@ -15,7 +15,7 @@ from pydantic import Field
 from pipeline.config import Config
 from pipeline.data.dicom_file import DicomFile
 from pipeline.data.image_file import BadImageError
-from pipeline.errors import FeatureError
+from pipeline.errors import ConfigError, FeatureError, UnusableImageError
 
 Pixels = npt.NDArray[np.uint8]
 # From the times of images, or None, and their number, to times and the places that are wanted.
@@ -88,11 +88,11 @@ def _faults_told() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise FeatureError(
+        raise ConfigError(
             "a DICOM image, which needs pydicom: pip install 'sightline[dicom]'"
         ) from error
     except BadImageError as error:
-        raise FeatureError(f"not a readable DICOM image: {error.detail}") from error
+        raise UnusableImageError(error.reason, f"a DICOM image: {error.detail}") from error
 
 
 def _grey(

@@ -173,6 +173,7 @@ def test_a_size_that_the_file_cannot_have_is_found_before_memory_is_taken() -> N
         ({"PhotometricInterpretation": "HSV"}, "unsupported-pixels"),
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "undecodable-dicom"),
         ({"Rows": 0}, "undecodable-dicom"),
+        ({"SamplesPerPixel": 3, "Columns": 1, "PlanarConfiguration": 0}, "unsupported-pixels"),
         ({"NumberOfFrames": 5}, "undecodable-dicom"),
     ],
 )

@@ -149,7 +149,7 @@ def test_a_checkpoint_of_another_run_is_refused(finished: Path, tmp_path: Path) 
     shutil.copytree(finished / "run" / "finetune", run / "finetune")
     spec = run / "finetune" / "spec.json"
     spec.write_text(spec.read_text().replace('"seed": 0', '"seed": 1'))
-    with pytest.raises(CheckpointError, match="differs in seed: 0 then, 1 now"):
+    with pytest.raises(CheckpointError, match=r"differs in training\.seed: 0 then, 1 now"):
         export(str(run / "finetune" / "checkpoints" / "step-00000003"), str(tmp_path / "out"))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from pipeline.cluster import ClusterConfig
+from pipeline.errors import PipelineError
 from pipeline.training import launch
 from pipeline.training.assembly import Assembly
 from pipeline.training.metrics_log import read_metrics
@@ -41,7 +42,10 @@ def main(folder: str, address: str | None = None) -> None:
         return
     launch._on_ray_worker = ray_worker
     cluster = ClusterConfig(workers=2, address=address)
-    print(launch.launch(spec, cluster, print).state)
+    try:
+        print(launch.launch(spec, cluster, print).state)
+    except PipelineError as error:
+        sys.exit(str(error))
 
 
 def unhurried(spec: TrainingSpec) -> Assembly:

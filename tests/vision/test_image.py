@@ -144,7 +144,7 @@ def test_floating_point_image_is_refused() -> None:
 def test_truncated_image_is_refused(kind: str, share: float) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
     payload = encode(Image.fromarray(noise), kind)
-    with pytest.raises(FeatureError, match="not a readable image"):
+    with pytest.raises(FeatureError, match="not a usable image"):
         decode(payload[: int(share * len(payload))])
 
 

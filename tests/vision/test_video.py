@@ -93,7 +93,7 @@ def test_a_frame_that_is_none_is_named() -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("clip/7.png", b"words")
-    with pytest.raises(FeatureError, match=r"folder of frames: clip/7\.png: not a readable image"):
+    with pytest.raises(FeatureError, match=r"folder of frames: clip/7\.png: not a usable image"):
         read_frames(buffer.getvalue(), FramesConfig(rate=1, folder_rate=1))
 
 

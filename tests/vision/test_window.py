@@ -108,7 +108,7 @@ def test_monochrome1_is_turned_over() -> None:
 
 
 def test_damaged_and_many_framed_dicoms_are_refused() -> None:
-    with pytest.raises(FeatureError, match="not a readable DICOM image"):
+    with pytest.raises(FeatureError, match=r"not a usable image: [a-z-]+: a DICOM image"):
         decode(dicom(VALUES)[:-6], TISSUE)
     several = np.zeros((4, 2, 3), np.int16)
     payload = dicom(several, Rows=2, Columns=3, NumberOfFrames=4)

@@ -27,7 +27,7 @@ import fsspec
 from pipeline.errors import StorageError
 
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:64]
-_SCRATCH_OF_HERE = re.compile(rf"\..*\.{_HOST}\.[0-9a-f]{{8}}\.partial", re.DOTALL)
+_SCRATCH_OF_HERE = re.compile(rf"\..*\.{_HOST}\.(\d+)-[0-9a-f]{{8}}\.partial", re.DOTALL)
 _tidied: set[Path] = set()  # the folders where this process has looked for what others left
 
 
@@ -442,15 +442,16 @@ def draft(folder: str, name: str | None = None, durable: bool = False) -> Iterat
 def _scratch(target: Path | None, name: str) -> Iterator[Path]:
     """Yields a hidden file to write, in the target folder or, for an object store, in TMPDIR.
 
-    It is locked as long as this process lives, so that one that was killed leaves what the next
-    to write in that folder knows for litter, and removes.
+    It is locked as long as this process lives, and named for it, so that one that was killed leaves
+    what the next to write in that folder knows for litter, and removes. The lock does not do alone:
+    it is lost where the file is replaced in writing, as safetensors does.
     """
     if target is not None:
         target.mkdir(parents=True, exist_ok=True)
     where = target or Path(tempfile.gettempdir())
     _remove_litter(where)
     while True:
-        mine = where / f".{name}.{_HOST}.{uuid.uuid4().hex[:8]}.partial"
+        mine = where / f".{name}.{_HOST}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
         mode = 0o600 if target is None else 0o666
         descriptor = os.open(mine, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, mode)
         try:
@@ -470,8 +471,8 @@ def _remove_litter(folder: Path) -> None:
         return
     _tidied.add(folder)
     with os.scandir(folder) as entries:
-        litter = [entry.path for entry in entries if _SCRATCH_OF_HERE.fullmatch(entry.name)]
-    for path in litter:
+        found = [(entry.path, _SCRATCH_OF_HERE.fullmatch(entry.name)) for entry in entries]
+    for path in (path for path, of_here in found if of_here and not _is_alive(int(of_here[1]))):
         with contextlib.suppress(OSError):  # gone meanwhile, somebody else's, or in use
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:
@@ -479,6 +480,16 @@ def _remove_litter(folder: Path) -> None:
                 Path(path).unlink()
             finally:
                 os.close(descriptor)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's, or no process number
+        return True
+    return True
 
 
 @contextlib.contextmanager

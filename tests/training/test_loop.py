@@ -325,8 +325,15 @@ class TestAlone:
 
     def test_a_loss_that_is_not_finite_is_named_and_never_saved(self, tmp_path: Path) -> None:
         spec = make_spec(tmp_path / "run")
-        with pytest.raises(TrainingError, match="pretrain, step 5, rank 0: loss is nan"):
+        with pytest.raises(TrainingError, match="pretrain, step 5, rank 0: loss is nan") as told:
             train(spec, HERE, Poisoned((5,)))
+        assert str(told.value).endswith(
+            "give the same command with `training.pretrain.learning_rate=0.01` (or a longer "
+            "training.pretrain.warmup_steps) and `--from-checkpoint`: it goes on from the "
+            "checkpoint at step 3"
+        )
+        with pytest.raises(TrainingError, match="no checkpoint yet, so it starts anew"):
+            train(make_spec(tmp_path / "early"), HERE, Poisoned((2,)))
         assert [line["step"] for line in read_metrics(spec.folder)] == [1, 2, 3, 4]
         kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
         assert kept == ["step-00000003"]

@@ -237,11 +237,16 @@ class Delimited:
 
     def _swallows(self, text: Sequence[str]) -> bool:
         """Whether the lines of one quoted row look like several rows."""
-        rows = [self._unquoted(line) for line in text]
-        images = [row[self._place] if len(row) == len(self.header) else "" for row in rows]
-        if any(image_name(image) != image for image in images[1:]):
-            return True
+        images = [self._image(line) for line in text]
+        files = [image_name(image) != image for image in images]
+        if files[0]:
+            return any(files[1:])
         return all(image and not any(map(str.isspace, image)) for image in images)
+
+    def _image(self, line: str) -> str:
+        """Returns a line's cell of the image, were it a row, or nothing."""
+        cells = self._unquoted(line)
+        return cells[self._place].strip(_QUOTE) if len(cells) == len(self.header) else ""
 
     def _unquoted(self, line: str) -> list[str]:
         return [cell.strip(" ") for cell in line.rstrip("\r\n").split(self._delimiter)]

@@ -234,3 +234,213 @@ def test_a_row_that_the_reader_swallows_is_found_by_the_files_own_count(
     monkeypatch.setattr(table_module, "rows", lambda *given: [*rows(*given)][1:])
     with pytest.raises(SourceError, match=rf"{name} has 4: of 4 entries, 3 are in"):
         ingested(source, tmp_path)
+
+
+def write_embedded(path: Path, *rows: tuple[bytes, str | None, str], group: int = 2) -> None:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    cells = pa.array([{"bytes": image, "path": name} for image, name, _ in rows], kind)
+    path.parent.mkdir(exist_ok=True)
+    table = pa.table({"image": cells, "text": [text for *_, text in rows]})
+    pq.write_table(table, path, row_group_size=group)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[bytes]:
+    paths = [tmp_path / f"{n}.png" for n in range(4)]
+    draw(*paths)
+    return [path.read_bytes() for path in paths]
+
+
+def embedded(*files: Path, **settings: Any) -> Any:
+    table = {f"part{n}": str(file) for n, file in enumerate(files)}
+    return build("table", table=table, image="image", texts={"captions": "text"}, **settings)
+
+
+def captions(source: Any) -> dict[str, tuple[str, ...]]:
+    return {entry.key: entry.texts.captions for entry in source.records()}
+
+
+def test_embedded_images_of_one_name_are_samples_of_their_own(
+    tmp_path: Path, pictures: list[bytes]
+) -> None:
+    red, blue, green, _ = pictures
+    write_embedded(
+        tmp_path / "a.parquet",
+        (red, "1.png", "red"),
+        (blue, "1.png", "blue"),
+        (green, "2.png", "green"),
+        (red, "1.png", "red again"),
+    )
+    source = embedded(tmp_path / "a.parquet")
+    own = {image: f"1-{xxhash.xxh3_128_hexdigest(image)[:16]}" for image in (red, blue)}
+    expected = {own[red]: ("red", "red again"), own[blue]: ("blue",), "2": ("green",)}
+    assert captions(source) == expected
+    for image, key in own.items():
+        assert source.read(record(source, key)) == image
+        assert record(source, key).texts.image_id == key
+    assert (ingested(source, tmp_path).num_live, ingested(source, tmp_path).num_unchanged) == (3, 3)
+
+
+def test_embedded_images_of_one_name_stay_apart_between_files_and_splits(
+    tmp_path: Path, pictures: list[bytes]
+) -> None:
+    files = [tmp_path / f"{n}.parquet" for n in range(2)]
+    write_embedded(files[0], (pictures[0], "1.png", "red"), (pictures[2], "2.png", "green"))
+    write_embedded(files[1], (pictures[1], "1.png", "blue"), (pictures[2], "2.png", "grass"))
+    found = captions(embedded(*files))
+    assert sorted(found.values()) == [("blue",), ("green", "grass"), ("red",)]
+    assert captions(embedded(*files[::-1])).keys() == found.keys()
+    assert record(embedded(*files), "2").detail == "also listed for part1"
+
+
+def test_a_night_that_adds_an_image_of_a_known_name_moves_one_sample_and_loses_none(
+    tmp_path: Path, pictures: list[bytes]
+) -> None:
+    file = tmp_path / "a.parquet"
+    rows = [(image, f"{n}.png", f"words {n}") for n, image in enumerate(pictures[:3])]
+    write_embedded(file, *rows)
+    source = build("table", table=str(file), image="image", texts={"captions": "text"})
+    assert ingested(source, tmp_path).num_live == 3
+    write_embedded(file, (pictures[3], "0.png", "another"), *rows)
+    before = {key: entry.split for key, entry in listed(source).items()}
+    report = ingested(source, tmp_path)
+    assert (report.num_live, report.num_added, report.num_removed) == (4, 2, 1)
+    assert report.rejects == {}
+    assert len({split for key, split in before.items() if key.startswith("0-")}) == 1
+    write_embedded(file, *rows[::-1])
+    report = ingested(source, tmp_path)
+    assert (report.num_live, report.num_added, report.num_removed) == (3, 1, 2)
+
+
+def test_embedded_images_without_a_path_have_their_digest_for_a_key(
+    tmp_path: Path, pictures: list[bytes]
+) -> None:
+    red, blue, *_ = pictures
+    rows = [(red, None, "red"), (blue, None, "blue"), (red, None, "red again"), (b"", None, "-")]
+    write_embedded(tmp_path / "a.parquet", *rows)
+    found = listed(embedded(tmp_path / "a.parquet"))
+    assert {reason(entry) for entry in found.values()} == {"live", "no-image"}
+    assert record(
+        embedded(tmp_path / "a.parquet"), xxhash.xxh3_128_hexdigest(red)
+    ).texts.captions == ("red", "red again")
+    write_embedded(tmp_path / "b.parquet", *rows[::-1], group=3)
+    live = {key for key, entry in found.items() if reason(entry) == "live"}
+    again = listed(embedded(tmp_path / "b.parquet"))
+    assert live == {key for key, entry in again.items() if reason(entry) == "live"}
+
+
+def test_other_bytes_under_a_known_key_are_a_duplicate_not_a_caption_more(
+    tmp_path: Path, pictures: list[bytes]
+) -> None:
+    cells = [{"bytes": image, "path": None} for image in (*pictures[:2], pictures[0])]
+    table = pa.table({"image": cells, "text": ["a", "b", "c"], "id": [1, 1, 1]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    source = embedded(tmp_path / "a.parquet", key="id", image_suffix="png")
+    report = ingested(source, tmp_path)
+    assert (report.num_live, report.rejects) == (1, {"duplicate-id": 1})
+    assert next(iter(source.records())).texts.captions == ("a", "c")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "http://127.0.0.1:9/a.png",
+        "https://127.0.0.1:9/a.png",
+        "ftp://127.0.0.1:9/a.png",
+        "HTTP://127.0.0.1:9/a.png",
+        "s3://bucket/a.png",
+        "github://a:b@c/a.png",
+        "simplecache::http://127.0.0.1:9/a.png",
+        "filecache::file:///etc/a.png",
+        "zip://a.png::/tmp/a.zip",
+        "memory://a.png",
+        "data:image/png;base64,AAAA",
+    ],
+)
+def test_rows_do_not_make_the_product_fetch_what_no_recipe_allows(
+    tmp_path: Path, name: str
+) -> None:
+    draw(tmp_path / "b.png")
+    table = write_jsonl(
+        tmp_path / "t.jsonl", {"file": name, "text": "x"}, {"file": "b.png", "text": "y"}
+    )
+    source = build("table", table=table, image="file", texts={"captions": "text"})
+    entries = {reason(entry): entry for entry in source.records()}
+    assert set(entries) == {"live", "forbidden-location"}
+    assert "t.jsonl: line 1: file: found" in entries["forbidden-location"].detail
+
+
+def test_a_recipe_allows_other_stores_and_a_table_its_own(
+    tmp_path: Path, object_store: str
+) -> None:
+    draw(tmp_path / "a.png", tmp_path / "b.png")
+    storage.write_bytes(f"{object_store}/i/a.png", (tmp_path / "a.png").read_bytes())
+    rows = f'{{"file": "{object_store}/i/a.png", "text": "x"}}\n{{"file": "{tmp_path}/b.png"}}'
+    (tmp_path / "t.jsonl").write_text(rows)
+    storage.write_bytes(f"{object_store}/t.jsonl", rows.encode())
+    here: dict[str, Any] = {"table": str(tmp_path / "t.jsonl")}
+    settings: dict[str, Any] = {"image": "file", "texts": {"captions": "text"}}
+    found = [reason(entry) for entry in build("table", **here, **settings).records()]
+    assert sorted(found) == ["forbidden-location", "no-texts"]
+    for given in (here | {"image_schemes": ["s3"]}, {"table": f"{object_store}/t.jsonl"}):
+        source = build("table", **given, **settings)
+        live = next(entry for entry in source.records() if reason(entry) == "live")
+        assert source.read(live) == (tmp_path / "a.png").read_bytes()  # type: ignore[arg-type]
+
+
+def test_one_image_by_several_names_is_one_sample(tmp_path: Path) -> None:
+    draw(tmp_path / "i" / "a.png", tmp_path / "b.png")
+    names = ["a.png", "./a.png", ".//a.png", "x/../a.png", "../b.png"]
+    table = write_jsonl(tmp_path / "t.jsonl", *({"file": name, "text": name} for name in names))
+    source = build(
+        "table",
+        table=table,
+        images=str(tmp_path / "i"),
+        image="file",
+        texts={"captions": "text"},
+    )
+    found = captions(source)
+    assert found.pop("a") == ("a.png", "./a.png", ".//a.png", "x/../a.png")
+    assert list(found.values()) == [("../b.png",)]  # a table may name local files anywhere
+
+
+def test_a_name_given_twice_in_a_row_rejects_the_row(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png")
+    rows = ['{"file": "a.png", "text": "x", "text": "y"}', '{"file": "a.png", "text": "text"}']
+    table = write_jsonl(tmp_path / "t.jsonl", *rows)
+    source = build("table", table=table, image="file", texts={"captions": "text"})
+    entries = {reason(entry): entry for entry in source.records()}
+    assert set(entries) == {"live", "malformed-row"}
+    assert "line 1: not valid JSON: 'text' is given twice" in entries["malformed-row"].detail
+
+
+def test_text_files_are_read_as_the_recipe_says_they_are_written(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png", tmp_path / "b.png")
+    (tmp_path / "t.txt").write_bytes('file|text\na.png|"caf\u00e9\nb.png|x\n'.encode("cp1252"))
+    settings: dict[str, Any] = {
+        "table": str(tmp_path / "t.txt"),
+        "image": "file",
+        "texts": {"captions": "text"},
+    }
+    with pytest.raises(SourceError, match="once the recipe says its `delimiter`"):
+        listed(build("table", **settings))
+    form = {"delimiter": "|", "quoting": "none", "encoding": "cp1252"}
+    assert captions(build("table", **settings, **form)) == {"a": ('"café',), "b": ("x",)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"delimiter": "||"}, "expected one character"),
+        ({"delimiter": '"'}, "expected one character"),
+        ({"encoding": "klingon"}, "expected an encoding"),
+        ({"encoding": "base64"}, "expected an encoding"),
+        ({"quoting": "some"}, "quoting"),
+        ({"image_schemes": ["https"]}, "download the images"),
+        ({"image_schemes": ["simplecache::s3"]}, "expected object stores"),
+    ],
+)
+def test_forms_that_are_none_are_refused(settings: dict[str, Any], match: str) -> None:
+    given: dict[str, Any] = {"table": "t", "image": "file", "texts": {"captions": "text"}}
+    with pytest.raises(ConfigError, match=match):
+        build("table", **given | settings)

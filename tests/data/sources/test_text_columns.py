@@ -119,3 +119,69 @@ def test_rows_of_one_question_give_it_all_their_answers() -> None:
         ("7: what?", ("x", "z")),
         ("7: why?", ("y",)),
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "captions"),
+    [
+        ("['a dog runs', 'a brown dog']", ("a dog runs", "a brown dog")),
+        ("[\"the dog's ball\", 'two balls']", ("the dog's ball", "two balls")),
+        ("['a' 'b'\n 'c']", ("a", "b", "c")),  # of a NumPy array
+        ("[np.str_('a'), np.str_('b')]", ("a", "b")),
+        ("('a', 'b')", ("a", "b")),
+        (' ["a", "b"] ', ("a", "b")),
+        ("[laughs] hello", ("[laughs] hello",)),
+        ('["No entry"] says a sign', ('["No entry"] says a sign',)),
+        ("('quoted') words", ("('quoted') words",)),
+        ("{smile} hi", ("{smile} hi",)),
+        ("[]", ()),
+    ],
+)
+def test_a_cell_may_hold_a_list_as_json_or_python_writes_it(
+    text: str, captions: tuple[str, ...]
+) -> None:
+    assert TextColumns(captions="c").texts({"c": text}, 7).captions == captions
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "['a', 'b'",
+        '["a", "b"',
+        "['it's', 'b']",
+        "['a''b']",
+        "['a', nan]",
+        "['a', None]",
+        "{'a', 'b'}",
+        "['a', ..., 'b']",
+        "array(['a', 'b'], dtype=object)",
+        "[" * 5000,
+        "[['a'" + "," + "-" * 50_000,
+    ],
+)
+def test_a_list_that_cannot_be_read_is_no_caption(text: str) -> None:
+    with pytest.raises(ValueError, match="c: "):
+        TextColumns(captions="c").texts({"c": text}, 7)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("answers", 1e999),
+        ("answers", float("nan")),
+        ("answers", [10**5000]),
+        ("id", 10**30),
+        ("type", {"a": 1}),
+        ("dialog", [{"question": "q", "answer": "a", "gt_index": 1e999}]),
+        ("dialog", [{"question": "q", "answer": "a", "options": "abc"}]),
+        ("dialog", [{"question": "q", "answer": "a", "options": ["x"], "gt_index": 1}]),
+        ("dialog", [{"question": "q", "answer": "a", "options": ["x"], "relevance": [10**400]}]),
+        ("dialog", [{"question": "q", "answer": "a", "options": ["x"], "relevance": [1, 1]}]),
+    ],
+)
+def test_numbers_and_lists_beyond_their_bounds_name_the_column(column: str, value: Any) -> None:
+    columns = TextColumns(
+        question="q", answers="answers", question_id="id", question_type="type", dialogs="dialog"
+    )
+    with pytest.raises(ValueError, match=r"(q|dialog)(: |'s )"):
+        columns.texts({"q": "what?", column: value}, 7)

@@ -133,6 +133,10 @@ def reader(location: str) -> Iterator[BinaryIO]:
     """Yields an object as a seekable file of bytes, fetched as it is read."""
     try:
         if is_local(location):
+            if local_path(location).is_fifo():
+                raise StorageError(
+                    f"{location}: it is a FIFO, not a file"
+                )  # it would be waited for
             with local_path(location).open("rb") as file:
                 yield file
         else:

@@ -128,7 +128,7 @@ class IngestPlan:
     @property
     def num_live(self) -> int:
         """The samples of the dataset before anything is done."""
-        return self.held.filter(pc.equal(self.held["state"], LIVE)).num_rows
+        return int(self.held.filter(pc.equal(self.held["state"], LIVE)).num_rows)
 
     def holders(self) -> pa.Table:
         """Returns the live samples whose images this run leaves as they are; schema HOLDERS."""

@@ -180,6 +180,8 @@ BUILDERS: dict[str, Callable[[Path], Settings]] = {
 def damage(folder: Path, random: Random) -> tuple[str, set[str]]:
     """Damages one file below a folder; returns in words how, and the names of files touched."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    if not files:
+        return "nothing is left", set()
     path = random.choice(files)
     if random.random() < 0.4:  # rather the annotations than one of many images
         path = random.choice([file for file in files if file.suffix != ".png"] or files)

@@ -31,7 +31,14 @@ from pipeline.data.sources.folder import FolderSource, FolderSourceConfig
 from pipeline.data.sources.merged import MergedSourceConfig
 from pipeline.data.treatment import Treatment
 from pipeline.data.verify import verify
-from pipeline.errors import ManifestError, RejectError, RemovalError, SourceError, StorageError
+from pipeline.errors import (
+    ManifestError,
+    RejectError,
+    RemovalError,
+    ShardError,
+    SourceError,
+    StorageError,
+)
 from tests.data.album import Album, encoded, picture
 from tests.data.sources.built import draw
 from tests.data.world import Item, Killed, World, check_dataset, disturb, make_world
@@ -616,6 +623,20 @@ def test_a_lost_ray_worker_is_replaced(tmp_path: Path) -> None:
     ingest(world, str(tmp_path / "data"), config(2).model_copy(update={"shards_in_flight": 2}))
     assert once.exists()
     check_dataset(str(tmp_path / "data"), world)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_record_that_kills_every_worker_is_named(tmp_path: Path) -> None:
+    class Deadly(World):
+        def read(self, record: Record) -> bytes:
+            if record.key == "key-3":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return self.items[record.key].image()
+
+    world = Deadly(good_world(7).items)
+    by_ray = config(7).model_copy(update={"shards_in_flight": 1})
+    with pytest.raises(ShardError, match=r"a worker died 4 times.*record 'key-3'"):
+        ingest(world, str(tmp_path / "data"), by_ray)
 
 
 def images(url: str) -> dict[str, Image.Image]:

@@ -13,7 +13,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.shard_tasks import run_tasks
 from pipeline.data.sources.base import Source
 from pipeline.data.treatment import Treatment
-from pipeline.errors import ClusterError, ShardError
+from pipeline.errors import ShardError
 from tests.data.world import Item, World
 
 NUM_PLANS = 7
@@ -42,9 +42,20 @@ def fail(plan: ShardPlan, _: Source) -> int:
     raise ShardError(f"{plan.split} is broken")
 
 
-def die(plan: ShardPlan, _: Source) -> int:
+def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-    return int(plan.split)
+
+
+def die_of_one(plan: ShardPlan, _: Source) -> int:
+    if "key-3" in plan.records["key"].to_pylist():
+        die()
+    return 0
+
+
+def die_of_many(plan: ShardPlan, _: Source) -> int:
+    if plan.records.num_rows == NUM_PLANS:
+        die()
+    return 0
 
 
 def test_without_ray_plans_are_worked_on_one_after_the_other(
@@ -86,10 +97,22 @@ def test_an_error_of_ours_is_raised_as_itself(
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_worker_that_dies_again_and_again_names_what_it_was_on(
-    plans: list[ShardPlan], world: World, monkeypatch: pytest.MonkeyPatch
+def test_the_record_that_kills_every_worker_is_named(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_tasks, "_RETRIES", 1)
-    key = plans[0].records["key"][0].as_py()
-    with pytest.raises(ClusterError, match=rf"was lost 2 times, .* \(key {key}\); if memory"):
-        list(run_tasks(die, iter(plans[:1]), world, bound=2))
+    plan = plan_ingest(world, Manifest.create(str(tmp_path)))
+    shards = plan.shards(samples_per_shard=NUM_PLANS, treatment=Treatment())
+    with pytest.raises(ShardError, match=r"died 2 times .*: it dies of record 'key-3', .* alone"):
+        list(run_tasks(die_of_one, shards, world, bound=2))
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_where_no_single_record_kills_workers_the_shard_is_named(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_tasks, "_RETRIES", 1)
+    plan = plan_ingest(world, Manifest.create(str(tmp_path)))
+    shards = plan.shards(samples_per_shard=NUM_PLANS, treatment=Treatment())
+    with pytest.raises(ShardError, match=rf"of {NUM_PLANS} records from .*; no single one"):
+        list(run_tasks(die_of_many, shards, world, bound=2))

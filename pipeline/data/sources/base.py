@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import msgspec
 import xxhash
 
+from pipeline import storage
 from pipeline.config import Config
 from pipeline.data.foreign_tar import ForeignTar
 from pipeline.data.sample import Texts
@@ -93,6 +94,10 @@ class IndexedSource(Source, Protocol):
 
 def accounted(source: Source) -> Iterator[Record | Reject]:
     """Yields what a source lists, and raises SourceError if entries of its index are in nothing."""
+    if isinstance(source, ConfiguredSource):
+        for key, location in source.config.locations().items():
+            if storage.exists(location) and not storage.is_readable(location):
+                raise SourceError(f"{key}: {location}: it is neither a file nor a folder")
     num_entries = 0
     for entry in source.records():
         num_entries += entry.num_entries

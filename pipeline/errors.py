@@ -12,6 +12,10 @@ class ConfigError(PipelineError):
     """A recipe, an override or a combination of settings is refused before work starts."""
 
 
+class ClusterError(PipelineError):
+    """Ray cannot be started or joined, or was lost."""
+
+
 class StorageError(PipelineError):
     """A path or object store cannot be read or written."""
 
@@ -62,6 +66,14 @@ class CheckpointError(PipelineError):
 
 class TrainingError(PipelineError):
     """Training cannot start or cannot go on."""
+
+
+class BusyError(TrainingError):
+    """Another process is at work in a run's folder."""
+
+
+class LostError(TrainingError):
+    """A run's folder was taken over by another process, or taken away, while it was at work."""
 
 
 class MetricError(PipelineError):

@@ -184,6 +184,25 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _objectives_suit_the_family(self) -> Self:
+        family = FAMILIES[self.model.family].model
+        phases = {"objectives": self.objectives, "benchmarks": self.benchmarks.objectives()}
+        for key, objectives in phases.items():
+            for objective in objectives.build() if objectives is not None else ():
+                reason = objective.refusal(family)
+                if reason is not None:
+                    able = [
+                        name
+                        for name, other in FAMILIES.items()
+                        if objective.refusal(other.model) is None
+                    ]
+                    raise ValueError(
+                        f"model.family={self.model.family} and objective {objective.name!r} of "
+                        f"{key}: {reason}; families that can: {', '.join(able)}"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _evaluations_find_what_decides(self) -> Self:
         phases = {"pretrain": self.objectives, "finetune": self.benchmarks.objectives()}
         for name, objectives in phases.items():

@@ -8,8 +8,11 @@ Nothing here is appended to or edited in place: an object appears whole or not a
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import shutil
+import socket
 import stat
 import tempfile
 import uuid
@@ -20,8 +23,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import fsspec
+import psutil  # type: ignore[import-untyped]
 
 from pipeline.errors import StorageError
+
+_HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:64]
+_SCRATCH_OF_HERE = re.compile(rf"\..*\.{_HOST}\.(\d+)-[0-9a-f]{{8}}\.partial", re.DOTALL)
+_tidied: set[Path] = set()  # the folders where this process has looked for what others left
 
 
 def is_local(location: str) -> bool:
@@ -187,6 +195,14 @@ def exists(location: str) -> bool:
         if error.errno == errno.ENAMETOOLONG:
             return False
         raise StorageError(f"{location}: cannot be looked up ({error})") from error
+
+
+def is_readable(location: str) -> bool:
+    """Whether it is a file or a folder, which reading does not wait for as it may for a FIFO."""
+    if not is_local(location):
+        return True
+    path = local_path(location)
+    return path.is_file() or path.is_dir()
 
 
 def size_bytes(location: str) -> int:
@@ -366,6 +382,27 @@ def remove(location: str) -> None:
         filesystem.rm(name, recursive=True)
 
 
+def move(location: str, target: str) -> None:
+    """Gives a folder another name beside it, or raises StorageError; `target` must not be there.
+
+    In an object store it is copied, and removed once all of it is.
+    """
+    if exists(target):
+        raise StorageError(f"{target}: there is something; {location} cannot be moved there")
+    try:
+        if is_local(location):
+            local_path(location).rename(local_path(target))
+            return
+        filesystem, name = _object_store(location)
+        filesystem.invalidate_cache()
+        _, new_name = _object_store(target)
+        for path in filesystem.find(name):
+            filesystem.cp_file(path, new_name + path.removeprefix(name))
+        filesystem.rm(name, recursive=True)
+    except OSError as error:
+        raise StorageError(f"{location}: cannot be moved to {target} ({error})") from error
+
+
 @dataclass
 class Draft:
     """A file on its way into a folder: written at `path`, published under `name`."""
@@ -382,32 +419,69 @@ def draft(folder: str, name: str | None = None, durable: bool = False) -> Iterat
     exception, or the draft has no name by then, nothing appears and the scratch file is gone.
     `durable` flushes the bytes to the disk before the name appears.
     """
-    if is_local(folder):
-        target = local_path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        scratch = target / f".{name or 'draft'}.{uuid.uuid4().hex[:8]}.partial"
-    else:
-        scratch = Path(tempfile.mkdtemp(prefix="sightline-")) / "object"
-    written = Draft(scratch, name)
+    target = local_path(folder) if is_local(folder) else None
+    written = Draft(Path(), name)
     try:
-        yield written
-        if written.name is None:
-            return
-        if durable and is_local(folder):
-            _flush(scratch)
-        if is_local(folder):
-            scratch.replace(target / written.name)
-        else:
-            filesystem, path = _object_store(join(folder, written.name))
-            filesystem.put_file(str(scratch), path)
+        with _scratch(target, name or "draft") as written.path:
+            yield written
+            if written.name is None:
+                return
+            if target is not None:
+                if durable:
+                    _flush(written.path)
+                written.path.replace(target / written.name)
+            else:
+                filesystem, path = _object_store(join(folder, written.name))
+                filesystem.put_file(str(written.path), path)
     except OSError as error:
         raise StorageError(
             f"{join(folder, written.name or '')}: cannot be written ({error})"
         ) from error
-    finally:
-        scratch.unlink(missing_ok=True)
-        if not is_local(folder):
-            scratch.parent.rmdir()
+
+
+@contextlib.contextmanager
+def _scratch(target: Path | None, name: str) -> Iterator[Path]:
+    """Yields a hidden file to write, in the target folder or, for an object store, in TMPDIR.
+
+    It is locked as long as this process lives, and has its number, so that one that was killed
+    leaves what the next to write in that folder knows for litter, and removes. The lock alone
+    does not tell: safetensors writes a new file of the same name, which nobody has locked.
+    """
+    if target is not None:
+        target.mkdir(parents=True, exist_ok=True)
+    where = target or Path(tempfile.gettempdir())
+    _remove_litter(where)
+    while True:
+        mine = where / f".{name}.{_HOST}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
+        mode = 0o600 if target is None else 0o666
+        descriptor = os.open(mine, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, mode)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks: `compact` tidies up
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if mine.exists():  # else it was taken for litter before it was locked
+                yield mine
+                return
+        finally:
+            os.close(descriptor)
+            mine.unlink(missing_ok=True)
+
+
+def _remove_litter(folder: Path) -> None:
+    """Removes what killed processes of this machine have left, when first called for a folder."""
+    if folder in _tidied:
+        return
+    _tidied.add(folder)
+    with os.scandir(folder) as entries:
+        found = [(entry.path, _SCRATCH_OF_HERE.fullmatch(entry.name)) for entry in entries]
+    litter = [path for path, match in found if match and not psutil.pid_exists(int(match[1]))]
+    for path in litter:
+        with contextlib.suppress(OSError):  # gone meanwhile, somebody else's, or in use
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                Path(path).unlink()
+            finally:
+                os.close(descriptor)
 
 
 @contextlib.contextmanager

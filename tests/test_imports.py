@@ -11,7 +11,9 @@ ORDER = [
     "errors",
     "storage",
     "config",
+    "scratch",
     "cluster",
+    "room",
     "data",
     "vision",
     "causal_lm",
@@ -33,6 +35,7 @@ ONLY_IN = {
     "ray": {
         "pipeline/bench/extract.py",
         "pipeline/cluster.py",
+        "pipeline/room.py",
         "pipeline/data/shard_tasks.py",
         "pipeline/stages/submit.py",
         "pipeline/training/launch.py",

@@ -35,6 +35,12 @@ def test_every_recipe_is_accepted_and_printed_so_that_it_reads_back(
         ("model.sizes.vocab_size=8", r"sizes\.vocab_size follows from the data"),
         ("model.sizes.num_heads=7", r"width=\d+ is not a multiple of num_heads=7"),
         ("model.max_tokens=500", r"max_tokens=500 is more than sizes\.max_positions"),
+        ("objectives={itc: {}}", r"family=visualbert .*'itc' of objectives: .* can: late_fusion"),
+        ("objectives={mrm: {features: {}}}", r"visualbert .*'mrm'.* can: lxmert, vilbert, uniter"),
+        (
+            "model={family: lxmert, max_tokens: 12, sizes: {max_positions: 32}}",
+            r"family=lxmert .*'lm' of benchmarks: .* can: visualbert, uniter, visual_prefix",
+        ),
         ("benchmarks.caption.max_tokens=500", r"benchmarks\.caption\.max_tokens=500 is more than"),
         ("benchmarks.vqa.max_tokens=500", r"vqa\.max_tokens=500 .* model\.sizes\.max_positions"),
         (
@@ -80,7 +86,12 @@ def test_pictures_in_the_tars_of_others_cannot_be_encoded_anew() -> None:
 
 
 def test_contrast_needs_the_global_batch_in_one_pass() -> None:
-    contrast = ["objectives={itc: {}}", "model.family=late_fusion", "model.sizes={}"]
+    contrast = [
+        "objectives={itc: {}}",
+        "model.family=late_fusion",
+        "model.sizes={}",
+        "benchmarks.caption=null",
+    ]
     config.load(Recipe, QUICKSTART, contrast)
     for several_passes in (
         "training.pretrain.micro_batch_size=16",  # of 64 on two ranks

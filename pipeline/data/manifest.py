@@ -8,6 +8,7 @@ after, never between, and an old version stays readable until `compact` drops it
 """
 
 import json
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -74,6 +75,10 @@ FEATURES = pa.schema(
         ("sequence", pa.int64()),
     ]
 )
+
+# What delta-rs 1.6.6 undoes, cuts off or dies of; \ud800 and on are bytes that are not UTF-8.
+_ODD_IN_PATHS = re.compile(r"[%\[\]\\|^\x00-\x1f\x7f\ud800-\udfff]")
+_ODD_IN_URLS = re.compile(r"[%\[\]\\|^#?\x00-\x1f\x7f\ud800-\udfff]|//")
 
 # Columns that tables of earlier versions lack: null there.
 _ADDED_COLUMNS = frozenset({"reason", "detail"})
@@ -597,5 +602,19 @@ def _samples_location(url: str) -> str:
     return storage.join(url, "manifest", "samples")
 
 
+def require_usable(url: str) -> None:
+    """Raises ManifestError of a dataset's location that the table's library takes for another."""
+    location = storage.absolute(url)
+    odd = _ODD_IN_PATHS if storage.is_local(location) else _ODD_IN_URLS
+    found = odd.search(location.partition("://")[2] or location)
+    if found:
+        raise ManifestError(
+            f"{location!r}: a dataset's path must be without {found[0]!r}: delta-rs, which keeps "
+            "the manifest, would take it for another path; give it one without any of % [ ] \\ | ^ "
+            "and control characters, and in an object store without # ? and double slashes"
+        )
+
+
 def _uri(location: str) -> str:
+    require_usable(location)
     return storage.absolute(location)

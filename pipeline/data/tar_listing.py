@@ -18,11 +18,11 @@ from pipeline.errors import SourceError
 
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
-_MOST_EXTENDED_BYTES = 1024**2  # of a long name or PAX header; they are read into memory
+_MOST_EXTENDED_BYTES = 16 * 1024**2  # of a long name or PAX header, which is read into memory
 _CHUNK_BYTES = 1024**2
 
 _NUMBER = re.compile(rb" *([0-7]*)[ \0]*")
-_PAX_LENGTH = re.compile(rb"([0-9]{1,7}) ")
+_PAX_LENGTH = re.compile(rb"([0-9]{1,8}) ")
 _CHECKSUM = slice(148, 156)
 _BLANK_CHECKSUM = 8 * ord(" ")
 
@@ -32,6 +32,8 @@ _DIRECTORY, _OLD_SPARSE, _OTHER_VOLUME = b"5", b"S", b"M"
 _LONG_NAME, _LONG_LINK, _PAX, _GLOBAL_PAX = b"L", b"K", (b"x", b"X"), b"g"
 _WITHOUT_DATA = (*_LINKS, *_SPECIAL, _DIRECTORY)
 _VENDORS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # lists of folders, labels, access rights: no files
+
+_ADVICE = "Fetch it again; or unpack what is there (`tar -xf` names what it skips) and pack it anew"
 
 _PACKED = {
     b"\x1f\x8b": "gzip",
@@ -97,7 +99,7 @@ class _Reader:
                 of_all |= self._pax(header)
                 continue
             if kind == _OTHER_VOLUME:
-                self._stop(at, "a file that began on another volume: join the volumes first")
+                self._stop(at, "a file that began on another volume", "Join the volumes first")
             member = self._member(at, header, of_all | extended)
             extended = {}
             if member is not None:
@@ -136,7 +138,7 @@ class _Reader:
             self._stop(
                 at,
                 f"{shown(name)} of {size} bytes, of which the file has "
-                f"{max(self._size_bytes - place, 0)}: it was cut short; fetch it again",
+                f"{max(self._size_bytes - place, 0)}: it was cut short",
             )
         if kind == _DIRECTORY or (kind in _VENDORS and kind != _OLD_SPARSE):
             return None
@@ -150,21 +152,19 @@ class _Reader:
 
     def _header(self, block: bytes) -> _Header:
         at = self._offset
-        if at == 0:
+        is_header = len(block) == _BLOCK and _checksum_fits(block)
+        if at == 0 and not is_header:
             self._require_unpacked(block)
         if len(block) < _BLOCK:
             self._stop(
                 at,
                 f"the end of the file, {len(block)} bytes into a header, before the two blocks of "
-                "zeros that end a tar: it was cut short, or is still being written; fetch it again",
+                "zeros that end a tar: it was cut short, or is still being written",
             )
         size = _number(block[124:136])
-        if size is None or not _checksum_fits(block):
-            self._stop(
-                at,
-                f"{block[:16]!r} where a member's header should be: the tar is damaged; fetch it "
-                "again, or save the rest (`tar -xf` names what it skips) and pack it anew",
-            )
+        if size is None or not is_header:
+            found = f"{block[:16]!r} where a member's header should be"
+            self._stop(at, f"{found}: the tar is damaged")
         name = block[:100].partition(b"\0")[0]
         kind = block[156:157]
         if block[257:263] == b"ustar\0":
@@ -189,7 +189,7 @@ class _Reader:
             )
         payload = self._read(self._offset, header.size)
         if len(payload) != header.size:
-            self._stop(self._offset, "the end of the file within a name: fetch it again")
+            self._stop(self._offset, "the end of the file within a name")
         self._offset += header.size + -header.size % _BLOCK
         return payload
 
@@ -215,8 +215,7 @@ class _Reader:
         if self._size_bytes < end + 2 * _BLOCK:
             self._stop(
                 end,
-                "one block of zeros and the end of the file; two end a tar: it was cut short; "
-                "fetch it again",
+                "one block of zeros and the end of the file; two end a tar: it was cut short",
             )
         for start in range(end, self._size_bytes, _CHUNK_BYTES):
             chunk = self._read(start, _CHUNK_BYTES)
@@ -224,23 +223,22 @@ class _Reader:
                 continue
             first = start + next(i for i, byte in enumerate(chunk) if byte)
             block = self._read(first - first % _BLOCK, _BLOCK)
-            found, advice = f"{self._read(first, 16)!r}", "fetch it again"
+            found, advice = f"{self._read(first, 16)!r}", _ADVICE
             if len(block) == _BLOCK and _checksum_fits(block):
                 found = "the header of another member"
                 advice = (
-                    "several tars were put together, or a header was lost; "
+                    "Several tars were put together, or a header was lost: "
                     "`tar --ignore-zeros -xf` unpacks them all, to be packed anew"
                 )
-            self._stop(first, f"{found} behind the zeros at byte {end} that end a tar: {advice}")
+            self._stop(first, f"{found} behind the zeros at byte {end} that end a tar", advice)
 
     def _read(self, offset: int, size_bytes: int) -> bytes:
         self._file.seek(offset)
         return self._file.read(size_bytes)
 
-    def _stop(self, at: int, found: str) -> NoReturn:
-        raise SourceError(
-            f"{self._location}: not a plain tar, or cut short: at byte {at}, found {found}"
-        )
+    def _stop(self, at: int, found: str, advice: str = _ADVICE) -> NoReturn:
+        where = f"{self._location}: not a plain tar, or cut short: at byte {at}"
+        raise SourceError(f"{where}, found {found}. {advice}")
 
 
 def _number(field: bytes) -> int | None:

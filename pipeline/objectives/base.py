@@ -99,6 +99,16 @@ class Objective(ABC):
         """Whether a step trains it: the same on every rank."""
         return self.turns is None or self.turns.has(seed, step)
 
+    def refusal(self, family: type[VisionLanguageModel]) -> str | None:
+        """Says why models of a family cannot be trained on it; None: they can."""
+        if self.stream.mask not in family.masks:
+            return f"it needs a family that can write text, which {family.__name__} cannot"
+        if self.needs_regions and (
+            family.region_predictions is VisionLanguageModel.region_predictions
+        ):
+            return f"it needs a family with heads for regions, which {family.__name__} has not"
+        return None
+
     def check(  # noqa: B027  most go with any
         self, tokenizer: "PreTrainedTokenizerFast", answers: Sequence[str]
     ) -> None:

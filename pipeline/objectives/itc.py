@@ -43,6 +43,11 @@ class ImageTextContrast(Objective):
     def __init__(self, config: ItcConfig) -> None:
         super().__init__(config.weight)
 
+    def refusal(self, family: type[VisionLanguageModel]) -> str | None:
+        if not issubclass(family, LateFusion):
+            return f"{family.__name__} has no vectors to compare; it is for late_fusion"
+        return super().refusal(family)
+
     def attach(self, model: VisionLanguageModel) -> nn.Module | None:
         _dual(model)
         return None

@@ -11,7 +11,7 @@ loader's and the scheduler's state.
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -293,18 +293,6 @@ def remove_leftovers(folder: str) -> None:
     for name in storage.list_names(folder):
         if name.endswith(_PARTIAL):
             storage.remove(storage.join(folder, name))
-
-
-def differences(mine: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Names the keys in which two sequences differ, with both values."""
-    found = []
-    for key in sorted(mine.keys() | other.keys()):
-        left, right = mine.get(key), other.get(key)
-        if isinstance(left, Mapping) and isinstance(right, Mapping):
-            found += differences(left, right, f"{prefix}{key}.")
-        elif left != right:
-            found.append(f"{prefix}{key}: {right!r} then, {left!r} now")
-    return found
 
 
 def _digest(path: Path) -> str:

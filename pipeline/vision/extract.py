@@ -28,7 +28,8 @@ from pipeline.config import Config
 from pipeline.data.foreign_tar import ForeignTar
 from pipeline.data.manifest import Manifest
 from pipeline.data.shard_files import ShardFiles, default_cache
-from pipeline.errors import ConfigError, FeatureError, PipelineError, RejectError
+from pipeline.errors import ClusterError, ConfigError, FeatureError, PipelineError, RejectError
+from pipeline.room import Waiting, require_cluster, wait
 from pipeline.vision.extractor import AnyExtractor, from_card
 from pipeline.vision.feature import Extractor, measure_invariance
 from pipeline.vision.network import NetworkConfig, fit_if_absent
@@ -39,7 +40,6 @@ COMMIT_SECONDS = 1.0  # the most work a kill can cost beyond the shards in fligh
 MEASURED_IMAGES = 5
 MEASURED_SHARDS = 8  # that are looked at until there are as many images
 SHARD_RETRIES = 3  # for a lost actor or node; an error is not retried
-START_TIMEOUT_SECONDS = 300.0  # for the first actor, which may wait for a node to be started
 
 
 class ExtractConfig(Config):
@@ -253,6 +253,8 @@ def _on_actors(
         return
     import ray
 
+    asked = {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}
+    waiting = Waiting("extract", 1, asked)
     worker = ray.remote(
         num_cpus=config.cpus_per_actor,
         num_gpus=config.gpus_per_actor,
@@ -260,25 +262,21 @@ def _on_actors(
         max_task_retries=SHARD_RETRIES,
     )(_Worker)
     actors = [worker.remote(card, config) for _ in range(min(config.actors, len(plans)))]
-    running = {actor.environment.remote(plans[:MEASURED_SHARDS]): actor for actor in actors}
+    running = {
+        actor.environment.remote(plans[:MEASURED_SHARDS]): (actor, plans[0]) for actor in actors
+    }
     to_do = deque(plans)
-    num_left, any_started = len(plans), False
+    num_left, has_begun = len(plans), False
     try:
+        waiting.require_room()
         while num_left:
-            timeout = None if any_started else START_TIMEOUT_SECONDS
-            done, _ = ray.wait(list(running), timeout=timeout)
-            if not done:
-                found = ray.cluster_resources()
-                raise FeatureError(
-                    f"extract: no actor could be started in {START_TIMEOUT_SECONDS:.0f} s; each "
-                    f"asks for {config.cpus_per_actor:g} CPUs and {config.gpus_per_actor:g} GPUs, "
-                    f"and the cluster has {found.get('CPU', 0):g} and {found.get('GPU', 0):g}"
-                )
-            any_started = True
-            actor = running.pop(done[0])
-            result = _result(done[0])
+            done = wait(list(running), waiting, has_begun)
+            has_begun = True
+            actor, plan = running.pop(done[0])
+            result = _result(done[0], plan)
             if to_do:
-                running[actor.write.remote(to_do.popleft())] = actor
+                plan = to_do.popleft()
+                running[actor.write.remote(plan)] = (actor, plan)
             num_left -= isinstance(result, Sidecar)
             yield result
     finally:
@@ -309,7 +307,7 @@ class _Worker:
             return write_sidecar(extractor, plan, self._files, self._config.batch_size, threads)
 
 
-def _result(reference: Any) -> Environment | Sidecar:
+def _result(reference: Any, plan: SidecarPlan) -> Environment | Sidecar:
     """Returns what an actor returned; raises its error without Ray's traceback in its message."""
     import ray
 
@@ -318,11 +316,18 @@ def _result(reference: Any) -> Environment | Sidecar:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, PipelineError):
             raise error.cause from error
+        if isinstance(error.cause, ModuleNotFoundError):
+            raise ClusterError(
+                f"extract: {error.cause} on a node of the cluster; install Sightline and what it "
+                "needs on every node"
+            ) from error
         raise
-    except ray.exceptions.RayActorError as error:
-        raise FeatureError(
-            f"extract: an actor was lost {SHARD_RETRIES + 1} times over one shard; if it ran out "
-            f"of memory, lower features.extract.batch_size ({error})"
+    except ray.exceptions.RayError as error:
+        require_cluster()
+        raise ClusterError(
+            f"extract: an actor was lost {SHARD_RETRIES + 1} times, with its node or by itself, "
+            f"over shard {plan.shard} of split {plan.split}; if memory ran out, lower "
+            "features.extract.batch_size or actors"
         ) from error
     return result
 

@@ -6,8 +6,6 @@ An image of which the extractor can make nothing has none, and is listed with th
 import contextlib
 import io
 import json
-import os
-import tarfile
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
@@ -22,7 +20,7 @@ from pipeline import storage
 from pipeline.data.foreign_tar import ForeignTar, ImageReference
 from pipeline.data.manifest import FEATURES
 from pipeline.data.sample import Sample
-from pipeline.data.shard import ShardWriter, shard_location
+from pipeline.data.shard import ShardWriter, list_members, read_member, shard_location
 from pipeline.data.shard_files import ShardFiles
 from pipeline.errors import FeatureError, ShardError, UnusableImageError
 from pipeline.vision.ahead import run_ahead
@@ -121,27 +119,27 @@ def shard_images(plan: SidecarPlan, files: ShardFiles) -> Generator[tuple[str, b
     """
     file = files.open(plan.location())
     images = None if plan.tar is None else files.open(plan.tar)
-    with os.fdopen(os.dup(file.descriptor), "rb") as stream:
-        stream.seek(0)
-        try:
-            with tarfile.open(fileobj=stream, mode="r:") as tar:
-                for member in tar:
-                    key, _, suffix = member.name.partition(".")
-                    if suffix == "json":
-                        continue
-                    stored = tar.extractfile(member)
-                    assert stored is not None, member.name  # we write plain files only
-                    image = stored.read()
-                    if images is not None:
-                        try:
-                            image = ImageReference.from_json(image).read(images.descriptor)
-                        except ShardError as error:
-                            if key in plan.live:
-                                raise ShardError(f"{plan.tar}: sample {key!r}: {error}") from error
-                            continue
-                    yield key, image
-        except (tarfile.TarError, OSError) as error:
-            raise ShardError(f"{plan.location()}: cannot be read ({error})") from error
+    for name, image in _parts(plan.location(), file.descriptor):
+        key, _, suffix = name.partition(".")
+        if suffix == "json":
+            continue
+        if images is not None:
+            try:
+                image = ImageReference.from_json(image).read(images.descriptor)
+            except ShardError as error:
+                if key in plan.live:
+                    raise ShardError(f"{plan.tar}: sample {key!r}: {error}") from error
+                continue
+        yield key, image
+
+
+def _parts(location: str, descriptor: int) -> Generator[tuple[str, bytes], None, None]:
+    """Yields name and payload of every part of a shard of ours, which must be whole."""
+    try:
+        for name, member in list_members(descriptor):
+            yield name, read_member(descriptor, name, member.offset, member.size)
+    except (ShardError, OSError) as error:
+        raise ShardError(f"{location}: cannot be read ({error})") from error
 
 
 def _batches(

@@ -170,6 +170,11 @@ def test_a_tar_ends_with_zeros_and_nothing_else(tar: bytes, message: str | None)
         members(tar)
 
 
+def test_a_name_that_begins_like_a_packed_file_does_not_make_it_one() -> None:
+    for name in ("BZh9.jpg", "PK\3\4.jpg"):
+        assert contents(packed([(name, b"J")])) == [(name, b"J")]
+
+
 def test_links_devices_and_sparse_files_say_why_they_cannot_be_read() -> None:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:

@@ -154,7 +154,7 @@ def test_a_split_or_texts_that_are_not_there_are_refused_with_those_that_are(
             recipe = small(extracted, f"{key}={name}", f"run={tmp_path / 'run'}")
             with pytest.raises(ConfigError, match=rf"{key}: found '{name}', .*{splits}"):
                 run_stages(recipe, [stage], QUIET)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"recipe.yaml"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "recipe.yaml"}
 
 
 def test_a_benchmark_without_texts_is_refused_before_training(tmp_path: Path) -> None:

@@ -244,13 +244,6 @@ def test_the_weights_are_read_with_the_average_where_there_is_one(tmp_path: Path
         }
 
 
-def test_two_runs_are_told_apart_by_the_keys_they_differ_in() -> None:
-    mine = {"seed": 1, "training": {"learning_rate": 0.1, "steps": 5}}
-    other = {"seed": 1, "training": {"learning_rate": 0.2, "steps": 5}}
-    assert checkpoint.differences(mine, other) == ["training.learning_rate: 0.2 then, 0.1 now"]
-    assert checkpoint.differences(mine, mine) == []
-
-
 def test_the_manifest_names_every_file_with_its_size_and_digest(tmp_path: Path) -> None:
     save(tmp_path, 5)
     folder = tmp_path / "step-00000005"

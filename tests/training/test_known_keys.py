@@ -38,7 +38,7 @@ def test_a_model_that_is_made_of_all_keys_has_asked_for_them() -> None:
 def test_what_a_model_refuses_is_named_from_the_top() -> None:
     given = {"store": {"cache": {"size_bytes": "many", "disk": {"paht": "a"}}}}
     with pytest.raises(ValidationError) as error:
-        Cache(**given["store"]["cache"])  # type: ignore[arg-type]
+        Cache(**given["store"]["cache"])
     size, path = invalid(error.value, given, Section)
     assert size.startswith("store.cache.size_bytes: found 'many'; Input should be a valid integer")
     assert path == "store.cache.disk.paht: unknown key; did you mean 'path'?"

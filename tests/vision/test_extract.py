@@ -20,7 +20,7 @@ from pipeline.data.ingest import IngestConfig, ingest
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.webdataset import WebDatasetSourceConfig
 from pipeline.data.verify import verify
-from pipeline.errors import ConfigError, FeatureError, RejectError, ShardError
+from pipeline.errors import ClusterError, ConfigError, FeatureError, RejectError, ShardError
 from pipeline.vision import extract as module
 from pipeline.vision.extract import ExtractConfig, ExtractProgress, ExtractReport, extract
 from pipeline.vision.grid import GridConfig
@@ -293,6 +293,15 @@ def test_ray_is_started_only_for_work_that_needs_it(tmp_path: Path) -> None:
     extract(str(tmp_path), PIXELS, ExtractConfig(actors=1), start_ray=started)
 
 
+class DyingWorker:
+    """An actor whose network kills its process."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def environment(self, _plans: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.usefixtures("ray_local")
 class TestOnActors:
     def test_actors_give_the_bytes_that_one_process_gives(self, tmp_path: Path) -> None:
@@ -340,13 +349,24 @@ class TestOnActors:
         report = extract(str(tmp_path), PIXELS, ExtractConfig(actors=5, cpus_per_actor=1))
         check_features(tmp_path, report, images)
 
-    def test_cluster_without_room_for_one_actor_is_reported(
+    def test_a_ray_of_its_own_without_room_for_one_actor_is_refused(self, tmp_path: Path) -> None:
+        make_dataset(str(tmp_path), pictures(2))
+        for asked, fault in (
+            ({"cpus_per_actor": 64}, "1 x 64 CPU asked for, and this machine has 2 CPU"),
+            ({"gpus_per_actor": 1}, "1 x 1 CPU and 1 GPU asked for, and this machine has 2 CPU"),
+        ):
+            pool = ExtractConfig.model_validate({"actors": 1, **asked})
+            with pytest.raises(ConfigError, match=f"extract: {fault}"):
+                extract(str(tmp_path), PIXELS, pool)
+
+    def test_an_actor_that_dies_again_and_again_names_its_shard(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "START_TIMEOUT_SECONDS", 3.0)
+        monkeypatch.setattr(module, "SHARD_RETRIES", 1)
         make_dataset(str(tmp_path), pictures(2))
-        with pytest.raises(FeatureError, match="asks for 64 CPUs and 0 GPUs, and the cluster has"):
-            extract(str(tmp_path), PIXELS, ExtractConfig(actors=1, cpus_per_actor=64))
+        monkeypatch.setattr(module, "_Worker", DyingWorker)
+        with pytest.raises(ClusterError, match=r"lost 2 times, with its node .* over shard \w+"):
+            extract(str(tmp_path), PIXELS, ExtractConfig(actors=1))
 
     def _workers(self) -> list[int]:
         found: list[Any] = []

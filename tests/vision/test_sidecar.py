@@ -175,6 +175,26 @@ class FailingExtractor:
         return self
 
 
+def test_a_shard_with_a_damaged_header_is_never_read_in_part(tmp_path: Path) -> None:
+    make_dataset(str(tmp_path), pictures(4), samples_per_shard=4)
+    (plan,) = plans(tmp_path)
+    shard = Path(plan.location())
+    whole = shard.read_bytes()
+    with tarfile.open(shard) as tar:
+        header = tar.getmembers()[4].offset
+    flipped = bytearray(whole)
+    flipped[header + 150] ^= 1
+    lost = whole[:header] + bytes(512) + whole[header + 512 :]
+    for damaged in (bytes(flipped), lost, whole[:header], whole[: header + 100], whole + whole):
+        shard.write_bytes(damaged)
+        with pytest.raises(ShardError, match=rf"{shard.name}: cannot be read \(.*found"):
+            list(shard_images(plan, files()))
+        with pytest.raises(ShardError, match="cannot be read"):
+            write(plan)
+    shard.write_bytes(whole)
+    assert len(list(shard_images(plan, files()))) == 4
+
+
 def test_failing_network_stops_the_shard_and_names_the_samples(tmp_path: Path) -> None:
     make_dataset(str(tmp_path), pictures(5), samples_per_shard=5)
     (plan,) = plans(tmp_path)

@@ -9,17 +9,19 @@ each image that a caption or a list names:
   which has never been a file.
 - nothing describes it: `no-captions`; with lists, it is in none (92 of Flickr8k's): `no-split`;
   in several: `several-splits`.
+
+A line that is not of this form is a `malformed-record`, and costs itself.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from pipeline import storage
 from pipeline.data.sample import Texts
-from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key
+from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, malformed
 from pipeline.data.sources.image_files import (
     ImageFolders,
     image_key,
@@ -27,7 +29,7 @@ from pipeline.data.sources.image_files import (
     listed,
     read_image,
 )
-from pipeline.data.sources.json_file import read_text
+from pipeline.data.sources.json_file import read_text, shown
 from pipeline.data.sources.splits import check_splits, folders_of, hash_split
 from pipeline.errors import SourceError
 
@@ -60,10 +62,16 @@ class FlickrSource:
     def __init__(self, config: FlickrSourceConfig) -> None:
         self.config = config
 
+    def index(self) -> Mapping[str, int]:
+        """Returns how many lines the file of captions has, empty ones aside."""
+        lines = read_text(storage.absolute(self.config.captions)).split("\n")
+        return {self.config.captions: sum(not line.isspace() for line in lines if line)}
+
     def records(self) -> Iterator[Record | Reject]:
         """Lists the images in the order of their captions, then those that only a list names."""
         folders = ImageFolders(*folders_of(self.config.images, ""))
-        captions = _captions(storage.absolute(self.config.captions))
+        captions, faults = _captions(storage.absolute(self.config.captions))
+        yield from faults
         splits = self._lists()
         for name in dict.fromkeys([*captions, *splits]):
             image_id = image_name(name)
@@ -87,6 +95,7 @@ class FlickrSource:
                 texts=Texts(image_id, words),
                 detail=f"{num_empty} empty captions dropped" if num_empty else "",
                 fault=fault,
+                num_entries=len(captions.get(name, ())),
             )
 
     def read(self, record: Record) -> bytes:
@@ -104,17 +113,24 @@ class FlickrSource:
         return splits
 
 
-def _captions(location: str) -> dict[str, list[str]]:
+def _captions(location: str) -> tuple[dict[str, list[str]], list[Reject]]:
+    """Returns the captions of each image, and the lines that are none.
+
+    Raises SourceError if no line is one.
+    """
     captions: defaultdict[str, list[str]] = defaultdict(list)
+    faults = []
     for number, line in enumerate(read_text(location).split("\n"), 1):
         if not line.strip():
             continue
         label, tab, caption = line.partition("\t")
         name, sign, order = label.rpartition("#")
-        if not (tab and sign and name and order.strip().isdecimal()):
-            raise SourceError(
-                f"{location}: line {number}: expected an image's name, '#' and a number, a tab "
-                f"and a caption, found {line.strip()[:80]!r}. Is it a Flickr .token file?"
-            )
-        captions[name.strip()].append(caption.strip())
-    return captions
+        if tab and sign and name.strip() and order.strip().isdecimal():
+            captions[name.strip()].append(caption.strip())
+            continue
+        where = f"{location}: line {number}"
+        expected = "expected an image's name, '#' and a number, a tab and a caption"
+        faults.append(malformed(where, "", f"{where}: {expected}, found {shown(line.strip())}"))
+    if faults and not captions:
+        raise SourceError(f"{faults[0].detail}. Is it a Flickr .token file?")
+    return captions, faults

@@ -9,7 +9,7 @@ the path without the suffix. What becomes of each file:
   that is not UTF-8: `malformed-texts`. Suffixes are in small or capital letters.
 - a link to nothing, a FIFO, a socket or a device in place of an image: `missing-image`; in place
   of a text: `malformed-texts`. A link to a folder that it lies in: `link-loop`.
-- a file whose name is not UTF-8: `name-not-utf8`. A key of an object store with two slashes in a
+- a file whose name is not UTF-8: `undecodable-name`. A key of an object store with two slashes in a
   row: `unnamed-folder`, one for all of them.
 - two images of one name, such as `dog.jpg` and `dog.png`: the second is a `duplicate-id`.
 - any other file: `unknown-suffix`, but for those whose name begins with a dot.
@@ -23,7 +23,7 @@ of it.
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, Self
 
 import xxhash
@@ -86,6 +86,11 @@ class FolderSource:
 
     def __init__(self, config: FolderSourceConfig) -> None:
         self.config = config
+        self._num_files: dict[str, int] = {}  # by folder of the recipe, as the folders list them
+
+    def index(self) -> Mapping[str, int]:
+        """Returns how many files each folder has, hidden ones and datasets aside."""
+        return self._num_files
 
     def records(self) -> Iterator[Record | Reject]:
         """Lists the files of each folder by name, then its subfolders."""
@@ -94,6 +99,7 @@ class FolderSource:
             root = storage.absolute(location).rstrip("/")
             if not storage.exists(root):
                 raise SourceError(f"folder: {root}: no such folder")
+            self._num_files[root] = 0
             yield from self._tree(root, split)
 
     def read(self, record: Record) -> bytes:
@@ -107,6 +113,7 @@ class FolderSource:
             folder, path, above, is_video = pending.pop()
             identity = storage.folder_identity(folder)
             if identity is not None and identity in above:
+                self._num_files[root] += 1
                 detail = f"{printable(folder)}: a link to a folder that it lies in"
                 yield _unread(path.rstrip("/"), split, "link-loop", detail)
                 continue
@@ -114,6 +121,7 @@ class FolderSource:
             if _is_dataset(folder, entries):
                 continue
             visible = [entry for entry in entries if not entry.name.startswith(".")]
+            self._num_files[root] += sum(entry.kind != "folder" for entry in visible)
             if not is_video:
                 yield from self._files(folder, path, visible, split)
             described = {stem for stem, suffix in map(_parts, visible) if suffix in _TEXT_SUFFIXES}
@@ -134,6 +142,7 @@ class FolderSource:
         """Lists the files directly in a folder, and the subfolders that are videos."""
         images: dict[str, list[ImageFile]] = {}
         texts: dict[str, list[_TextFile]] = {}
+        num_frames: dict[str, int] = {}  # of each video
         for entry in entries:
             stem, suffix = _parts(entry)
             location = storage.join(folder, entry.name)
@@ -150,18 +159,24 @@ class FolderSource:
                 images.setdefault(stem if file.suffix else entry.name, []).append(file)
         for entry in entries:
             if entry.kind == "folder" and entry.name in texts:
-                frames = storage.list_stamps(storage.join(folder, entry.name))
-                if frames:
-                    stamp = xxhash.xxh3_64_hexdigest(json.dumps(frames, sort_keys=True).encode())
-                    video = ImageFile(f"{storage.join(folder, entry.name)}/", stamp, "zip")
-                    images.setdefault(entry.name, []).append(video)
+                location = f"{storage.join(folder, entry.name)}/"
+                inside = storage.list_entries(location)
+                frames = {e.name: e.stamp for e in inside if e.kind == "file"}
+                stamp = xxhash.xxh3_64_hexdigest(json.dumps(frames, sort_keys=True).encode())
+                images.setdefault(entry.name, []).append(ImageFile(location, stamp, "zip"))
+                num_frames[location] = sum(
+                    e.kind != "folder" and not e.name.startswith(".") for e in inside
+                )
         for stem in sorted({*images, *texts}):
             absent = ImageFile.at(storage.join(folder, f"{stem}.jpg"), None)
-            for image in images.get(stem, [absent]):
-                yield self._record(f"{path}{stem}", image, texts.get(stem, []), split)
+            found, beside = images.get(stem, []), texts.get(stem, [])
+            for index, image in enumerate(found or [absent]):
+                num_files = num_frames.get(image.location, 1) if found else 0
+                num_files += len(beside) if index == 0 else 0
+                yield self._record(f"{path}{stem}", image, beside, split, num_files)
 
     def _record(
-        self, path: str, image: ImageFile, files: Sequence[_TextFile], split: str
+        self, path: str, image: ImageFile, files: Sequence[_TextFile], split: str, num_files: int
     ) -> Record | Reject:
         path = printable(path)
         key = safe_key(path)
@@ -176,6 +191,7 @@ class FolderSource:
             image=image,
             texts=texts,
             fault=None if texts.num_texts else fault,
+            num_entries=num_files,
         )
 
     def _texts(self, file: _TextFile, path: str) -> Texts:

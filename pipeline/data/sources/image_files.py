@@ -4,13 +4,17 @@ Videos, DICOM and folders of frames (ZIP) are images here as everywhere in a dat
 
 What becomes of an image with its texts is decided here for all sources of this kind: no file is
 a `missing-image` reject, a name that is not an image's `unknown-suffix`, one that is not UTF-8
-`name-not-utf8`, and a source adds its own reason where nobody has written anything about it. A
+`undecodable-name`, and a source adds its own reason where nobody has written anything about it. A
 link to nothing, a FIFO, a socket and a device are no files.
+
+A name leads to a file below the folders that the recipe names, also with `..` in it or as a whole
+location. One that leads elsewhere is a `forbidden-location` reject, and nothing is looked up there:
+annotations are written by others. Only tables may name files anywhere, of some schemes.
 """
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from pipeline import storage
@@ -26,31 +30,40 @@ SUFFIXES = {
 }  # fmt: skip
 
 _LAST_NUMBER = re.compile(r"(\d+)$")
+_MAX_NUMBER_DIGITS = 19  # of an image's number, as of any of 64 bits
+# Names that may lead elsewhere than to the file of that name below a folder.
+_TO_BE_FOLLOWED = re.compile(r"(^|/)\.{0,2}(/|$)|://|\0")
 
 
 class ImageFile(NamedTuple):
     """An image that annotations speak of.
 
     `stamp` changes when it does; None: there is none, and `absence` says why. `suffix` is the
-    image part's; None: it is not named as an image is. A tuple, because millions are made.
+    image part's; None: it is not named as an image is. `forbidden` says why it may not be read. A
+    tuple, because millions are made.
     """
 
     location: str
     stamp: str | None
     suffix: str | None
+    forbidden: str = ""
     absence: str = "no such file"
 
     @classmethod
     def at(cls, location: str, stamp: str | None, absence: str = "no such file") -> "ImageFile":
         """Returns the file at a location, whose suffix its name says."""
-        return cls(location, stamp, SUFFIXES.get(location.rpartition(".")[2].lower()), absence)
+        return cls(location, stamp, SUFFIXES.get(location.rpartition(".")[2].lower()), "", absence)
 
 
 class ImageFolders:
     """The image files of some folders, from one listing of each; no file is opened."""
 
-    def __init__(self, *folders: str) -> None:
-        """Lists the folders; raises SourceError if one is absent."""
+    def __init__(self, *folders: str, schemes: Collection[str] = ()) -> None:
+        """Lists the folders; raises SourceError if one is absent.
+
+        Files of these schemes (`storage.scheme`) may be named wherever they are.
+        """
+        self._schemes = schemes
         self._folders = [storage.absolute(folder).rstrip("/") for folder in folders]
         self._stamps: dict[str, dict[str, str]] = {}
         self._by_number: dict[int, ImageFile] | None = None
@@ -68,16 +81,27 @@ class ImageFolders:
 
     def named(self, name: str) -> ImageFile:
         """Returns the first folder's file of this name, which may begin with subfolders."""
+        first = None
         for folder in self._folders:
-            location = f"{folder}/{name}"
-            stamp = self._stamp(location)
+            location, forbidden = self._followed(folder, name)
+            stamp = None if forbidden else self._stamp(location)
             if stamp is not None:
                 return ImageFile.at(location, stamp)
-        return ImageFile.at(f"{self._folders[0]}/{name}", None)
+            first = first or ImageFile.at(location, None)._replace(forbidden=forbidden)
+        assert first is not None
+        return first
 
-    def located(self, location: str) -> ImageFile:
-        """Returns the file at an absolute location, in one of the folders or not."""
-        return ImageFile.at(location, self._stamp(location))
+    def _followed(self, folder: str, name: str) -> tuple[str, str]:
+        """Returns where a name leads from a folder, and why that may not be looked at."""
+        if _TO_BE_FOLLOWED.search(name) is None:
+            return f"{folder}/{name}", ""
+        if "\0" in name:
+            return name, f"{name!r} holds a NUL character"
+        location = storage.followed(folder, name)
+        below = any(location.startswith(f"{folder}/") for folder in self._folders)
+        if below or storage.scheme(location) in self._schemes:
+            return location, ""
+        return location, f"{name!r} leads out of {folder}; only files below it are read"
 
     def called(self, name: str) -> ImageFile:
         """Returns the file of this name, or of this name and an image's suffix."""
@@ -96,13 +120,13 @@ class ImageFolders:
         several fit, it is that of the first folder, then the first by name. An id that is not a
         number finds the image of that name.
         """
-        if not str(identity).isdecimal():
+        if not (str(identity).isdecimal() and len(str(identity)) <= _MAX_NUMBER_DIGITS):
             return self.called(str(identity))
         if self._by_number is None:
             self._by_number = {}
             for file in self:
                 number = _LAST_NUMBER.search(image_name(file.location.rpartition("/")[2]))
-                if number and file.suffix:
+                if number and file.suffix and len(number[1]) <= _MAX_NUMBER_DIGITS:
                     self._by_number.setdefault(int(number[1]), file)
         absent = storage.join(self._folders[0], f"*{identity:0>12}.jpg")
         return self._by_number.get(int(identity)) or ImageFile.at(absent, None)
@@ -126,16 +150,20 @@ def listed(
     texts: Texts,
     detail: str = "",
     fault: tuple[str, str] | None = None,
+    num_entries: int = 1,
 ) -> Record | Reject:
     """Returns what an image with its texts is listed as.
 
     `fault` is the source's own reason against it, with a sentence: what the image itself is at
-    fault for comes first. `detail` says what was left out of the texts.
+    fault for comes first. `detail` says what was left out of the texts. `num_entries` of the
+    source's index went into it.
     """
-    location, stamp, suffix, absence = image
+    location, stamp, suffix, forbidden, absence = image
     if not is_utf8(location):
         location, stamp = printable(location), None
-        fault = ("name-not-utf8", f"{location}: its name is not UTF-8; rename it")
+        fault = ("undecodable-name", f"{location}: its name is not UTF-8; rename it")
+    elif forbidden:
+        fault = ("forbidden-location", forbidden)
     elif stamp is None:
         fault = ("missing-image", f"{location}: {absence}")
     elif suffix is None:
@@ -150,10 +178,11 @@ def listed(
         texts=texts,
         fingerprint=fingerprint(f"{location} {stamp}", texts),
         detail=detail,
+        num_entries=num_entries,
     )
     if fault is None:
         return record
-    return Reject(key, split, *fault, record.fingerprint, remains=record)
+    return Reject(key, split, *fault, record.fingerprint, remains=record, num_entries=num_entries)
 
 
 def read_image(record: Record) -> bytes:
@@ -205,7 +234,7 @@ def printable(name: str) -> str:
 def image_key(identity: int | str) -> str:
     """Returns an image's key: COCO's own file names are the id in twelve digits."""
     if isinstance(identity, int) and identity >= 0:
-        return f"{identity:012d}"
+        return safe_key(f"{identity:012d}")
     return safe_key(str(identity))
 
 

@@ -3,26 +3,41 @@
 All rows of one image make one sample. An image is a path below `images`, the bytes themselves
 (Parquet), or an object with `bytes` and `path` as Hugging Face datasets write it. A key is that of
 the column `key`, a whole number in twelve digits as COCO's are; without the column it is the
-path without its suffix. What becomes of the rows:
+path without its suffix. Of bytes:
+
+- rows that repeat a path or a key are of one image if their bytes are the same.
+- other bytes under the same path, as of two folders whose base names alone were kept, are images
+  of their own. The keys of all of them have a digest of the bytes behind the path then: a key never
+  comes to mean another image, and a night that adds the first such row removes one sample and adds
+  two. A column of keys avoids that.
+- bytes without a path have their digest for a key, for which all of them are read in each listing.
+
+What becomes of the rows:
 
 - a row that cannot be read, or whose cells are not what the recipe says: `malformed-row`.
 - a row without an image or a key: `no-image`, `no-key`.
 - a row of a known key with another image: `duplicate-id`.
 - no row of an image has a text: `no-texts`; no file: `missing-image`; another name than an
   image's: `unknown-suffix`. A cell without bytes is an `unreadable-image` once it is read.
+- an image at a URL that is neither of the table's own kind nor in `image_schemes`:
+  `forbidden-location`. Nothing is fetched from there.
 
 Rows are read one after another and gathered in a scratch file, so memory does not grow with
 them but by 24 bytes a row; only a `.json` list is held as a whole.
 """
 
-from collections.abc import Iterator, Mapping
+import io
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+import xxhash
+from pydantic import Field, field_validator, model_validator
 
 from pipeline import storage
 from pipeline.data.sample import Texts, safe_key
-from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, fingerprint
+from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, malformed
+from pipeline.data.sources.delimited import Quoting, TextForm
 from pipeline.data.sources.gathering import Gathering
 from pipeline.data.sources.image_files import (
     SUFFIXES,
@@ -33,12 +48,17 @@ from pipeline.data.sources.image_files import (
     listed,
     read_image,
 )
+from pipeline.data.sources.json_file import shown
 from pipeline.data.sources.splits import check_names, check_splits, hash_split
-from pipeline.data.sources.tables import Row, read_cell, rows, table_files
+from pipeline.data.sources.tables import Row, count_rows, read_cell, rows, table_files
 from pipeline.data.sources.text_columns import TextColumns, cell, gathered
 from pipeline.errors import ShardError, SourceError
 
 _CELL = "cell:"  # begins the locator of bytes in a table
+_DIGEST_LENGTH = 16  # of the bytes, behind a path that several images have
+_MAX_NUMBER_DIGITS = 18  # of a key that is written in decimal digits and taken for a number
+_MAX_NUMBER = (1 << 63) - 1
+_NEVER = ("http", "https", "ftp", "data")  # schemes of which a folder cannot be listed
 
 
 class TableSourceConfig(SourceConfig):
@@ -52,9 +72,46 @@ class TableSourceConfig(SourceConfig):
     key: str | None = None  # the column of keys; needed where bytes come without a path
     split: str | None = None  # the column of splits, of a single table
     image_suffix: str = "jpg"  # of bytes that come without a path
+    # Of CSV, TSV and text like it: what stands between cells (null: a tab in `.tsv`, a comma in
+    # `.csv`; a `.txt` needs it), what quotation marks mean (see `delimited`), and the encoding
+    # (also of JSONL; null: UTF-8, or what the byte order mark says).
+    delimiter: str | None = None
+    quoting: Quoting = "auto"
+    encoding: str | None = None
+    # What rows may name besides local files and files of the table's own kind: `s3`, `gs`, …
+    image_schemes: tuple[str, ...] = ()
     # Of a single table without a column of splits: the share of images whose key's hash puts them
     # into `validation`; 0.1 if null.
     validation_fraction: float | None = Field(default=None, ge=0, lt=1)
+
+    @field_validator("delimiter")
+    @classmethod
+    def _delimiter_is_one_character(cls, value: str | None) -> str | None:
+        value = "\t" if value in ("\\t", "tab") else value
+        if value is not None and (len(value) != 1 or value in '"\r\n\0 '):
+            raise ValueError("expected one character, such as ';', '|' or '\\t' for a tab")
+        return value
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding_is_known(cls, value: str | None) -> str | None:
+        try:
+            if value is not None:
+                io.TextIOWrapper(io.BytesIO(), value)
+        except (LookupError, ValueError):
+            raise ValueError("expected an encoding, such as utf-8, utf-16, cp1252") from None
+        return value
+
+    @field_validator("image_schemes")
+    @classmethod
+    def _schemes_have_folders(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for scheme in value:
+            if scheme in _NEVER or not scheme.isalnum():
+                raise ValueError(
+                    f"{scheme!r}: expected object stores, such as s3 or gs; download the images "
+                    "of web addresses first"
+                )
+        return value
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
@@ -79,43 +136,68 @@ class TableSourceConfig(SourceConfig):
         named = (self.image, self.key, self.split, *self.texts.columns())
         return list(dict.fromkeys(name for name in named if name is not None))
 
+    def form(self) -> TextForm:
+        """Returns how text files are written."""
+        return TextForm(self.delimiter, self.quoting, self.encoding)
+
 
 class TableSource:
     """Images and texts of one table or one for each split."""
 
     def __init__(self, config: TableSourceConfig) -> None:
         self.config = config
+        self._num_rows: dict[str, int] = {}  # by file, of those that were read last
+
+    def index(self) -> Mapping[str, int]:
+        """Returns the rows of each file: as it says itself, else its lines, else as it was read."""
+        form = self.config.form()
+        return {
+            file: num_read if (counted := count_rows(file, form)) is None else counted
+            for file, num_read in self._num_rows.items()
+        }
 
     def records(self) -> Iterator[Record | Reject]:
         """Lists the rows that cannot be used, then the images in the order of their keys' hashes.
 
         Raises SourceError if a column that the recipe names is in no row.
         """
-        table = self.config.table
-        tables = {"": table} if isinstance(table, str) else table
-        row = Row(0, None)
-        with Gathering() as found:
-            for split, location in tables.items():
-                unseen = set(self.config.columns())
-                for file in table_files(storage.absolute(location)):
-                    images = storage.absolute(self.config.images or file.rpartition("/")[0])
-                    stamp = storage.stamp(file)
-                    for row in rows(file, self.config.columns(), self.config.image):
-                        unseen -= {name for name in unseen if _holds(row.values or {}, name)}
-                        try:
-                            key, entry = self._entry(row, images, stamp, split)
-                        except _RowError as fault:
-                            yield fault.reject(file, row, split)
-                        else:
-                            found.add(key, entry)
-                if unseen and not file.endswith(".parquet"):
-                    raise SourceError(
-                        f"{location}: no row has {', '.join(map(repr, sorted(unseen)))}; the last "
-                        f"has {', '.join(map(repr, row.values or ()))}"
-                    )
+        with Gathering() as found, Gathering() as told_apart:
+            has_bytes = yield from self._rows(found)
+            if has_bytes:
+                yield from _tell_apart(found, told_apart)
             folders: dict[str, ImageFolders] = {}
-            for key, entries in found.groups():
+            for key, entries in (told_apart if has_bytes else found).groups():
                 yield from self._records(key, entries, folders)
+
+    def _rows(self, found: Gathering) -> Generator[Reject, None, bool]:
+        """Gathers the rows and yields those that cannot be used; returns whether any has bytes."""
+        table, form = self.config.table, self.config.form()
+        tables = {"": table} if isinstance(table, str) else table
+        row, has_bytes = Row("", None), False
+        self._num_rows = {}
+        for split, location in tables.items():
+            unseen = set(self.config.columns())
+            for file in table_files(storage.absolute(location), form):
+                images = storage.absolute(self.config.images or file.rpartition("/")[0])
+                stamp = storage.stamp(file)
+                self._num_rows[file] = 0
+                for row in rows(file, self.config.columns(), self.config.image, form):
+                    self._num_rows[file] += 1
+                    unseen -= {name for name in unseen if _holds(row.values or {}, name)}
+                    where = f"{file}: {row.place}"
+                    try:
+                        key, entry = self._entry(row, images, stamp, split)
+                    except _RowError as fault:
+                        yield malformed(where, split, f"{where}: {fault.detail}", fault.reason)
+                    else:
+                        has_bytes = has_bytes or bool(row.image_bytes)
+                        found.add(key, entry | {"where": where})
+            if unseen and not file.endswith(".parquet"):
+                raise SourceError(
+                    f"{location}: no row has {', '.join(map(repr, sorted(unseen)))}; the last "
+                    f"has {', '.join(map(repr, row.values or ())) or row.fault}"
+                )
+        return has_bytes
 
     def read(self, record: Record) -> bytes:
         """Returns the bytes of the image file or of the table's cell."""
@@ -128,20 +210,21 @@ class TableSource:
         config = self.config
         if row.values is None:
             raise _RowError("malformed-row", row.fault)
-        name, suffix = self._image(row)
-        identity: int | str = image_name(name)
-        if config.key is not None:
-            identity = _identity(cell(row.values, config.key), config.key)
-        elif not name:
-            raise _RowError("no-key", "its image has no path; name the column `key` in the recipe")
-        key = image_key(identity)
         try:
+            name, suffix = self._image(row, images)
+            identity: int | str = image_name(name)
+            if config.key is not None:
+                identity = _identity(cell(row.values, config.key), config.key)
+            elif not name:
+                identity = _digest(row.image_bytes)
+            key = image_key(identity)
             if config.split is not None:
-                split = str(cell(row.values, config.split) or "")
-                check_names(split)
+                split = _split(cell(row.values, config.split), config.split)
             texts = config.texts.texts(row.values, identity).to_json().decode()
         except (ValueError, TypeError, ShardError) as error:
             raise _RowError("malformed-row", str(error)) from error
+        except RecursionError as error:
+            raise _RowError("malformed-row", "its values are nested too deeply") from error
         split = split or hash_split(key, config.validation_fraction)
         if row.image_bytes:
             image = {"cell": f"{_CELL}{row.image_bytes}", "stamp": stamp, "suffix": suffix}
@@ -149,44 +232,113 @@ class TableSource:
             image = {"name": name, "images": images}
         return key, {"split": split, "image": image, "texts": texts}
 
-    def _image(self, row: Row) -> tuple[str, str]:
+    def _image(self, row: Row, images: str) -> tuple[str, str]:
         """Returns the path of a row's image, if it has one, and its suffix."""
         assert row.values is not None
-        value = cell(row.values, self.config.image)
+        column, value = self.config.image, cell(row.values, self.config.image)
         path = value.get("path") if isinstance(value, Mapping) else value
         if row.image_bytes:
             path = path if isinstance(path, str) else ""
             suffix = SUFFIXES.get(path.rpartition(".")[2].lower(), self.config.image_suffix)
             return path, suffix
         if path is None or path == "":
-            raise _RowError("no-image", f"column {self.config.image!r} is empty")
+            raise _RowError("no-image", f"column {column!r} is empty")
         if not isinstance(path, str):
-            raise _RowError("malformed-row", f"{self.config.image}: expected a path: {path!r:.80}")
-        if path.startswith(("http://", "https://", "data:")):
-            detail = f"{self.config.image}: expected a path, found the URL {path:.80}"
-            raise _RowError("malformed-row", detail)
+            raise _RowError("malformed-row", f"{column}: expected a path: {shown(path)}")
+        if not _is_text(path) or "\0" in path:
+            raise _RowError("malformed-row", f"{column}: no file is called {shown(path)}")
+        known = self._schemes(images)
+        found = "data" if path.startswith("data:") else storage.scheme(path)
+        if found not in known:
+            hint = "download the images first"
+            if found.isalnum() and found not in _NEVER:
+                hint = f"`image_schemes: [{found}]` of the source allows it"
+            raise _RowError(
+                "forbidden-location",
+                f"{column}: found {shown(path)}, a {found!r} location; rows may name those of "
+                f"{', '.join(known)}; {hint}",
+            )
+        location = storage.followed(images, path)
+        if path[0] != "/" and location.startswith(f"{images}/"):
+            path = location.removeprefix(f"{images}/")  # `./a.jpg` is `a.jpg`
         return path, ""
+
+    def _schemes(self, images: str) -> tuple[str, ...]:
+        """Returns the schemes that rows may name: local, their folder's own, and the recipe's."""
+        return tuple(dict.fromkeys(("file", storage.scheme(images), *self.config.image_schemes)))
 
     def _records(
         self, key: str, entries: list[dict[str, Any]], folders: dict[str, ImageFolders]
     ) -> Iterator[Record | Reject]:
-        """Yields a key's sample, and a second record for each other image its rows name."""
-        by_image: dict[str, list[dict[str, Any]]] = {}
+        """Yields a key's sample, and a second record for each other image its rows have."""
+        by_image: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for entry in entries:
-            # Rows repeat their image's bytes: to compare them would be to read them.
-            by_image.setdefault(entry["image"].get("name", _CELL), []).append(entry)
+            image = entry["image"]
+            part = "digest" if "cell" in image else "name"
+            by_image.setdefault((part, image.get(part, "")), []).append(entry)
+        num_cells = sum(part == "digest" for part, _ in by_image)
+        shared = self.config.key is None and num_cells > 1
         for of_image in by_image.values():
             image, split = of_image[0]["image"], of_image[0]["split"]
             texts = gathered([Texts.from_json(entry["texts"].encode()) for entry in of_image])
+            own_key = key
+            if shared and "cell" in image:
+                own_key = safe_key(f"{key}-{image['digest'][:_DIGEST_LENGTH]}")
+                texts = _renamed(texts, own_key)
             others = sorted({entry["split"] for entry in of_image} - {split})
             yield listed(
-                key=key,
+                key=own_key,
                 split=split,
-                image=_image_file(image, folders),
+                image=self._image_file(image, folders),
                 texts=texts,
                 detail=f"also listed for {', '.join(others)}" if others else "",
                 fault=None if texts.num_texts else ("no-texts", "nothing is written about it"),
+                num_entries=len(of_image),
             )
+
+    def _image_file(self, image: dict[str, str], folders: dict[str, ImageFolders]) -> ImageFile:
+        if "cell" in image:
+            return ImageFile(image["cell"], image["stamp"], image["suffix"])
+        location = image["images"]
+        if location not in folders:
+            folders[location] = ImageFolders(location, schemes=self._schemes(location))
+        return folders[location].called(image["name"])
+
+
+def _tell_apart(found: Gathering, into: Gathering) -> Iterator[Reject]:
+    """Gathers the rows again, with a digest of their bytes where several are under one key.
+
+    In the table's order, in which its row groups are unpacked once. Yields rows without bytes.
+    """
+    for key, entry, repeated in found.in_order():
+        image = entry["image"]
+        if repeated and "cell" in image:
+            try:
+                image["digest"] = _digest(image["cell"].removeprefix(_CELL))
+            except _RowError as fault:
+                where = entry["where"]
+                yield malformed(where, entry["split"], f"{where}: {fault.detail}", fault.reason)
+                continue
+        into.add(key, entry)
+
+
+def _digest(image_bytes: str) -> str:
+    try:
+        found: str = xxhash.xxh3_128_hexdigest(read_cell(image_bytes))
+    except SourceError as error:
+        raise _RowError("no-image", str(error)) from error
+    return found
+
+
+def _renamed(texts: Texts, identity: str) -> Texts:
+    """Returns the texts of an image that has another id than its rows gave it."""
+    questions = [
+        replace(asked, question_id=f"{identity}: {asked.question}")
+        if asked.question_id == f"{texts.image_id}: {asked.question}"
+        else asked
+        for asked in texts.questions
+    ]
+    return replace(texts, image_id=identity, questions=tuple(questions))
 
 
 class _RowError(Exception):
@@ -197,38 +349,37 @@ class _RowError(Exception):
         self.reason = reason
         self.detail = detail
 
-    def reject(self, file: str, row: Row, split: str) -> Reject:
-        """Returns the row's reject, under a key that names the file and the row."""
-        key = safe_key(f"{file.rpartition('/')[2]}-row-{row.number}")
-        return Reject(
-            key=key,
-            split=split or "train",
-            reason=self.reason,
-            detail=f"{file}: row {row.number}: {self.detail}",
-            fingerprint=fingerprint(f"{self.detail} {row.values!r}", Texts(key)),
-        )
-
-
-def _image_file(image: dict[str, str], folders: dict[str, ImageFolders]) -> ImageFile:
-    if "cell" in image:
-        return ImageFile(image["cell"], image["stamp"], image["suffix"])
-    location, name = image["images"], image["name"]
-    if location not in folders:
-        folders[location] = ImageFolders(location)
-    if storage.is_absolute(name):
-        return folders[location].located(name)
-    return folders[location].called(name)
-
 
 def _identity(value: Any, column: str) -> int | str:
     """Returns a key column's value; decimal digits, as CSV writes numbers, are a number."""
     if value is None or value == "":
         raise _RowError("no-key", f"column {column!r} is empty")
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise _RowError("malformed-row", f"{column}: expected a number or a string: {value!r:.80}")
-    if isinstance(value, str) and value.isdecimal() and str(int(value)) == value:
+    if type(value) is int and abs(value) <= _MAX_NUMBER:
+        return value
+    if not isinstance(value, str) or not _is_text(value):
+        raise _RowError("malformed-row", f"{column}: expected a number or a string: {shown(value)}")
+    if value.isdecimal() and len(value) <= _MAX_NUMBER_DIGITS and str(int(value)) == value:
         return int(value)
     return value
+
+
+def _split(value: Any, column: str) -> str:
+    """Returns a split column's value, "" if it is empty; raises _RowError if it is no name."""
+    if value is None or value == "":
+        return ""
+    if not isinstance(value, str):
+        raise _RowError("malformed-row", f"{column}: expected a split's name: {shown(value)}")
+    check_names(value)
+    return value
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8: JSON may hold half a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _holds(values: Mapping[str, Any], name: str) -> bool:

@@ -13,21 +13,37 @@ cell may hold:
   `gt_index`), or a chat of `role` and `content`, or `from` and `value`, in which people
   (`user`, `human`) and the other (`assistant`, `gpt`) take turns; `<image>` is left out.
 
+A cell of text may hold lists and objects as JSON, or as Python prints them (`['a', 'b']`, which is
+how pandas writes a column of lists); one that begins like such a list and is none is an error.
+
 A cell that is null or empty says nothing. A question without an id is identified by the image and
 its words, so that several rows with one answer each make one question.
 """
 
+import ast
 import json
+import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.data.sample import Dialog, Question, Round, Texts
+from pipeline.data.sources.json_file import shown
 
 _ASKS = ("user", "human")
 _REPLIES = ("assistant", "gpt")
 _IMAGE_MARK = "<image>"
+_LARGEST_NUMBER = (1 << 63) - 1  # of an id
+
+_JSON = json.JSONDecoder()
+_MAX_LITERAL = 1 << 20  # characters of Python's lists of other things than strings
+_STRING = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*\"""")
+_STRINGS = re.compile(r"[\[(]\s*(?:S(?:\s*,\s*|\s+|(?=[\])])))*[\])]")  # each is an S
+_BESIDE = re.compile(r"S\s*S")  # which Python would make one string
+_OPENED = re.compile(r"""[\[({]\s*(?:[\[({]\s*)*['"]""")
+_NUMPY = re.compile(r"np\.str_\(S\)")
 
 
 class TextColumns(Config):
@@ -103,20 +119,59 @@ def cell(row: Mapping[str, Any], path: str) -> Any:
 
 
 def parsed(text: str) -> Any:
-    """Returns a text cell as the JSON it holds if it looks like a list or object, else itself."""
-    if text[:1] in ("[", "{"):
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
-    return text
+    """Returns a text cell as what it holds if that is a list or object, else itself.
+
+    Raises ValueError if it begins as a list or object of strings and cannot be read as one.
+    """
+    text = text.strip()
+    if text[:1] not in ("[", "{", "(") and not text.startswith("array(["):
+        return text
+    try:
+        value, end = _JSON.raw_decode(text)
+    except RecursionError:
+        raise ValueError("a list that is nested too deeply") from None
+    except ValueError:
+        return _python_value(text)
+    return value if end == len(text) else text  # words after a bracket
+
+
+def _python_value(text: str) -> Any:
+    """Returns the list or dict that a text is in Python's notation, else the text itself."""
+    skeleton = _NUMPY.sub("S", _STRING.sub("S", text.replace("S", "s")))
+    if _STRINGS.fullmatch(skeleton) and (text[0] == "[" or "," in skeleton):
+        return [_literal(string) for string in _STRING.findall(text)]
+    if not _OPENED.match(text):
+        if text.startswith("array(["):
+            raise ValueError(f"a printed array, which is no list: {shown(text)}")
+        return text
+    value = None
+    if len(text) <= _MAX_LITERAL and not _BESIDE.search(skeleton):
+        value = _literal(text)
+    if isinstance(value, list | dict):
+        return value
+    closing = {"[": "]", "{": "}", "(": ")"}[text[0]]
+    if text[0] == "(" or (closing in skeleton and not skeleton.endswith(closing)):
+        return text  # a bracket at the beginning of a sentence
+    raise ValueError(f"begins as a list of strings and cannot be read as one: {shown(text)}")
+
+
+def _literal(text: str) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of backslashes that Python does not know
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
 
 
 def json_object(text: str) -> dict[str, Any]:
     """Returns the object that JSON holds, or raises ValueError."""
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("not valid JSON: nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, found {repr(value)[:80]}")
+        raise ValueError(f"expected a JSON object, found {shown(value)}")
     return value
 
 
@@ -147,25 +202,36 @@ def _question(entry: Mapping[str, Any], answers: Any, name: str, image_id: int |
     for answer in _listed(answers, f"{name}'s answers"):
         if isinstance(answer, Mapping):
             answer = answer.get("answer")
-        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        number = type(answer) in (int, float) and -_LARGEST_NUMBER <= answer <= _LARGEST_NUMBER
+        if not isinstance(answer, str) and not number:
             raise _unexpected(f"{name}'s answers", "strings", answer)
         found.append(str(answer))
     question_id = entry.get("question_id")
     if question_id is None:
         question_id = f"{image_id}: {words.strip()}"
-    if isinstance(question_id, bool) or not isinstance(question_id, int | str):
+    whole = type(question_id) is int and abs(question_id) <= _LARGEST_NUMBER
+    if not isinstance(question_id, str) and not whole:
         raise _unexpected(f"{name}'s question_id", "a number or a string", question_id)
     return Question(
         question_id=question_id,
         question=words.strip(),
         answers=tuple(found),
-        question_type=str(entry.get("question_type") or ""),
-        answer_type=str(entry.get("answer_type") or ""),
+        question_type=_name(entry, "question_type", name),
+        answer_type=_name(entry, "answer_type", name),
     )
 
 
+def _name(entry: Mapping[str, Any], field: str, name: str) -> str:
+    value = entry.get(field)
+    if value is None:
+        return ""
+    if not isinstance(value, str) and type(value) is not int:
+        raise _unexpected(f"{name}'s {field}", "a string", value)
+    return str(value)
+
+
 def _dialogs(value: Any, name: str) -> Iterator[Dialog]:
-    value = parsed(value) if isinstance(value, str) else value
+    value = _read(value, name)
     if value is None or value == "" or (isinstance(value, list) and not value):
         return
     several = isinstance(value, list) and (
@@ -189,19 +255,9 @@ def _rounds(turns: list[Any], name: str) -> Iterator[Round]:
             raise _unexpected(name, "rounds that are objects", turn)
         if "question" in turn:
             question, answer = turn["question"], turn.get("answer")
-            options, gt_index = turn.get("options") or (), turn.get("gt_index")
-            relevance = turn.get("relevance") or ()
             if not isinstance(question, str) or not isinstance(answer, str):
                 raise _unexpected(name, "rounds of question and answer", turn)
-            if not all(isinstance(option, str) for option in options):
-                raise _unexpected(name, "options that are strings", options)
-            yield Round(
-                question=question.strip(),
-                answer=answer.strip(),
-                options=tuple(options),
-                gt_index=-1 if gt_index is None else int(gt_index),
-                relevance=tuple(map(float, relevance)),
-            )
+            yield Round(question.strip(), answer.strip(), *_options(turn, name))
             continue
         role, words = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(words, str):
@@ -218,6 +274,24 @@ def _rounds(turns: list[Any], name: str) -> Iterator[Round]:
         raise _unexpected(name, "an answer to the last turn", asked)
 
 
+def _options(turn: Mapping[str, Any], name: str) -> tuple[tuple[str, ...], int, tuple[float, ...]]:
+    """Returns a round's options, which of them is the answer, or -1, and their relevance."""
+    options, gt_index = turn.get("options"), turn.get("gt_index")
+    relevance = turn.get("relevance")
+    options, relevance = [] if options is None else options, [] if relevance is None else relevance
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise _unexpected(name, "options that are strings", options)
+    if gt_index is not None and (type(gt_index) is not int or not -1 <= gt_index < len(options)):
+        raise _unexpected(name, f"a gt_index below {len(options)}", gt_index)
+    if not isinstance(relevance, list) or not all(
+        type(value) in (int, float) and 0 <= value <= 1 for value in relevance
+    ):
+        raise _unexpected(name, "relevance in numbers from 0 to 1", relevance)
+    if relevance and len(relevance) != len(options):
+        raise _unexpected(name, f"relevance of each of {len(options)} options", relevance)
+    return tuple(options), -1 if gt_index is None else gt_index, tuple(map(float, relevance))
+
+
 def _strings(value: Any, name: str) -> list[str]:
     values = _listed(value, name)
     for entry in values:
@@ -226,8 +300,15 @@ def _strings(value: Any, name: str) -> list[str]:
     return [entry.strip() for entry in values]
 
 
+def _read(value: Any, name: str) -> Any:
+    try:
+        return parsed(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def _listed(value: Any, name: str) -> list[Any]:
-    value = parsed(value) if isinstance(value, str) else value
+    value = _read(value, name)
     if value is None or value == "":
         return []
     if isinstance(value, Mapping) and value and all(isinstance(v, list) for v in value.values()):
@@ -240,4 +321,4 @@ def _listed(value: Any, name: str) -> list[Any]:
 
 
 def _unexpected(name: str, expected: str, found: Any) -> ValueError:
-    return ValueError(f"{name}: expected {expected}, found {repr(found)[:80]}")
+    return ValueError(f"{name}: expected {expected}, found {shown(found)}")

@@ -8,23 +8,33 @@ words. Dense annotations give one round of a dialog the relevance of each option
 - its file is not there: a `missing-image` reject; its name is not an image's: `unknown-suffix`.
 - its dialogs have no round: `no-rounds`.
 - dense annotations of an image without a dialog: an `unknown-image` reject.
+- a dialog or a dense annotation that is not what the format says: a `malformed-record`, which
+  costs itself.
 
 The last round of a test dialog has options but neither an answer nor `gt_index`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal, Self
 
+import msgspec
 from pydantic import Field, model_validator
 
 from pipeline import storage
 from pipeline.data.sample import Dialog, Round, Texts
 from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, fingerprint
 from pipeline.data.sources.image_files import ImageFolders, image_key, listed, read_image
-from pipeline.data.sources.json_file import Fields, Groups, Identity, read_json, read_json_list
+from pipeline.data.sources.json_file import (
+    Fields,
+    Groups,
+    Identity,
+    read_json,
+    read_json_list,
+    shown,
+)
 from pipeline.data.sources.splits import check_splits, folders_of, hash_split
-from pipeline.errors import SourceError
 
 _DIALOGS = "a VisDial v1.0 file"
 _DENSE = "a VisDial v1.0 dense annotations file"
@@ -69,11 +79,17 @@ class VisdialSource:
 
     def __init__(self, config: VisdialSourceConfig) -> None:
         self.config = config
+        self._num_entries: dict[str, int] = {}
+
+    def index(self) -> Mapping[str, int]:
+        """Returns how many dialogs each file has."""
+        return self._num_entries
 
     def records(self) -> Iterator[Record | Reject]:
         """Lists the images of every file in its order."""
         dialogs, dense = self.config.dialogs, self.config.dense
         files = {"": dialogs} if isinstance(dialogs, str) else dialogs
+        self._num_entries = {}
         for split, location in files.items():
             judged = dense.get(split) if isinstance(dense, dict) else dense
             yield from self._file(location, judged, split)
@@ -88,18 +104,19 @@ class VisdialSource:
         words = _Words(
             document.list("data", "questions").strings(), document.list("data", "answers").strings()
         )
-        dialogs = Groups(document.list("data", "dialogs"), "image_id")
-        judged = None
+        listed_dialogs = document.list("data", "dialogs")
+        self._num_entries[f"{split} {location}".lstrip()] = len(listed_dialogs)
+        dialogs = Groups(listed_dialogs, "image_id")
+        judgements, judged = None, None
         if dense is not None:
-            judged = Groups(read_json_list(storage.absolute(dense), _DENSE), "image_id")
+            judgements = read_json_list(storage.absolute(dense), _DENSE)
+            judged = Groups(judgements, "image_id")
         for image_id, entries in dialogs:
-            texts = Texts(
-                image_id,
-                dialogs=_with_relevance(
-                    [words.dialog(entry) for entry in entries],
-                    judged.of(image_id) if judged else (),
-                ),
-            )
+            found = [*listed_dialogs.checked(words.dialog, entries)]
+            if judged is not None and found:
+                for dialog in judged.made(partial(_with_relevance, found), image_id):
+                    found[0] = dialog
+            texts = Texts(image_id, dialogs=tuple(found))
             key = image_key(image_id)
             yield listed(
                 key=key,
@@ -107,10 +124,16 @@ class VisdialSource:
                 image=folders.numbered(image_id),
                 texts=texts,
                 fault=None if texts.num_rounds else ("no-rounds", "its dialogs have no round"),
+                num_entries=len(found),
             )
-        for image_id, _ in judged or ():
+        yield from listed_dialogs.rejects(split)
+        if judgements is None or judged is None:
+            return
+        for image_id, _ in judged:
             if not dialogs.of(image_id):
                 yield self._orphan(image_id, f"{dense} judges a dialog that is not there", split)
+        for reject in judgements.rejects(split):
+            yield msgspec.structs.replace(reject, num_entries=0)
 
     def _orphan(self, image_id: Identity, detail: str, split: str) -> Reject:
         key = image_key(image_id)
@@ -120,13 +143,14 @@ class VisdialSource:
             reason="unknown-image",
             detail=f"image {image_id!r}: {detail}",
             fingerprint=fingerprint(detail, Texts(image_id)),
+            num_entries=0,
         )
 
 
 class _Words:
     """The questions and answers that a file's dialogs speak of by number."""
 
-    def __init__(self, questions: Sequence[str], answers: Sequence[str]) -> None:
+    def __init__(self, questions: Sequence[str | None], answers: Sequence[str | None]) -> None:
         self._questions = questions
         self._answers = answers
 
@@ -142,10 +166,10 @@ class _Words:
         if "answer" in turn:
             answer = turn.integer("answer", len(self._answers))
         for option in options:
-            if not isinstance(option, int) or not 0 <= option < len(self._answers):
+            if type(option) is not int or not 0 <= option < len(self._answers):
                 raise turn.wrong(
                     "answer_options",
-                    f"expected numbers from 0 to {len(self._answers) - 1}, found {option!r}",
+                    f"expected numbers from 0 to {len(self._answers) - 1}, found {shown(option)}",
                 )
         if "gt_index" in turn:
             gt_index = turn.integer("gt_index", len(options))
@@ -153,31 +177,40 @@ class _Words:
                 raise turn.wrong(
                     "gt_index", f"option {gt_index} is answer {options[gt_index]}, not {answer}"
                 )
+        question = turn.integer("question", len(self._questions))
         return Round(
-            question=self._questions[turn.integer("question", len(self._questions))],
-            answer="" if answer is None else self._answers[answer],
-            options=tuple(self._answers[option] for option in options),
+            question=_said(self._questions, question, turn, "question"),
+            answer="" if answer is None else _said(self._answers, answer, turn, "answer"),
+            options=tuple(
+                _said(self._answers, option, turn, "answer_options") for option in options
+            ),
             gt_index=-1 if gt_index is None else gt_index,
         )
 
 
-def _with_relevance(dialogs: list[Dialog], judged: Sequence[Fields]) -> tuple[Dialog, ...]:
-    """Returns the dialogs of an image with what its dense annotations say of the first one."""
-    for entry in judged:
-        rounds = list(dialogs[0].rounds)
-        index = entry.integer("round_id", len(rounds) + 1) - 1
-        if index < 0:
-            raise entry.wrong("round_id", "rounds count from 1, found 0")
-        name = next((name for name in _RELEVANCE if name in entry), _RELEVANCE[0])
-        relevance = entry.list(name)
-        num_options = len(rounds[index].options)
-        if len(relevance) != num_options or not all(
-            isinstance(value, int | float) and 0 <= value <= 1 for value in relevance
-        ):
-            raise SourceError(
-                f"{entry.where}: {name!r}: expected {num_options} numbers from 0 to 1, one for "
-                f"each option of round {index + 1}, found {len(relevance)} values"
-            )
-        rounds[index] = replace(rounds[index], relevance=tuple(map(float, relevance)))
-        dialogs[0] = replace(dialogs[0], rounds=tuple(rounds))
-    return tuple(dialogs)
+def _said(words: Sequence[str | None], number: int, turn: Fields, name: str) -> str:
+    found = words[number]
+    if found is None:
+        raise turn.wrong(name, f"number {number} of the list that it is in is no string")
+    return found
+
+
+def _with_relevance(dialogs: Sequence[Dialog], entry: Fields) -> Dialog:
+    """Returns the first dialog of an image with what a dense annotation says of it."""
+    rounds = list(dialogs[0].rounds)
+    index = entry.integer("round_id", len(rounds) + 1) - 1
+    if index < 0:
+        raise entry.wrong("round_id", "rounds count from 1, found 0")
+    name = next((name for name in _RELEVANCE if name in entry), _RELEVANCE[0])
+    relevance = entry.list(name)
+    num_options = len(rounds[index].options)
+    if len(relevance) != num_options or not all(
+        type(value) in (int, float) and 0 <= value <= 1 for value in relevance
+    ):
+        raise entry.wrong(
+            name,
+            f"expected {num_options} numbers from 0 to 1, one for each option of round "
+            f"{index + 1}, found {len(relevance)} values",
+        )
+    rounds[index] = replace(rounds[index], relevance=tuple(map(float, relevance)))
+    return replace(dialogs[0], rounds=tuple(rounds))

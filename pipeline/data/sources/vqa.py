@@ -7,26 +7,31 @@ that questions are asked about:
   answer is dropped and counted in the sample's `detail`; all of them: a `no-answers` reject.
 - its file is not there: `missing-image`; its name is not an image's: `unknown-suffix`.
 - an annotation of a question that is not asked: one `unknown-question` reject per image.
+- a question or an annotation that is not what the format says, or a second annotation of a
+  question: a `malformed-record`, which costs itself.
 
 Annotations without `question_type` and `answer_type`, by which accuracy is reported, are refused.
 Without `annotations`, as for the test questions, every question is kept with no answers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
+from msgspec.structs import replace
 from pydantic import Field, model_validator
 
 from pipeline import storage
 from pipeline.data.sample import Question, Texts, safe_key
 from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, fingerprint
 from pipeline.data.sources.image_files import ImageFolders, image_key, listed, read_image
-from pipeline.data.sources.json_file import Fields, Groups, read_json
+from pipeline.data.sources.json_file import Fields, Groups, Identity, JsonList, read_json
 from pipeline.data.sources.splits import check_splits, folders_of, hash_split
+from pipeline.errors import SourceError
 
 _QUESTIONS = "a VQA v2 questions file"
 _ANNOTATIONS = "a VQA v2 annotations file"
 _ANNOTATION_FIELDS = ("question_id", "image_id", "question_type", "answer_type", "answers")
+_NUM_CHECKED = 10  # annotations that say whether the file is one
 
 
 class VqaSourceConfig(SourceConfig):
@@ -70,11 +75,17 @@ class VqaSource:
 
     def __init__(self, config: VqaSourceConfig) -> None:
         self.config = config
+        self._num_entries: dict[str, int] = {}
+
+    def index(self) -> Mapping[str, int]:
+        """Returns how many questions each file asks."""
+        return self._num_entries
 
     def records(self) -> Iterator[Record | Reject]:
         """Lists the images of every file in the order they are first asked about."""
         questions, annotations = self.config.questions, self.config.annotations
         files = {"": questions} if isinstance(questions, str) else questions
+        self._num_entries = {}
         for split, location in files.items():
             answers = annotations.get(split) if isinstance(annotations, dict) else annotations
             yield from self._file(location, answers, split)
@@ -86,17 +97,18 @@ class VqaSource:
     def _file(self, location: str, answers: str | None, split: str) -> Iterator[Record | Reject]:
         folders = ImageFolders(*folders_of(self.config.images, split))
         document = read_json(storage.absolute(location), _QUESTIONS)
-        questions = Groups(document.list("questions"), "image_id")
+        asked = document.list("questions")
+        self._num_entries[f"{split} {location}".lstrip()] = len(asked)
+        questions = Groups(asked, "image_id")
         answered, num_used = None, 0
         if answers is not None:
             document = read_json(storage.absolute(answers), _ANNOTATIONS)
             annotations = document.list("annotations")
-            if len(annotations):
-                annotations.object(0).require(*_ANNOTATION_FIELDS)
+            _check_fields(annotations)
             answered = Groups(annotations, "question_id")
         for image_id, entries in questions:
             key = image_key(image_id)
-            found = [_question(entry, answered) for entry in entries]
+            found = [*asked.checked(lambda entry: _question(entry, answered), entries)]
             kept = tuple(question for question in found if question is not None)
             num_used += len(kept)
             num_dropped = len(found) - len(kept)
@@ -109,18 +121,23 @@ class VqaSource:
                 texts=Texts(image_id, questions=kept),
                 detail=detail,
                 fault=None if kept else fault,
+                num_entries=len(found),
             )
-        if answered is not None and num_used < len(annotations):
-            yield from self._orphans(questions, Groups(annotations, "image_id"), location, split)
+        yield from asked.rejects(split)
+        if answered is not None:
+            if num_used < len(annotations):
+                by_image = Groups(annotations, "image_id")
+                yield from self._orphans(questions, by_image, location, split)
+            yield from (replace(reject, num_entries=0) for reject in annotations.rejects(split))
 
     def _orphans(
         self, questions: Groups, answered: Groups, location: str, split: str
     ) -> Iterator[Reject]:
         """Yields a reject for each image with answers to questions that are not asked."""
         for image_id, entries in answered:
-            asked = {entry.identity("question_id") for entry in questions.of(image_id)}
-            unknown = [entry.identity("question_id") for entry in entries]
-            unknown = [question_id for question_id in unknown if question_id not in asked]
+            asked = {_id_of(entry) for entry in questions.of(image_id)}
+            unknown = [_id_of(entry) for entry in entries]
+            unknown = [found for found in unknown if found is not None and found not in asked]
             if unknown:
                 key = safe_key(f"{image_key(image_id)}-unknown-questions")
                 yield Reject(
@@ -130,7 +147,25 @@ class VqaSource:
                     detail=f"{len(unknown)} annotations of image {image_id!r} answer questions "
                     f"that {location} does not ask of it, such as {unknown[0]!r}",
                     fingerprint=fingerprint(repr(unknown), Texts(image_id)),
+                    num_entries=0,
                 )
+
+
+def _check_fields(annotations: JsonList) -> None:
+    """Raises SourceError if the first annotations all lack fields: it is another kind of file."""
+    first = range(min(len(annotations), _NUM_CHECKED))
+    entries = [*annotations.made(annotations.object, first)]
+    if not any(all(name in entry for name in _ANNOTATION_FIELDS) for entry in entries):
+        for entry in entries:
+            entry.require(*_ANNOTATION_FIELDS)
+
+
+def _id_of(entry: Fields) -> Identity | None:
+    """Returns an entry's question id, or None of one that is refused for the want of it."""
+    try:
+        return entry.identity("question_id")
+    except SourceError:
+        return None
 
 
 def _question(entry: Fields, answered: Groups | None) -> Question | None:
@@ -138,20 +173,23 @@ def _question(entry: Fields, answered: Groups | None) -> Question | None:
     question_id, words = entry.identity("question_id"), entry.string("question").strip()
     if answered is None:
         return Question(question_id, words, ())
-    annotations = [
-        annotation
-        for annotation in answered.of(question_id)
-        if annotation.identity("image_id") == entry.identity("image_id")
-    ]
-    if not annotations:
-        return None
-    annotation, *others = annotations
-    if others:
-        raise others[0].wrong("question_id", f"question {question_id!r} is answered twice")
-    return Question(
-        question_id=question_id,
-        question=words,
-        answers=tuple(answer.string("answer") for answer in annotation.objects("answers")),
-        question_type=annotation.string("question_type"),
-        answer_type=annotation.string("answer_type"),
-    )
+    image_id = entry.identity("image_id")
+
+    def answer(annotation: Fields) -> Question | None:
+        if annotation.identity("image_id") != image_id:
+            return None
+        if found:
+            raise annotation.wrong("question_id", f"question {question_id!r} is answered twice")
+        return Question(
+            question_id=question_id,
+            question=words,
+            answers=tuple(given.string("answer") for given in annotation.objects("answers")),
+            question_type=annotation.string("question_type"),
+            answer_type=annotation.string("answer_type"),
+        )
+
+    found: list[Question] = []
+    for question in answered.made(answer, question_id):
+        if question is not None:
+            found.append(question)
+    return found[0] if found else None

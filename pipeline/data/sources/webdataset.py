@@ -14,7 +14,7 @@ of each sample:
   `2019-07-001.jpg` of `photo`. It is, with the parts of the same name up to the last dot, a sample
   of its own if it has a text of its own, or if nothing else is the image of `photo`.
 - its image is a link or a device (`special-file`) or is stored in pieces (`sparse-member`).
-- its name is no UTF-8: `undecodable-name`.
+- its name is no UTF-8: `name-not-utf8`.
 
 Folders and files whose name begins with a dot are passed over, as WebDataset does, and so is
 `__MACOSX`. A tar that is damaged, cut short, or has no end stops the run.
@@ -50,10 +50,6 @@ _METHOD = 2  # raised when the same settings list other samples, so that tars ar
 _MOST_TEXT_BYTES = 64 * 1024**2  # of a text part, which is read into memory
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_NO_TEXTS = (
-    "nothing is written about it; if its name has more dots and it is one part of several of a "
-    "sample, say so by `image`, as `image: left.png`"
-)
 _OWN_COLUMNS = TextColumns(
     captions=["txt", "json.captions"], questions="json.questions", dialogs="json.dialogs"
 )
@@ -230,11 +226,16 @@ class WebDatasetSource:
         key, name, is_utf8 = image_key(name), shown(name), _is_utf8(name)
         image = ImageFile(f"{location}: {name}.jpg", None, None)
         offset = size = -1
-        texts, fault = Texts(name), ("no-texts", f"{location}: {name}: {_NO_TEXTS}")
+        no_texts = f"{location}: {name}: nothing is written about it"
+        if "." in name.rpartition("/")[2]:
+            no_texts += (
+                "; if it is one part of several of a sample, name it by `image`, as `left.png`"
+            )
+        texts, fault = Texts(name), ("no-texts", no_texts)
         unusable: tuple[str, str] | None = None
         suffix = next((suffix for suffix in self.config.images() if suffix in parts), None)
         if not is_utf8:
-            unusable = ("undecodable-name", "its name is no UTF-8; pack it under another")
+            unusable = ("name-not-utf8", "a name that is not UTF-8; pack it under another")
         elif suffix is not None and parts[suffix].fault is not None:
             unusable = parts[suffix].fault
         elif suffix is not None:

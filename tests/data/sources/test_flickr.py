@@ -78,10 +78,16 @@ def test_each_fault_has_its_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["a.jpg\tno number", "a.jpg#x\twords", "a.jpg#0 words", "#0\tx"])
-def test_a_line_of_another_shape_is_named(tmp_path: Path, line: str) -> None:
+def test_a_line_of_another_shape_costs_itself(tmp_path: Path, line: str) -> None:
+    draw(tmp_path / "a.jpg")
     (tmp_path / "token.txt").write_text(f"a.jpg#0\tgood\n{line}\n")
-    with pytest.raises(SourceError, match=r"token\.txt: line 2: expected an image's name"):
-        listed(build("flickr", images=str(tmp_path), captions=str(tmp_path / "token.txt")))
+    source = build("flickr", images=str(tmp_path), captions=str(tmp_path / "token.txt"))
+    assert reasons(source) == {"live": 1, "malformed-record": 1}
+    (reject,) = (entry for entry in source.records() if reason(entry) != "live")
+    assert "token.txt: line 2: expected an image's name" in reject.detail
+    (tmp_path / "token.txt").write_text(f"{line}\n")
+    with pytest.raises(SourceError, match=r"token\.txt: line 1: .* Is it a Flickr \.token file"):
+        listed(source)
 
 
 def test_lists_and_a_fraction_exclude_each_other() -> None:

@@ -44,7 +44,61 @@ def test_names_may_begin_with_subfolders_that_may_be_absent(tmp_path: Path) -> N
     assert folders.named("val2014/x.JPEG").suffix == "jpg"
     assert folders.named("val2014/x.JPEG").stamp
     assert folders.named("train2014/x.jpg").stamp is None
-    assert folders.located(str(tmp_path / "val2014" / "x.JPEG")).stamp
+    assert folders.named(str(tmp_path / "val2014" / "x.JPEG")).stamp
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.jpg",
+        "sub/../../secret.jpg",
+        "{folder}/secret.jpg",
+        "file://{folder}/secret.jpg",
+        "s3://bucket/secret.jpg",
+        "simplecache::http://127.0.0.1:9/secret.jpg",
+        "zip://secret.jpg::{folder}/secret.zip",
+        "a\0b.jpg",
+        "",
+        ".",
+    ],
+)
+def test_a_name_that_leads_out_of_the_folders_is_not_looked_up(tmp_path: Path, name: str) -> None:
+    draw(tmp_path / "secret.jpg", tmp_path / "images" / "sub" / "a.jpg")
+    folders = ImageFolders(str(tmp_path / "images"))
+    image = folders.named(name.format(folder=tmp_path))
+    assert image.forbidden
+    assert image.stamp is None
+    entry = listed("k", "train", image, Texts(1, ("words",)))
+    assert isinstance(entry, Reject)
+    assert (entry.reason, entry.remains.image) == ("forbidden-location", "")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "name", ["./sub//a.jpg", "sub/../sub/a.jpg", "{folder}/images/sub/a.jpg", "../other/b.jpg"]
+)
+def test_a_name_may_lead_to_a_file_below_any_of_the_folders(tmp_path: Path, name: str) -> None:
+    draw(tmp_path / "images" / "sub" / "a.jpg", tmp_path / "other" / "b.jpg")
+    folders = ImageFolders(str(tmp_path / "images"), str(tmp_path / "other"))
+    image = folders.named(name.format(folder=tmp_path))
+    assert (image.forbidden, image.suffix) == ("", "jpg")
+    assert image.stamp
+    assert ".." not in image.location
+
+
+def test_files_of_a_scheme_may_be_named_wherever_they_are(tmp_path: Path) -> None:
+    draw(tmp_path / "else" / "b.jpg", tmp_path / "images" / "a.jpg")
+    folders = ImageFolders(str(tmp_path / "images"), schemes=("file",))
+    assert folders.named("../else/b.jpg") == folders.named(str(tmp_path / "else" / "b.jpg"))
+    assert folders.named("../else/b.jpg").stamp
+    assert folders.named("s3://bucket/b.jpg").forbidden
+    assert folders.named("~/b.jpg").location == f"{tmp_path}/images/~/b.jpg"
+
+
+def test_names_of_any_length_are_absent_and_numbers_too(tmp_path: Path) -> None:
+    folders = ImageFolders(str(tmp_path))
+    assert folders.named(f"{'x' * 300}/{'y' * 5000}.jpg").stamp is None
+    assert folders.numbered("9" * 5000).stamp is None
+    assert len(image_key(10**200)) <= 80
 
 
 def test_an_absent_folder_is_named(tmp_path: Path) -> None:

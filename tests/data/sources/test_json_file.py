@@ -1,6 +1,7 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,6 +13,7 @@ from pipeline.data.sources.json_file import (
     read_json,
     read_json_list,
     read_text,
+    shown,
 )
 from pipeline.errors import SourceError
 
@@ -35,7 +37,7 @@ def test_lists_are_what_json_says_they_are(path: Path, indent: int | None, packe
     path.write_bytes(gzip.compress(payload) if packed else payload)
     document = read_json(str(path), "a test file")
     items = document.list("data", "items")
-    assert [entry.values for entry in items.objects()] == DOCUMENT["data"]["items"]  # type: ignore[index]
+    assert [*items.each(lambda entry: entry.values)] == DOCUMENT["data"]["items"]  # type: ignore[index]
     assert items.object(2).where == f"{path}: data.items[2]"
     assert len(document.list("empty")) == 0
     assert document.values["info"] == {"year": 2014}
@@ -125,8 +127,11 @@ def test_packed_or_encoded_badly_is_named(path: Path) -> None:
     path.write_bytes(gzip.compress(b"[]")[:-6])
     with pytest.raises(SourceError, match="cannot be unpacked"):
         read_text(str(path))
-    path.write_bytes(b'["\xff"]')
-    with pytest.raises(SourceError, match="not UTF-8"):
+    path.write_bytes(b'["x",\n"\xff"]')
+    with pytest.raises(SourceError, match="line 2: not UTF-8"):
+        read_text(str(path))
+    path.write_bytes('["x"]'.encode("utf-16"))
+    with pytest.raises(SourceError, match="iconv -f UTF-16"):
         read_text(str(path))
 
 
@@ -150,8 +155,74 @@ def test_fields_are_checked(path: Path) -> None:
         entry.get("x")
     with pytest.raises(SourceError, match=r"\[1\]: expected an object, found 4"):
         items.object(1)
-    with pytest.raises(SourceError, match="expected a string, found"):
+    with pytest.raises(SourceError, match="expected strings, found"):
         items.strings()
+
+
+@pytest.mark.parametrize(
+    ("text", "detail"),
+    [
+        ("5", "expected an object, found 5"),
+        ('{"w": "x"}', "expected a field 'id', found 'w'"),
+        ('{"id": null}', "'id': expected a number or a string, found None"),
+        ('{"id": 1e999}', "'id': expected a number or a string, found inf"),
+        ('{"id": "\\ud800"}', "'id': '\\ud800' holds half a surrogate pair"),
+        (f'{{"id": {"9" * 400}}}', "'id': expected a number or a string, found a number of 1329"),
+        (f'{{"id": 7, "w": {"9" * 5000}}}', "not valid JSON: Exceeds the limit"),
+    ],
+)
+def test_a_faulty_object_of_a_list_costs_itself(path: Path, text: str, detail: str) -> None:
+    path.write_text(f'[{{"id": 1, "w": "a"}}, {text}, {{"id": 2, "w": "b"}}]')
+    items = read_json_list(str(path), "a test file")
+    groups = Groups(items, "id")
+    assert [entry.get("w") for _, found in groups for entry in found] == ["a", "b"]
+    assert [entry.get("w") for entry in groups.of(7)] == []
+    (reject,) = items.rejects("test")
+    assert (reject.reason, reject.split) == ("malformed-record", "test")
+    assert f"{path}[1]: {detail}" in reject.detail
+    assert [reject] == list(items.rejects("test"))
+    assert reject.key != next(items.rejects("train")).key
+
+
+def test_a_list_of_which_all_objects_are_faulty_is_another_file(path: Path) -> None:
+    path.write_text('[{"a": 1}, {"a": 2}]')
+    items = read_json_list(str(path), "a test file")
+    assert list(Groups(items, "id")) == []
+    with pytest.raises(SourceError, match=r"\[0\]: expected a field 'id', found 'a'"):
+        list(items.rejects(""))
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ('{"a": [1], "b": 2, "a": [2]}', "the file has 'a' twice"),
+        ('{ "a" : [1] ,\n "a" : [1] }', "the file has 'a' twice"),
+        ('{"a": [1, 2, 3], "a": []}', "the file has 'a' twice"),
+        ('{"b": {"a": "}, \\"a\\": 1", "c": {}, "a": 2}}', "b has 'a' twice"),
+        ('{"a": "x", "\\u0061": "y"}', "the file has 'a' twice"),
+    ],
+)
+def test_a_name_that_stands_twice_is_an_error_not_the_last_of_its_values(
+    path: Path, text: str, name: str
+) -> None:
+    path.write_text(text)
+    with pytest.raises(SourceError, match=name):
+        read_json(str(path), "a test file")
+
+
+def test_nesting_beyond_what_can_be_read_is_one_sentence(path: Path) -> None:
+    for text in ("[" * 100_000, '{"a": ' * 100_000, f'[{{"a": {"[" * 50_000}{"]" * 50_000}}}]'):
+        path.write_text(text)
+        with pytest.raises(SourceError, match="not valid JSON: nested too deeply"):
+            read_json(str(path), "a test file")
+
+
+def test_whatever_is_shown_is_short() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (deep, 10**6000, "x" * 10_000, "\ud800", {"a": [1] * 1000}, float("nan")):
+        assert 0 < len(shown(value).encode()) < 90
 
 
 def test_the_official_file_reads_as_json_reads_it(shared_data: Path) -> None:
@@ -159,4 +230,4 @@ def test_the_official_file_reads_as_json_reads_it(shared_data: Path) -> None:
     questions = read_json(str(location), "a VQA v2 questions file").list("questions")
     assert isinstance(questions, JsonList)
     with gzip.open(location) as file:
-        assert [entry.values for entry in questions.objects()] == json.load(file)["questions"]
+        assert [*questions.each(lambda entry: entry.values)] == json.load(file)["questions"]

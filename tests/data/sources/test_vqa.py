@@ -208,11 +208,27 @@ def test_questions_of_another_shape_are_named(tmp_path: Path, text: str, match: 
         listed(build("vqa", **settings))
 
 
-def test_two_annotations_of_one_question_are_named(tmp_path: Path) -> None:
+def test_of_two_annotations_of_one_question_the_first_holds(tmp_path: Path) -> None:
     draw(tmp_path / "1.jpg")
     settings = write(tmp_path, [question(10, 1)], [annotation(10, 1, "a"), annotation(10, 1, "b")])
-    with pytest.raises(SourceError, match=r"annotations\[1\]: .* 10 is answered twice"):
-        listed(build("vqa", **settings))
+    entries = list(build("vqa", **settings).records())
+    assert [reason(entry) for entry in entries] == ["live", "malformed-record"]
+    assert "annotations[1]: 'question_id': question 10 is answered twice" in entries[1].detail
+
+
+def test_a_faulty_question_or_annotation_costs_itself(tmp_path: Path) -> None:
+    draw(tmp_path / "1.jpg", tmp_path / "2.jpg")
+    questions = [question(10, 1), question(11, 1) | {"question": 5}, question(20, 2)]
+    answers = [annotation(10, 1, "a"), annotation(20, 2, "b") | {"answers": [{"answer": None}]}]
+    settings = write(tmp_path, questions, [*answers, annotation(30, 1, "c") | {"question_id": []}])
+    entries = list(build("vqa", **settings).records())
+    assert Counter(map(reason, entries)) == {"live": 1, "no-answers": 1, "malformed-record": 3}
+    places = [e.detail.partition(": ")[2] for e in entries if reason(e) == "malformed-record"]
+    assert [place.partition(":")[0] for place in places] == [
+        "questions[1]",
+        "annotations[2]",
+        "annotations[1].answers[0]",
+    ]
 
 
 def test_packed_files_cut_short_are_named(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_a_name_that_is_no_utf8_costs_its_record(tmp_path: Path) -> None:
     for settings in ({}, {"in_place": False}):
         source = build("webdataset", shards=str(tmp_path / "a.tar"), **settings)
         report = ingested(source, tmp_path / str(len(settings)))
-        assert (report.num_live, report.rejects) == (1, {"undecodable-name": 2})
+        assert (report.num_live, report.rejects) == (1, {"name-not-utf8": 2})
     entries = [entry for entry in source.records() if isinstance(entry, Reject)]
     assert r"caf\xe9" in entries[0].detail
     assert len({entry.key for entry in entries}) == 2

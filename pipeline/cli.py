@@ -530,6 +530,10 @@ def data_import_features(
         typer.Option("--storage", help="float32 keeps every bit."),
     ] = "float16",
     class_names: Annotated[str, typer.Option(help="A file with a class a line, from 0 on.")] = "",
+    boxes: Annotated[
+        Literal["corners", "xywh"] | None,
+        typer.Option(help="How boxes in pixels are written. Default: corners, if they can be."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Give a dataset features that somebody has published, unchanged.
@@ -541,13 +545,16 @@ def data_import_features(
     from pipeline.vision.imported import import_features
 
     names = storage.read_bytes(class_names).decode().splitlines() if class_names else []
-    done = import_features(dataset, published, stored, names)
+    done = import_features(dataset, published, stored, names, boxes)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(done), ensure_ascii=False))
         return
     typer.echo(
         f"{done.extractor}: {done.num_images:,} images imported, {done.num_unchanged:,} unchanged, "
-        f"{done.num_missing:,} samples without, {done.num_unused:,} published ones unused\n"
+        f"{done.num_missing:,} samples without, {done.num_unused:,} published ones unused"
+        + (f", {done.num_repeated:,} lines repeated" if done.num_repeated else "")
+        + "".join(f", {number:,} rejects: {reason}" for reason, number in done.rejects.items())
+        + "\n"
         f"features.extractor: {json.dumps(done.card['config'])}"
     )
 

@@ -4,16 +4,15 @@ A few figures of each of some pictures of a split, from the smallest to the larg
 trained model; a picture outside of them is answered all the same, but not without saying so.
 """
 
-import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from pipeline.data.dataset import Split
 from pipeline.data.features import FeatureBatch
+from pipeline.data.image_file import BadImageError, opened
 
 NUM_PICTURES = 64  # looked at, evenly over the split
 # How far beyond the range a figure may lie: a share of its width, or, of sizes, a factor.
@@ -106,9 +105,7 @@ def _figures(features: FeatureBatch, shape: tuple[int, int, bool] | None) -> dic
 def _shape(payload: bytes) -> tuple[int, int, bool] | None:
     """Returns a picture's width, height and whether it may have colours; None of another medium."""
     try:
-        with Image.open(
-            io.BytesIO(payload), formats=("JPEG", "PNG", "WEBP", "GIF", "BMP")
-        ) as image:
-            return image.width, image.height, image.mode not in ("1", "L", "LA", "I", "I;16", "F")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        with opened(payload) as image:
+            return image.width, image.height, image.mode not in ("1", "L", "LA", "I", "I;16")
+    except BadImageError:
         return None

@@ -5,6 +5,10 @@ and of LXMERT (img_id, img_h, img_w, objects_id, objects_conf, attrs_id, attrs_c
 boxes, features), whose arrays are base64; folders of .npz files, one for each image, as UNITER
 (features, norm_bb, conf, soft_labels) or OpenVQA (x, bbox, image_w, image_h) have them; and VOLTA's
 HDF5 files, which hold a group for each image. Nothing is unpickled.
+
+An image whose arrays cannot be used costs that image: `cut-short`, `unreadable-features`,
+`no-regions`, `not-finite`, `bad-boxes` (turned inside out, or beyond the picture), and
+`contradictory-features` if a table has it twice and not alike.
 """
 
 import base64
@@ -12,15 +16,17 @@ import binascii
 import io
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from pipeline import storage
-from pipeline.errors import FeatureError
+from pipeline.errors import FeatureError, UnusableImageError
 from pipeline.vision.feature import Feature
 from pipeline.vision.packing import Storage, pack
 
@@ -63,11 +69,18 @@ _PARTS: dict[str, tuple[str, Any]] = {
 }
 
 
+Boxes = Literal["corners", "xywh"]  # x1, y1, x2, y2, or x, y, width, height
+_OTHER: dict[Boxes, Boxes] = {"corners": "xywh", "xywh": "corners"}
+_EDGE = 0.01  # of a side, by which detectors' rounded boxes may lie outside the picture
+_MAX_IMAGE_BYTES = 1 << 28  # of the arrays of an image, unpacked
+
+
 class PublishedFeatures(ABC):
     """Features of images by the ids that their publisher gave them."""
 
     layout: str
     digest: str  # of the content of all files
+    num_repeated = 0  # lines of a table that say again what another has said
 
     @abstractmethod
     def ids(self) -> Sequence[str]:
@@ -77,16 +90,33 @@ class PublishedFeatures(ABC):
     def fields(self, image_id: str) -> tuple[str, dict[str, Any]]:
         """Returns where an image's arrays were read, and the arrays by our names."""
 
-    def read(self, image_id: str, stored: Storage) -> Feature:
+    def read(self, image_id: str, stored: Storage, boxes: Boxes = "corners") -> Feature:
         """Returns values, boxes, and what else is published of the regions.
 
-        Raises FeatureError, naming the place, if arrays are absent, cut short or not finite.
+        Raises UnusableImageError, whose detail names the place.
         """
         where, fields = self.fields(image_id)
+        where = f"{where}: image {image_id!r}"
         try:
-            return _feature(fields, stored)
-        except (FeatureError, KeyError, ValueError) as error:
-            raise FeatureError(f"{where}: image {image_id!r}: {error}") from error
+            return _feature(fields, stored, boxes)
+        except UnusableImageError as error:
+            raise UnusableImageError(error.reason, f"{where}: {error.detail}") from error
+        except (FeatureError, LookupError, TypeError, ValueError) as error:
+            raise UnusableImageError("unreadable-features", f"{where}: {error!r}") from error
+
+    def is_only(self, image_ids: Iterable[str], boxes: Boxes) -> bool:
+        """Whether all boxes of some images that can be read are of a form, and of no other."""
+        is_of, is_of_others = True, True
+        for image_id in image_ids:
+            try:
+                _, fields = self.fields(image_id)
+                if "fractions" in fields:
+                    return boxes == "corners"
+                is_of &= not _faults(_corners(fields, boxes))
+                is_of_others &= not _faults(_corners(fields, _OTHER[boxes]))
+            except (FeatureError, LookupError, TypeError, ValueError):
+                continue
+        return is_of and not is_of_others
 
 
 def open_published(location: str) -> PublishedFeatures:
@@ -109,27 +139,34 @@ class _Table(PublishedFeatures):
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lines: dict[str, tuple[int, int, int]] = {}  # number, first byte, bytes
+        self._contents: dict[str, int] = {}  # a hash of each line
+        self._contradicted: dict[str, int] = {}  # the number of the line that does
         hasher = xxhash.xxh3_128()
-        offset, columns = 0, 0
+        offset, columns = 0, Counter[int]()
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 hasher.update(line)
                 name = line[:200].split(b"\t", 1)[0].decode("utf-8", "replace")
                 if name not in ("img_id", "image_id") and line.strip():
-                    columns = columns or line.count(b"\t") + 1
-                    if name in self._lines:
-                        first = self._lines[name][0]
-                        raise FeatureError(f"{path}: image {name!r}: in lines {first} and {number}")
-                    self._lines[name] = (number, offset, len(line))
+                    columns[line.count(b"\t") + 1] += 1
+                    content = xxhash.xxh3_64_intdigest(line.strip())
+                    if name not in self._lines:
+                        self._lines[name] = (number, offset, len(line))
+                        self._contents[name] = content
+                    elif content == self._contents[name]:
+                        self.num_repeated += 1
+                    else:
+                        self._contradicted[name] = number
                 offset += len(line)
         self.digest = hasher.hexdigest()
         known = {len(_BOTTOM_UP): _BOTTOM_UP, len(_LXMERT): _LXMERT}
-        if columns not in known:
+        num_columns = columns.most_common(1)[0][0] if columns else 0
+        if num_columns not in known:
             raise FeatureError(
                 f"{path}: expected {len(_BOTTOM_UP)} columns (bottom-up attention) or "
-                f"{len(_LXMERT)} (LXMERT), found {columns}"
+                f"{len(_LXMERT)} (LXMERT), found {num_columns}"
             )
-        self._columns = known[columns]
+        self._columns = known[num_columns]
         self.layout = "bottom-up attention" if self._columns is _BOTTOM_UP else "LXMERT"
 
     def ids(self) -> Sequence[str]:
@@ -138,10 +175,16 @@ class _Table(PublishedFeatures):
     def fields(self, image_id: str) -> tuple[str, dict[str, Any]]:
         number, offset, size_bytes = self._lines[image_id]
         where = f"{self._path}: line {number}"
+        if image_id in self._contradicted:
+            detail = (
+                f"{where}: image {image_id!r}: otherwise in line {self._contradicted[image_id]}"
+            )
+            raise UnusableImageError("contradictory-features", detail)
         line = storage.read_range(str(self._path), offset, size_bytes)
         cells = line.rstrip(b"\r\n").split(b"\t")
         if len(cells) != len(self._columns):
-            raise FeatureError(f"{where}: {len(cells)} columns, expected {len(self._columns)}")
+            detail = f"{where}: {len(cells)} columns, expected {len(self._columns)}"
+            raise UnusableImageError("cut-short", detail)
         fields: dict[str, Any] = {}
         for name, cell in zip(self._columns, cells, strict=True):
             try:
@@ -153,13 +196,14 @@ class _Table(PublishedFeatures):
                     payload = base64.b64decode(cell, validate=True)
                     fields[name] = np.frombuffer(payload, _TABLE_TYPES.get(name, np.float32))
             except (ValueError, binascii.Error) as error:
-                raise FeatureError(f"{where}: {name}: {error}") from error
+                raise UnusableImageError("cut-short", f"{where}: {name}: {error}") from error
         count = fields.pop("num_boxes")
+        if not count:
+            raise UnusableImageError("no-regions", f"{where}: image {image_id!r}: num_boxes is 0")
         for name in ("boxes", "features"):
-            if not count or fields[name].size % count:
-                raise FeatureError(
-                    f"{where}: {name}: {fields[name].size} values for {count} boxes; was the file "
-                    "cut short?"
+            if count < 0 or not fields[name].size or fields[name].size % count:
+                raise UnusableImageError(
+                    "cut-short", f"{where}: {name}: {fields[name].size} values for {count} boxes"
                 )
             fields[name] = fields[name].reshape(count, -1)
         return where, fields
@@ -184,10 +228,15 @@ class _NpzFolder(PublishedFeatures):
     def fields(self, image_id: str) -> tuple[str, dict[str, Any]]:
         path = self._paths[image_id]
         try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as found:
+            payload = path.read_bytes()
+            with zipfile.ZipFile(io.BytesIO(payload)) as archive:
+                size_bytes = sum(member.file_size for member in archive.infolist())
+            if size_bytes > _MAX_IMAGE_BYTES:
+                raise ValueError(f"{size_bytes:,} bytes unpacked, more than {_MAX_IMAGE_BYTES:,}")
+            with np.load(io.BytesIO(payload), allow_pickle=False) as found:
                 arrays = {name: found[name] for name in found.files if name in _NAMES}
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise FeatureError(f"{path}: cannot be read: {error}") from error
+        except Exception as error:  # readers of damaged archives let many kinds through
+            raise UnusableImageError("unreadable-features", f"{path}: {error!r}") from error
         return str(path), _renamed(arrays)
 
 
@@ -214,10 +263,16 @@ class _Hdf5(PublishedFeatures):
         return list(self._file)
 
     def fields(self, image_id: str) -> tuple[str, dict[str, Any]]:
-        group = self._file[image_id]
-        return str(self._path), _renamed(
-            {name: group[name][()] for name in group if name in _NAMES}
-        )
+        try:
+            group = self._file[image_id]
+            sizes = [group[name].nbytes for name in group if name in _NAMES]
+            if sum(sizes) > _MAX_IMAGE_BYTES:
+                raise ValueError(f"{sum(sizes):,} bytes, more than {_MAX_IMAGE_BYTES:,}")
+            arrays = {name: group[name][()] for name in group if name in _NAMES}
+        except Exception as error:  # of damage, too, the library lets many kinds through
+            detail = f"{self._path}: image {image_id!r}: {error!r}"
+            raise UnusableImageError("unreadable-features", detail) from error
+        return str(self._path), _renamed(arrays)
 
 
 def _renamed(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,20 +282,51 @@ def _renamed(arrays: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _feature(fields: Mapping[str, Any], stored: Storage) -> Feature:
+def _corners(fields: Mapping[str, Any], form: Boxes) -> npt.NDArray[np.float64]:
+    """Returns the boxes (R, 4) as x1, y1, x2, y2 in fractions of width and height."""
+    if "fractions" in fields:  # UNITER's and VOLTA's are known to be corners
+        return np.asarray(fields["fractions"], np.float64)[:, :4]
+    width, height = float(fields["width"]), float(fields["height"])
+    boxes = np.asarray(fields["boxes"], np.float64)[:, :4]
+    if form == "xywh":
+        boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        corners: npt.NDArray[np.float64] = boxes / np.array([width, height, width, height])
+    return corners
+
+
+def _faults(boxes: npt.NDArray[np.float64]) -> str:
+    """Says which box is none, of some in fractions; nothing if all are boxes of the picture."""
+    inside = (boxes >= -_EDGE) & (boxes <= 1 + _EDGE)
+    good = np.isfinite(boxes).all(1) & inside.all(1) & (boxes[:, 2:] >= boxes[:, :2]).all(1)
+    if good.all():
+        return ""
+    first = int(np.argmin(good))
+    found = ", ".join(f"{value:.3f}" for value in boxes[first])
+    return (
+        f"box {first} from x1, y1 to x2, y2 in shares of width and height: {found}; expected "
+        "x1 <= x2 and y1 <= y2, from 0 to 1"
+    )
+
+
+def _feature(fields: Mapping[str, Any], stored: Storage, form: Boxes) -> Feature:
     import torch
 
     values = np.asarray(fields["features"], np.float32)
     if values.ndim != 2:
         raise FeatureError(f"features: expected (regions, values), found shape {values.shape}")
-    if "fractions" in fields:
-        boxes = fields["fractions"][:, :4]
-    else:
-        width, height = float(fields["width"]), float(fields["height"])
-        boxes = fields["boxes"][:, :4] / np.array([width, height, width, height])
-    boxes = np.clip(boxes, 0, 1).astype(np.float32)
-    if boxes.shape != (len(values), 4) or not np.isfinite(boxes).all():
-        raise FeatureError(f"boxes of shape {boxes.shape} for {len(values)} regions, or not finite")
+    if not len(values):
+        raise UnusableImageError("no-regions", f"features of shape {values.shape}")
+    if not np.isfinite(values).all():
+        raise UnusableImageError(
+            "not-finite", f"features: {int((~np.isfinite(values)).sum())} values"
+        )
+    corners = _corners(fields, form)
+    if corners.shape != (len(values), 4):
+        raise FeatureError(f"boxes of shape {corners.shape} for {len(values)} regions")
+    if fault := _faults(corners):
+        raise UnusableImageError("bad-boxes", fault)
+    boxes = np.clip(corners, 0, 1).astype(np.float32)
     parts = {}
     for name, (part, dtype) in _PARTS.items():
         if name in fields:

@@ -95,7 +95,7 @@ def write_sidecar(
             num_features += len(batch.features)
             for key, feature in zip(batch.keys, batch.features, strict=True):
                 rows.append(write_feature(writer, plan.shard, key, feature))
-            rows += [_reject(plan.shard, key, error) for key, error in batch.rejects]
+            rows += [list_reject(plan.shard, key, error) for key, error in batch.rejects]
         absent = sorted(plan.live.difference(row["key"] for row in rows))
         if absent:
             raise ShardError(
@@ -212,8 +212,8 @@ def write_feature(writer: ShardWriter, shard: str, key: str, feature: Feature) -
     }
 
 
-def _reject(shard: str, key: str, error: FeatureError) -> dict[str, Any]:
-    """Returns the row that lists an image without a feature."""
+def list_reject(shard: str, key: str, error: FeatureError) -> dict[str, Any]:
+    """Returns the row that lists an image without a feature, with the reason."""
     reason, detail = "unusable-image", str(error)
     if isinstance(error, UnusableImageError):
         reason, detail = error.reason, error.detail

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.dataset import Dataset
-from pipeline.errors import ConfigError, FeatureError
+from pipeline.errors import ConfigError, FeatureError, RejectError
 from pipeline.vision.extract import ExtractConfig, extract
 from pipeline.vision.extractor import from_card
 from pipeline.vision.imported import ImportedConfig, import_features, match
@@ -70,6 +71,56 @@ def test_samples_without_published_features_are_counted_and_not_hidden(tmp_path:
     here = ExtractConfig(actors=0)
     with pytest.raises(ConfigError, match="imported, and cannot be computed for a picture"):
         extract(url, ImportedConfig.model_validate(report.card["config"]), here)
+
+
+def test_an_image_whose_features_cannot_be_used_costs_its_sample(tmp_path: Path) -> None:
+    url = dataset(tmp_path, 6)
+    path = Path(published(tmp_path, 6))
+    lines = path.read_text().splitlines(keepends=True)
+    key = lines[2].split("\t")[0]
+    lines[2] = lines[2][:-30] + "\n"
+    path.write_text("".join([*lines, lines[4]]))
+    report = import_features(url, str(path))
+    assert (report.num_images, report.num_repeated) == (5, 1)
+    assert report.rejects == {"cut-short": 1}
+    split = Dataset.open(url).split("train", report.extractor)
+    assert (split.num_samples, split.num_rejects) == (5, 1)
+    assert key not in [f"{int(each)}" for each in split.keys]
+    again = import_features(url, str(path))
+    assert (again.num_images, again.rejects) == (0, {"cut-short": 1})
+    config = ImportedConfig.model_validate(report.card["config"])
+    with pytest.raises(RejectError, match="nothing of 1 of 6 samples"):
+        extract(url, config, ExtractConfig(actors=0))
+    allowed = extract(url, config, ExtractConfig(actors=0, max_reject_fraction=0.2))
+    assert allowed.rejects == {"cut-short": 1}
+
+
+def test_a_file_without_a_usable_image_is_refused(tmp_path: Path) -> None:
+    url = dataset(tmp_path, 2)
+    path = Path(published(tmp_path, 2))
+    path.write_text("".join(line[:-30] + "\n" for line in path.read_text().splitlines()))
+    with pytest.raises(FeatureError, match=r"none of 2 images has features.*cut-short"):
+        import_features(url, str(path))
+
+
+def test_boxes_that_make_sense_as_widths_alone_are_refused_with_the_option(tmp_path: Path) -> None:
+    url = dataset(tmp_path, 3)
+    images = {}
+    for number in range(3):
+        made = files.make(number)
+        sizes = made.boxes[:, 2:] - made.boxes[:, :2]
+        boxes = np.concatenate([made.boxes[:, :2] + [90, 45], sizes / 10], axis=1)
+        images[f"{number}"] = replace(made, boxes=boxes.astype(np.float32))
+    path = files.write_table(tmp_path / "xywh.tsv", images, "bottom-up attention")
+    with pytest.raises(FeatureError, match="--boxes xywh, or --boxes corners"):
+        import_features(url, path)
+    report = import_features(url, path, boxes="xywh")
+    assert report.rejects == {}
+    split = Dataset.open(url).split("train", report.extractor)
+    boxes = split.features(range(3)).boxes
+    assert (boxes[..., 2:] >= boxes[..., :2]).all()
+    with pytest.raises(FeatureError, match="none of 3 images has"):
+        import_features(url, path, boxes="corners")
 
 
 def test_a_recipe_takes_the_config_of_the_card(tmp_path: Path) -> None:

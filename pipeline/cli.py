@@ -347,6 +347,9 @@ def submit(
         str,
         typer.Option(help="The job's id. Default: made from what the recipe says."),
     ] = "",
+    from_checkpoint: FromCheckpoint = False,
+    restart: Restart = False,
+    allow_removals: AllowRemovals = False,
     detach: Annotated[bool, typer.Option(help="Print the job's id and return at once.")] = False,
 ) -> int:
     """Run a recipe on a Ray cluster as a job; follow its log and return its exit status.
@@ -361,7 +364,11 @@ def submit(
 
     resolved = config.load(Recipe, recipe, overrides or [])
     client = JobClient(address)
-    submitted = client.submit(resolved, name)
+    decision = {"continue": ["--from-checkpoint"], "restart": ["--restart"], "refuse": []}
+    flags = decision[_decision(from_checkpoint, restart)]
+    flags += ["--allow-removals"] if allow_removals else []
+    command = ["sightline", "submit", recipe, *(overrides or []), "--address", address]
+    submitted = client.submit(resolved, name, flags, {COMMAND: shlex.join(command)})
     job = submitted.job
     if detach:
         typer.echo(job)

@@ -15,15 +15,16 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 from urllib.parse import urlparse
 
 from pipeline import config, errors, storage
 from pipeline.cluster import TOKEN_ADVICE, token, use_token
-from pipeline.errors import ConfigError, StageError
+from pipeline.errors import BusyError, ConfigError, StageError
 from pipeline.recipe import Recipe
 
 POLL_SECONDS = 1.0
@@ -64,12 +65,18 @@ class JobClient:
             else:
                 os.environ[_ADDRESS] = before
 
-    def submit(self, recipe: Recipe, name: str = "") -> Submitted:
-        """Starts the recipe's job, or finds the one that runs.
+    def submit(
+        self,
+        recipe: Recipe,
+        name: str = "",
+        flags: Sequence[str] = (),
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> Submitted:
+        """Starts the recipe's job with flags of `sightline run`, or finds the one that runs.
 
         With a name, the job has that one; without, it is named by what the recipe says, and by a
-        number from the second time on. Raises StageError if the name is taken, or if another job
-        writes to the recipe's run.
+        number from the second time on. Raises StageError if the name is taken, and BusyError if
+        another job writes to the recipe's run.
         """
         wanted = digest(recipe)
         while True:
@@ -87,24 +94,31 @@ class JobClient:
             run = storage.absolute(recipe.run)
             for other in known.values():
                 if _metadata(other).get("run") == run and not other.status.is_terminal():
-                    raise StageError(
+                    raise BusyError(
                         f"{recipe.run} is busy: job {other.submission_id!r} of another recipe or "
                         f"name writes to it; follow it with "
                         f"`{self.command('logs', other.submission_id)} --follow`, stop it with "
                         f"`{self.command('stop', other.submission_id)}`, or give another run="
                     )
             try:
-                self._start(recipe, job, {"recipe": wanted, "run": run})
+                self._start(recipe, flags, job, {"recipe": wanted, "run": run}, environment)
             except RuntimeError as error:
                 if "already exists" in str(error):  # by a submission at the same moment
                     continue
                 raise StageError(f"{self.address} refused the job: {error}") from error
             return Submitted(job, is_new=True)
 
-    def _start(self, recipe: Recipe, job: str, metadata: dict[str, str]) -> None:
+    def _start(
+        self,
+        recipe: Recipe,
+        flags: Sequence[str],
+        job: str,
+        metadata: dict[str, str],
+        environment: Mapping[str, str],
+    ) -> None:
         with tempfile.TemporaryDirectory(prefix="sightline-job-") as folder:
             (Path(folder) / "recipe.yaml").write_text(config.to_yaml(recipe.on_cluster()))
-            (Path(folder) / "job.sh").write_text(script(recipe))
+            (Path(folder) / "job.sh").write_text(script(recipe, flags))
             self._client.submit_job(
                 entrypoint="sh job.sh",
                 submission_id=job,
@@ -114,6 +128,7 @@ class JobClient:
                     "env_vars": {
                         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_SECONDS),
                         "PYTHONUNBUFFERED": "1",
+                        **environment,
                     },
                 },
             )
@@ -250,7 +265,7 @@ def _probe(address: str) -> None:
         raise StageError(f"what answers at {address} is no Ray dashboard; check the address")
 
 
-def script(recipe: Recipe) -> str:
+def script(recipe: Recipe, flags: Sequence[str] = ()) -> str:
     """Returns what the job's shell runs, which finds out where it is.
 
     An address tells nothing of it: 127.0.0.1 may be the end of a tunnel. The machine is this one
@@ -258,6 +273,7 @@ def script(recipe: Recipe) -> str:
     interpreter and this Sightline, and relative paths mean what they mean here; elsewhere with
     what is installed, and relative paths are refused.
     """
+    run = " ".join(["run", *flags, '"$recipe"'])
     here, package = Path.cwd(), Path(errors.__file__)
     root = package.parents[1]
     lines = [
@@ -285,10 +301,10 @@ def script(recipe: Recipe) -> str:
         f"if same {shlex.quote(str(package))} {_file(package)} "
         f"&& [ -x {shlex.quote(sys.executable)} ]; then",
         f'export PYTHONPATH={shlex.quote(str(root))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
-        f'exec {shlex.quote(sys.executable)} -P -m pipeline.cli run "$recipe"',
-        'elif command -v sightline >/dev/null; then exec sightline run "$recipe"',
+        f"exec {shlex.quote(sys.executable)} -P -m pipeline.cli {run}",
+        f"elif command -v sightline >/dev/null; then exec sightline {run}",
         "elif python -P -c 'import pipeline.cli' 2>/dev/null; then "
-        'exec python -P -m pipeline.cli run "$recipe"',
+        f"exec python -P -m pipeline.cli {run}",
         f"else echo {shlex.quote(missing)} >&2; exit 1; fi",
     ]
     return "\n".join(lines)

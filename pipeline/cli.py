@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from pipeline.stages.submit import JobClient
 
 REFUSED_STATUS = 64
-COMMAND = "SIGHTLINE_COMMAND"  # of the environment: what a refusal tells to repeat
 LOST_STATUS = 70
 BUSY_STATUS = 75
 INTERRUPTED_STATUS = 130
@@ -241,6 +240,7 @@ def _run_stages(
         return
     from pipeline.stages.changed import OnChange
     from pipeline.stages.run import STAGES, run_stages
+    from pipeline.stages.submit import COMMAND
 
     # A job knows its recipe by another name than the user who submitted it.
     command = os.environ.get(COMMAND) or shlex.join(["sightline", name, recipe, *overrides])
@@ -347,10 +347,10 @@ def submit(
         str,
         typer.Option(help="The job's id. Default: made from what the recipe says."),
     ] = "",
+    detach: Annotated[bool, typer.Option(help="Print the job's id and return at once.")] = False,
     from_checkpoint: FromCheckpoint = False,
     restart: Restart = False,
     allow_removals: AllowRemovals = False,
-    detach: Annotated[bool, typer.Option(help="Print the job's id and return at once.")] = False,
 ) -> int:
     """Run a recipe on a Ray cluster as a job; follow its log and return its exit status.
 
@@ -364,11 +364,11 @@ def submit(
 
     resolved = config.load(Recipe, recipe, overrides or [])
     client = JobClient(address)
-    decision = {"continue": ["--from-checkpoint"], "restart": ["--restart"], "refuse": []}
-    flags = decision[_decision(from_checkpoint, restart)]
+    flag = {"continue": ["--from-checkpoint"], "restart": ["--restart"], "refuse": []}
+    flags = flag[_decision(from_checkpoint, restart)]
     flags += ["--allow-removals"] if allow_removals else []
-    command = ["sightline", "submit", recipe, *(overrides or []), "--address", address]
-    submitted = client.submit(resolved, name, flags, {COMMAND: shlex.join(command)})
+    given = ["sightline", "submit", recipe, *(overrides or []), "--address", address]
+    submitted = client.submit(resolved, name, flags, shlex.join(given))
     job = submitted.job
     if detach:
         typer.echo(job)

@@ -146,7 +146,7 @@ def as_pickles(whole: Path, parts: Path) -> None:
     parts.mkdir()
     shutil.copy(whole / "config.json", parts)
     tensors = list(read_weights(str(whole))[1].items())
-    named = {}
+    named: dict[str, str] = {}
     for number in range(4):
         name = f"pytorch_model-{number + 1:05d}-of-00004.bin"
         torch.save(dict(tensors[number::4]), parts / name)

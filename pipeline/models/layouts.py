@@ -182,7 +182,7 @@ _IN_ENCODER = re.compile(r"(\w+_)?layers\.|connections\.|decoder\.")
 
 
 def grouped(names: Iterable[str]) -> list[str]:
-    """Returns names, as one those that have the same beginning up to a number or two parts.
+    """Returns names, as one those that are the same up to a number, or up to their last part.
 
     Each comes with how many they are: `layers.6-11 (96)`, `answer_head.out (2)`.
     """
@@ -191,7 +191,7 @@ def grouped(names: Iterable[str]) -> list[str]:
     for name in names:
         parts = name.split(".")
         number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
-        stem = ".".join(parts[:number] if number else parts[: max(1, len(parts) - 1)][:2])
+        stem = ".".join(parts[:number] if number else parts[: max(1, len(parts) - 1)])
         counts[stem] += 1
         if number:
             numbers.setdefault(stem, set()).add(int(parts[number]))

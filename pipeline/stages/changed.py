@@ -6,6 +6,7 @@ a new stretch of the same line (`--from-checkpoint`), to start another run from 
 start anew with the old folder moved aside (`--restart`).
 """
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -157,7 +158,8 @@ def _from_weights(begun: Begun, changed: Sequence[Difference], command: str, run
         weights = f"{run.rstrip('/')}-{phase}-model"
         lines.append(f"  sightline export {begun.folder} {weights}")
     alone = " training.pretrain=null objectives=null" if phase == "finetune" else ""
-    lines.append(f"  {command} run={new_run} model.initial={weights}{alone}")
+    start = f"model.initial={weights} model.tokenizer={weights}"
+    lines.append(f"  {command} run={new_run} {start}{alone}")
     return lines
 
 
@@ -175,13 +177,22 @@ def make_way(begun: Begun, changed: Sequence[Difference], decision: str, note: N
         else:
             if changed and begun.finished and begun.has_model:
                 kept = _unused(f"{begun.model}.{checkpoint.name_of(begun.finished.step)}")
-                storage.move(begun.model, kept)
+                _move(begun.model, kept)
                 note(f"{begun.spec.phase}: the model of step {begun.finished.step} is in {kept}")
             return False
         target = aside(begun.folder)
-        storage.move(begun.folder, target)
+        _move(begun.folder, target)
         note(f"{begun.spec.phase}: starts anew; what was there is in {target}")
         return True
+
+
+def _move(folder: str, target: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each of torchrun's processes would do it
+        raise ConfigError(
+            f"{folder} must make way for what is trained next, and of the processes that torchrun "
+            f"started none is to do that; move it to {target} yourself, and start again"
+        )
+    storage.move(folder, target)
 
 
 def aside(folder: str) -> str:

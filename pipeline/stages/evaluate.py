@@ -20,7 +20,7 @@ from pipeline.inspect.examples import (
     write_gallery,
 )
 from pipeline.inspect.picture import thumbnail
-from pipeline.model_files import is_model
+from pipeline.model_files import is_model, read_own
 from pipeline.recipe import Recipe
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, once
@@ -275,7 +275,7 @@ def _said(row: ResultRow) -> str:
 
 
 def _card_of(folder: str) -> Any:
-    return json.loads(storage.read_bytes(storage.join(folder, "sightline.json")))
+    return read_own(folder)
 
 
 def _device(recipe: Recipe) -> str:

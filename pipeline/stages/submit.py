@@ -18,7 +18,6 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar
 from urllib.parse import urlparse
 
@@ -27,6 +26,7 @@ from pipeline.cluster import TOKEN_ADVICE, token, use_token
 from pipeline.errors import BusyError, ConfigError, StageError
 from pipeline.recipe import Recipe
 
+COMMAND = "SIGHTLINE_COMMAND"  # of a job's environment: how the user named what it does
 POLL_SECONDS = 1.0
 PROBE_TIMEOUT_SECONDS = 5.0
 SECONDS_UNTIL_LOST = 30.0  # that a cluster may fail to answer while a job of it is followed
@@ -66,13 +66,12 @@ class JobClient:
                 os.environ[_ADDRESS] = before
 
     def submit(
-        self,
-        recipe: Recipe,
-        name: str = "",
-        flags: Sequence[str] = (),
-        environment: Mapping[str, str] = MappingProxyType({}),
+        self, recipe: Recipe, name: str = "", flags: Sequence[str] = (), command: str = ""
     ) -> Submitted:
-        """Starts the recipe's job with flags of `sightline run`, or finds the one that runs.
+        """Starts the recipe's job, or finds the one that runs.
+
+        `flags` are those of `sightline run`; `command` is what the user gave, to be repeated by
+        what the job says of it.
 
         With a name, the job has that one; without, it is named by what the recipe says, and by a
         number from the second time on. Raises StageError if the name is taken, and BusyError if
@@ -101,7 +100,7 @@ class JobClient:
                         f"`{self.command('stop', other.submission_id)}`, or give another run="
                     )
             try:
-                self._start(recipe, flags, job, {"recipe": wanted, "run": run}, environment)
+                self._start(recipe, job, {"recipe": wanted, "run": run}, flags, command)
             except RuntimeError as error:
                 if "already exists" in str(error):  # by a submission at the same moment
                     continue
@@ -111,10 +110,10 @@ class JobClient:
     def _start(
         self,
         recipe: Recipe,
-        flags: Sequence[str],
         job: str,
         metadata: dict[str, str],
-        environment: Mapping[str, str],
+        flags: Sequence[str],
+        command: str,
     ) -> None:
         with tempfile.TemporaryDirectory(prefix="sightline-job-") as folder:
             (Path(folder) / "recipe.yaml").write_text(config.to_yaml(recipe.on_cluster()))
@@ -128,7 +127,7 @@ class JobClient:
                     "env_vars": {
                         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_SECONDS),
                         "PYTHONUNBUFFERED": "1",
-                        **environment,
+                        COMMAND: command,
                     },
                 },
             )
@@ -273,7 +272,6 @@ def script(recipe: Recipe, flags: Sequence[str] = ()) -> str:
     interpreter and this Sightline, and relative paths mean what they mean here; elsewhere with
     what is installed, and relative paths are refused.
     """
-    run = " ".join(["run", *flags, '"$recipe"'])
     here, package = Path.cwd(), Path(errors.__file__)
     root = package.parents[1]
     lines = [
@@ -282,6 +280,7 @@ def script(recipe: Recipe, flags: Sequence[str] = ()) -> str:
         'file() { stat -L -c %d:%i "$1" 2>/dev/null || stat -L -f %d:%i "$1" 2>/dev/null; }',
         'same() { boot && [ "$(file "$1")" = "$2" ]; }',
     ]
+    run = " ".join(["run", '"$recipe"', *map(shlex.quote, flags)])
     relative = recipe.relative_locations()
     if relative:
         sorry = (

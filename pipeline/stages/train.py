@@ -19,6 +19,7 @@ from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, Record, identity, once
 from pipeline.training.continuation import Difference
 from pipeline.training.launch import launch_all
+from pipeline.training.metrics_log import STRETCH
 from pipeline.training.model_folder import require_same_words
 from pipeline.training.spec import MixedIn, TrainingConfig, TrainingResult, TrainingSpec
 from pipeline.training.trackers import tracking
@@ -366,6 +367,9 @@ def _outputs(results: Sequence[TrainingResult | None], phases: Sequence[str]) ->
 def _said(event: Mapping[str, Any]) -> str:
     """Returns what happened in training, and why, if the event says so."""
     step = f" at step {event['step']}" if "step" in event else ""
+    if event["event"] == STRETCH:
+        changes = (f"{key} {old} → {new}" for key, (old, new) in event["changed"].items())
+        return f"a new stretch begins{step}: {', '.join(changes)}"
     reason = event.get("reason") or event.get("summary")
     reason = f": {reason}" if reason else ""
     return f"{event['event']}{step}{reason}"
@@ -413,9 +417,11 @@ def phase_spec(
     part = "objectives" if phase == "pretrain" else "benchmarks"
     contents |= {f"{part}.{key}": digest for key, digest in _teachers(teachers).items()}
     tokenizer = _tokenizer(recipe, inputs, folder, begun, is_first)
-    version, mixed_in = inputs.dataset.version, inputs.mixed_in_versions()
+    dataset, version = inputs.dataset.url, inputs.dataset.version
+    mixed_in = inputs.mixed_in_versions()
     if begun is not None and begun.finished and _same_data(begun.spec.contents, contents):
-        version, mixed_in = begun.spec.dataset_version, _as_begun(begun, mixed_in)
+        dataset, version = begun.spec.dataset, begun.spec.dataset_version
+        mixed_in = _as_begun(begun, mixed_in)
     caption, vqa = recipe.benchmarks.caption, recipe.benchmarks.vqa
     pictures = None
     if phase != "blind":
@@ -428,7 +434,7 @@ def phase_spec(
     return TrainingSpec(
         phase=phase,
         folder=folder,
-        dataset=inputs.dataset.url,
+        dataset=dataset,
         dataset_version=version,
         split=recipe.dataset.train_split,
         mixed_in=mixed_in,
@@ -500,18 +506,17 @@ def _same_data(then: Mapping[str, str] | None, now: Mapping[str, str]) -> bool:
     """Whether there is the same to learn from, wherever it lies by now."""
     if then is None:  # an older release did not record it
         return True
-    return all(
-        then.get(key) == now.get(key) for key in then.keys() | now.keys() if key.startswith(DATA)
-    )
+    return all(then[key] == now[key] for key in then.keys() & now.keys() if key.startswith(DATA))
 
 
 def _as_begun(begun: Begun, mixed_in: tuple[MixedIn, ...]) -> tuple[MixedIn, ...]:
     """Returns the datasets beside the own one in the versions that a phase was begun with."""
-    then = begun.spec.mixed_in
-    same = [one.model_dump(exclude={"dataset_version"}) for one in then] == [
-        one.model_dump(exclude={"dataset_version"}) for one in mixed_in
-    ]
-    return then if same else mixed_in
+    absent = {"dataset_version"}
+    if begun.finished:  # of which the content has been compared, wherever it lies
+        absent.add("dataset")
+    then = [one.model_dump(exclude=absent) for one in begun.spec.mixed_in]
+    now = [one.model_dump(exclude=absent) for one in mixed_in]
+    return begun.spec.mixed_in if then == now else mixed_in
 
 
 def _tokenizer(

@@ -59,11 +59,9 @@ def differences(
             )
         elif name == "contents":
             if then[name] is not None and now[name] is not None:
-                found += (
-                    Difference(key, then[name].get(key), now[name].get(key), Change.NEVER, True)
-                    for key in sorted(then[name].keys() | now[name].keys())
-                    if then[name].get(key) != now[name].get(key)
-                )
+                found += _contents(then[name], now[name])
+        elif name == "held_out_split" and None in (then[name], now[name]):
+            continue  # evaluating began or ended, which has a setting of its own
         elif name in TrainingSpec.model_fields:
             change = change_of(TrainingSpec, name)
             if change is not Change.FREELY:
@@ -75,6 +73,18 @@ def differences(
 def fixed(found: Sequence[Difference]) -> list[Difference]:
     """Returns the differences with which it is another run."""
     return [one for one in found if one.change is Change.NEVER]
+
+
+def _contents(then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Difference]:
+    """Compares what is at the locations; of the dataset's parts those that both read.
+
+    Which parts are read is told by settings of their own.
+    """
+    for key in sorted(then.keys() | now.keys()):
+        old, new = then.get(key), now.get(key)
+        is_one_sided = key.startswith("dataset.") and None in (old, new)
+        if old != new and not is_one_sided:
+            yield Difference(key, old, new, Change.NEVER, is_of_content=True)
 
 
 def _key(name: str, phase: str) -> str:

@@ -183,9 +183,8 @@ class _Run:
             start = self._start(damaged.append)
             stack.callback(self._close_engine)
             if self.is_first:
-                self.log = stack.enter_context(MetricsLog(self.spec.folder, start))
-                if self.changed:
-                    self.log.stretch(self._stretch(start))
+                log = MetricsLog(self.spec.folder, start, self._stretch(start))
+                self.log = stack.enter_context(log)
             self._tell_start(start, damaged)
             if self.is_first:
                 self.keeper.look(start)
@@ -241,7 +240,10 @@ class _Run:
                 self.ranks_before = manifest.world_size
         return found
 
-    def _stretch(self, start: int) -> Stretch:
+    def _stretch(self, start: int) -> Stretch | None:
+        """Returns what begins at a checkpoint that was made with other settings."""
+        if not self.changed:
+            return None
         changed = {one.key: (one.then, one.now) for one in self.changed}
         return Stretch(start, changed, self.spec.dataset_version, time.time())
 

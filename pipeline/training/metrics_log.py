@@ -44,13 +44,20 @@ class MetricsLog:
     handed to the operating system whole, so that a killed process leaves at most one torn line,
     the last. In an object store nothing can be appended to: there the log is written anew every
     few seconds, and a killed process takes its last lines with it; none from before a `flush`.
+
+    With other settings, in the stretch that then begins, they will not be made again: there the
+    log is first copied whole, to `metrics.replaced-1.jsonl` or the next number.
     """
 
-    def __init__(self, folder: str, step: int) -> None:
+    def __init__(self, folder: str, step: int, begins: Stretch | None = None) -> None:
         metrics, events = (storage.join(folder, name) for name in (METRICS, EVENTS))
+        if begins is not None and _has_other_steps(folder, begins):
+            _copy(metrics)
         kept = (end for line, end in _lines(metrics) if line["step"] < step + ("event" not in line))
         self._metrics = _open(metrics, max(kept, default=0))
         self._events = _open(events, max((end for _, end in _lines(events)), default=0))
+        if begins is not None:
+            self._metrics.append(_encoded({"event": STRETCH, **asdict(begins)}))
 
     def __enter__(self) -> Self:
         return self
@@ -63,10 +70,6 @@ class MetricsLog:
         """Appends a step's figures."""
         self._metrics.append(_encoded(line))
 
-    def stretch(self, begun: Stretch) -> None:
-        """Appends that the steps from here on have other settings."""
-        self._metrics.append(_encoded({"event": STRETCH, **asdict(begun)}))
-
     def event(self, event: str, **facts: Any) -> None:
         """Appends what happened, with the time."""
         self._events.append(_encoded({"event": event, "time": time.time(), **facts}))
@@ -74,6 +77,22 @@ class MetricsLog:
     def flush(self) -> None:
         """Returns when all lines are on the disk: before a checkpoint that comes after them."""
         self._metrics.flush()
+
+
+def _has_other_steps(folder: str, begins: Stretch) -> bool:
+    """Whether there are steps after it with other settings than its own."""
+    before = [one for one in read_stretches(folder) if one.step == begins.step]
+    if before and before[-1].changed == begins.changed:
+        return False
+    return any(line["step"] > begins.step for line in read_metrics(folder))
+
+
+def _copy(metrics: str) -> None:
+    number = 1
+    while not storage.create(
+        f"{metrics.removesuffix('.jsonl')}.replaced-{number}.jsonl", storage.read_bytes(metrics)
+    ):
+        number += 1
 
 
 def read_metrics(folder: str) -> list[dict[str, Any]]:

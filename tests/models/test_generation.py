@@ -162,8 +162,8 @@ def test_a_beam_that_holds_everything_finds_the_best_text_of_all(penalty: float)
     ]
     for seed in range(30):
         model = random_table(seed, words, most)
-        settings = {"eos": 0, "max_new_tokens": most, "length_penalty": penalty}
-        (found,) = generate(model, NO_INPUTS, **settings, beams=81, early_stopping="never")  # type: ignore[arg-type]
+        settings: Any = {"eos": 0, "max_new_tokens": most, "length_penalty": penalty}
+        (found,) = generate(model, NO_INPUTS, **settings, beams=81, early_stopping="never")
         best = max(texts, key=lambda text: model.score(text, most, penalty))
         assert model.score(found, most, penalty) == pytest.approx(model.score(best, most, penalty))
 
@@ -173,9 +173,9 @@ def test_a_beam_is_worse_than_greedy_only_where_it_has_dropped_what_greedy_wrote
     worse = 0
     for seed in range(num_models):
         model = random_table(seed, words, most)
-        settings = {"eos": 0, "max_new_tokens": most}
-        (greedy,) = generate(model, NO_INPUTS, **settings)  # type: ignore[arg-type]
-        (found,) = generate(model, NO_INPUTS, **settings, beams=2, early_stopping="never")  # type: ignore[arg-type]
+        settings: Any = {"eos": 0, "max_new_tokens": most}
+        (greedy,) = generate(model, NO_INPUTS, **settings)
+        (found,) = generate(model, NO_INPUTS, **settings, beams=2, early_stopping="never")
         if model.score(found, most, 1.0) < model.score(greedy, most, 1.0) - 1e-6:
             assert not _kept(model, greedy, beams=2, most=most)
             worse += 1

@@ -181,11 +181,11 @@ def test_what_has_no_place_here_is_left_out_and_named() -> None:
     report = take_over(build(theirs.config), tensors, "original")
     assert report.new == ()
     assert grouped(report.ignored) == [
-        "bert.embeddings (1)",
+        "bert.embeddings.task_embeddings (1)",
         "bert.encoder.layer.9 (1)",
         "vil_prediction.main.0 (2)",
     ]
-    assert "4 left out: bert.embeddings (1)" in report.summary()
+    assert "4 left out: bert.embeddings.task_embeddings (1)" in report.summary()
     assert report.to_json()["left_out"] == 4
 
 
@@ -279,7 +279,7 @@ def test_folders_of_transformers_with_an_answer_head_start_a_phase_without(tmp_p
     [
         (["a.layer.3.x", "a.layer.4.y", "a.layer.6.z"], ["a.layer.3-4,6 (3)"]),
         (["head.weight", "head.bias"], ["head (2)"]),
-        (["bert.pooler.dense.weight", "bert.pooler.dense.bias"], ["bert.pooler (2)"]),
+        (["bert.pooler.dense.weight", "bert.pooler.dense.bias"], ["bert.pooler.dense (2)"]),
         (["bias"], ["bias (1)"]),
         ([], []),
     ],

@@ -100,7 +100,8 @@ def test_what_would_be_another_run_is_refused_however_it_is_asked_for(tmp_path: 
         ]
         assert f"  {COMMAND} --restart" in lines
         assert "  sightline export RUN/pretrain RUN-pretrain-model" in lines
-        assert f"  {COMMAND} run=RUN-2 model.initial=RUN-pretrain-model" in lines
+        weights = "model.initial=RUN-pretrain-model model.tokenizer=RUN-pretrain-model"
+        assert f"  {COMMAND} run=RUN-2 {weights}" in lines
         assert not any("--from-checkpoint" in line for line in lines)
     wider = now.model_copy(update={"model": {"width": 9}})  # its weights would fit no other
     assert not any("model.initial" in line for line in told(begun, wider))
@@ -176,3 +177,14 @@ def test_the_model_of_a_finished_phase_is_kept_beside_the_one_that_is_trained_on
     kept = tmp_path / "pretrain" / "model.step-00000008" / "model.safetensors"
     assert kept.read_bytes() == weights
     assert (tmp_path / "pretrain" / "model" / "model.safetensors").read_bytes() != weights
+
+
+def test_the_many_processes_of_torchrun_move_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = begin(str(tmp_path / "pretrain"))
+    changed = begun.changes(make_spec(begun.folder, steps=9).sequence())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"move it to .*pretrain\.replaced-1 yourself"):
+        make_way(begun, changed, "restart", print)
+    assert (tmp_path / "pretrain" / CHECKPOINTS).exists()

@@ -153,6 +153,31 @@ def test_a_checkpoint_of_another_run_is_refused(finished: Path, tmp_path: Path) 
         export(str(run / "finetune" / "checkpoints" / "step-00000003"), str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("name", ["config.json", "sightline.json", "model.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_damaged_model_is_not_exported(
+    finished: Path, tmp_path: Path, name: str, damage: str
+) -> None:
+    model = Path(shutil.copytree(finished / "run" / "model", tmp_path / "model"))
+    payload = (model / name).read_bytes()
+    place = payload.rindex(b'"') - 1 if name.endswith(".json") else len(payload) - 3
+    flipped = payload[:place] + bytes([payload[place] ^ 1]) + payload[place + 1 :]
+    (model / name).write_bytes(payload[:-9] if damage == "cut" else flipped)
+    with pytest.raises(ModelError, match=name.replace(".", r"\.")):
+        export(str(model), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_lacks_what_its_page_tells_is_not_exported(
+    finished: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(finished / "run" / "model", tmp_path / "model"))
+    own = json.loads((model / "sightline.json").read_text())
+    (model / "sightline.json").write_text(json.dumps({"answers": own["answers"]}))
+    with pytest.raises(ModelError, match=r"sightline\.json .*lacks"):
+        export(str(model), str(tmp_path / "out"))
+
+
 def test_a_folder_with_something_in_it_is_left_alone(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")

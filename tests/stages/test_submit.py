@@ -191,9 +191,11 @@ class TestScript:
     ) -> None:
         self._installed("sightline")
         monkeypatch.setattr(submit, "_boot", lambda: "another machine's")
-        done = self._run(script(recipe(tmp_path), ["--restart"]))
-        wanted = ["sightline", "run", "--restart", f"{self.folder}/recipe.yaml"]
-        assert done.stdout.split() == wanted
+        done = self._run(script(recipe(tmp_path)))
+        told = ["sightline", "run", f"{self.folder}/recipe.yaml"]
+        assert done.stdout.split() == told
+        again = self._run(script(recipe(tmp_path), ["--restart"]))
+        assert again.stdout.split() == [*told, "--restart"]
 
     def test_on_other_files_of_this_machine_too(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -77,6 +77,17 @@ def test_content_is_told_apart_wherever_it_lies() -> None:
     assert len(fixed(differences(before.sequence(), now.sequence(), "pretrain"))) == 2
 
 
+def test_a_run_that_begins_to_evaluate_is_told_so_once() -> None:
+    data = {"dataset.path: split train": "0" * 32}
+    before = changed(contents=data)
+    now = make_spec("there", evaluate_every_steps=2, patience=3)
+    held_out = {"held_out_split": "validation", "contents": data | {"dataset.path: split v": "1"}}
+    assert told(now.model_copy(update=held_out), before) == [
+        "training.pretrain.evaluate_every_steps: null then, 2 now",
+        "training.pretrain.patience: null then, 3 now",
+    ]
+
+
 def test_how_evaluations_are_made_is_compared_only_where_there_are_any() -> None:
     assert told(make_spec("there", evaluate_examples=3, best_by="recall")) == []
     before = make_spec("here", evaluate_every_steps=2)

@@ -574,6 +574,8 @@ class TestAlone:
         assert (stretch.step, stretch.changed) == (3, changed)
         rates = [line["lr"] for line in read_metrics(spec.folder)]
         factors = [rate_factor(spec.training, step) for step in range(8)]
+        replaced = sorted(path.name for path in (tmp_path / "run").glob("metrics.replaced*"))
+        assert replaced == ["metrics.replaced-1.jsonl", "metrics.replaced-2.jsonl"]
         peaks = [0.02] * 3 + [0.005] * 5
         assert rates == [peak * factor for peak, factor in zip(peaks, factors, strict=True)]
 

@@ -350,6 +350,7 @@ def submit(
     detach: Annotated[bool, typer.Option(help="Print the job's id and return at once.")] = False,
     from_checkpoint: FromCheckpoint = False,
     restart: Restart = False,
+    allow_removals: AllowRemovals = False,
 ) -> int:
     """Run a recipe on a Ray cluster as a job; follow its log and return its exit status.
 
@@ -365,6 +366,7 @@ def submit(
     client = JobClient(address)
     flag = {"continue": ["--from-checkpoint"], "restart": ["--restart"], "refuse": []}
     flags = flag[_decision(from_checkpoint, restart)]
+    flags += ["--allow-removals"] if allow_removals else []
     given = ["sightline", "submit", recipe, *(overrides or []), "--address", address]
     submitted = client.submit(resolved, name, flags, shlex.join(given))
     job = submitted.job

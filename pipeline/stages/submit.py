@@ -23,7 +23,7 @@ from urllib.parse import urlparse
 
 from pipeline import config, errors, storage
 from pipeline.cluster import TOKEN_ADVICE, token, use_token
-from pipeline.errors import ConfigError, StageError
+from pipeline.errors import BusyError, ConfigError, StageError
 from pipeline.recipe import Recipe
 
 COMMAND = "SIGHTLINE_COMMAND"  # of a job's environment: how the user named what it does
@@ -74,8 +74,8 @@ class JobClient:
         what the job says of it.
 
         With a name, the job has that one; without, it is named by what the recipe says, and by a
-        number from the second time on. Raises StageError if the name is taken, or if another job
-        writes to the recipe's run.
+        number from the second time on. Raises StageError if the name is taken, and BusyError if
+        another job writes to the recipe's run.
         """
         wanted = digest(recipe)
         while True:
@@ -93,7 +93,7 @@ class JobClient:
             run = storage.absolute(recipe.run)
             for other in known.values():
                 if _metadata(other).get("run") == run and not other.status.is_terminal():
-                    raise StageError(
+                    raise BusyError(
                         f"{recipe.run} is busy: job {other.submission_id!r} of another recipe or "
                         f"name writes to it; follow it with "
                         f"`{self.command('logs', other.submission_id)} --follow`, stop it with "

@@ -15,7 +15,7 @@ import pytest
 
 from pipeline import config
 from pipeline.cli import run_job
-from pipeline.errors import ConfigError, StageError
+from pipeline.errors import BusyError, ConfigError, StageError
 from pipeline.recipe import Recipe
 from pipeline.stages import submit
 from pipeline.stages.submit import JobClient, Submitted, job_name, script
@@ -90,9 +90,9 @@ def test_what_is_submitted_twice_runs_once(
     first = client.submit(wanted)
     assert first == Submitted(job_name(wanted), is_new=True)
     assert client.submit(wanted) == Submitted(first.job, is_new=False)
-    with pytest.raises(StageError, match=f"is busy: job {first.job!r}"):
+    with pytest.raises(BusyError, match=f"is busy: job {first.job!r}"):
         client.submit(wanted, "another-name")
-    with pytest.raises(StageError, match="is busy"):
+    with pytest.raises(BusyError, match="is busy"):
         client.submit(recipe(tmp_path, "training.seed=1"))
     with pytest.raises(StageError, match=f"job {first.job!r} exists at"):
         client.submit(recipe(tmp_path, "training.seed=1"), first.job)

@@ -351,7 +351,7 @@ def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(tmp_path: Pa
     steady = make_spec(tmp_path / "steady", steps=ELASTIC_STEPS)
     train_on(2, steady, without_dropout)
     spec = make_spec(tmp_path / "run", steps=ELASTIC_STEPS)
-    told = json.loads(ended(drive(spec.folder, ELASTIC), seconds=270))
+    told = json.loads(ended(drive(spec.folder, ELASTIC), seconds=600))
     assert told["states"] == ["finished"]
     assert world_sizes(spec) == [2, 1, 2]
     # no step is repeated for a node that comes

@@ -202,6 +202,9 @@ def test_the_match_is_learned_across_families_of_opposite_polarity(
 class SplitOfTheTeacher:
     """A split opened with another extractor: more regions, of other values."""
 
+    num_samples = 16
+    keys = np.array([f"sample-{number}" for number in range(num_samples)])
+
     def features(self, rows: Any) -> FeatureBatch:
         rng = np.random.default_rng(4)
         values = rng.standard_normal((16, 8, 3)).astype(np.float16)

@@ -274,14 +274,27 @@ def predict(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run or a model folder.")],
     image: Annotated[str, typer.Option(help="A photograph: path or URL.")],
     question: Annotated[
-        str, typer.Option(help="Ask this; without it the image is captioned.")
-    ] = "",
+        str | None, typer.Option(help="Ask this; without it the image is captioned.")
+    ] = None,
+    beams: Annotated[
+        int | None,
+        typer.Option(help="Write with so many beams; default: as the model was scored.", min=1),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Caption a photograph, or answer a question about it."""
+    """Caption a photograph, or answer a question about it.
+
+    A caption is written as the model's were when it was scored. What should be known before the
+    text is believed goes to stderr.
+    """
     from pipeline.stages.predict import predict as predict_image
 
-    prediction = predict_image(model, image, question)
+    prediction = predict_image(model, image, question, beams)
+    for note in prediction["notes"]:
+        console.print(f"Note: {note}", style="yellow", highlight=False, soft_wrap=True)
+    if "decoding" in prediction:
+        told = ", ".join(f"{name} {value}" for name, value in prediction["decoding"].items())
+        console.print(f"written with {told}", highlight=False, soft_wrap=True)
     typer.echo(json.dumps(prediction, ensure_ascii=False) if as_json else prediction["text"])
 
 

@@ -7,7 +7,7 @@ import secrets
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -95,24 +95,26 @@ def _print(text: str) -> None:
 connection = Connection("", _print)
 
 
-def start_ray(cluster: ClusterConfig, tell: Tell = _print) -> None:
+def start_ray(cluster: ClusterConfig) -> None:
     """Connects this process to Ray, starting one on this machine if the config asks for it.
 
     Does nothing if Ray is connected already, so all stages of a command share one. Ours listens
     with a token, has no dashboard, and ends with this process. A cluster that is joined may want
-    a token, or none. `tell` is given a sentence when work has to wait for room. Raises
-    ClusterError if there is no Ray at the address, or it does not let us in.
+    a token, or none. What is to be said of it later goes to `connection.tell`. Raises ClusterError
+    if there is no Ray at the address, or it does not let us in.
     """
-    connection.tell = tell
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     if "ray" in sys.modules:
         import ray
 
         if ray.is_initialized():
+            if cluster.address is not None:
+                connection.address = str(ray.get_runtime_context().gcs_address)
             return
     if cluster.address is None:
         _start(cluster.workers * cluster.cpus_per_worker)
+        connection.address = ""
     else:
         connection.address = _join(cluster.address)
 
@@ -199,6 +201,7 @@ def _start(num_cpus: int) -> None:
     from ray._private import ray_constants
 
     # Ray read the environment when it was imported, which may have been before us.
+    _tell_in_a_sentence()
     ray_constants.ENABLE_RAY_CLUSTER = os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] != "0"
     try:
         ray.init(
@@ -253,6 +256,26 @@ def _job_config() -> Any:
     return settings
 
 
+def _tell_in_a_sentence() -> None:
+    """Has what Ray 2.60 tells a driver of its nodes said shortly, and once; logs have the rest.
+
+    By itself it prints, for each node that is lost, the end of a log with tables of its state.
+    """
+    from ray._private import worker
+
+    told: set[str] = set()
+
+    def tell(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:  # noqa: ARG001
+        line = next(iter("".join(data["lines"]).strip().splitlines()), "")
+        if "Raylet is terminated" in line:
+            line = "a node of the cluster was lost; work of its processes is done again elsewhere"
+        if line and line not in told:
+            told.add(line)
+            connection.tell(f"{line} (Ray's logs: {worker._global_node.get_logs_dir_path()})")
+
+    worker.print_to_stdstream = tell
+
+
 def _join(address: str) -> str:
     """Connects to a cluster that others have started, and returns its address."""
     where = _address_of_auto() if address == "auto" else address
@@ -271,6 +294,7 @@ def _join(address: str) -> str:
             f"on one; join it with `ray start --address={where}`, or send the recipe there with "
             "`sightline submit --address` and the dashboard's URL"
         )
+    _tell_in_a_sentence()
     try:
         ray.init(
             address=where, logging_level="error", log_to_driver=False, job_config=_job_config()

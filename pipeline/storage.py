@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import fsspec
+import psutil  # type: ignore[import-untyped]
 
 from pipeline.errors import StorageError
 
@@ -442,9 +443,9 @@ def draft(folder: str, name: str | None = None, durable: bool = False) -> Iterat
 def _scratch(target: Path | None, name: str) -> Iterator[Path]:
     """Yields a hidden file to write, in the target folder or, for an object store, in TMPDIR.
 
-    It is locked as long as this process lives, and named for it, so that one that was killed leaves
-    what the next to write in that folder knows for litter, and removes. The lock does not do alone:
-    it is lost where the file is replaced in writing, as safetensors does.
+    It is locked as long as this process lives, and has its number, so that one that was killed
+    leaves what the next to write in that folder knows for litter, and removes. The lock alone
+    does not tell: safetensors writes a new file of the same name, which nobody has locked.
     """
     if target is not None:
         target.mkdir(parents=True, exist_ok=True)
@@ -472,7 +473,8 @@ def _remove_litter(folder: Path) -> None:
     _tidied.add(folder)
     with os.scandir(folder) as entries:
         found = [(entry.path, _SCRATCH_OF_HERE.fullmatch(entry.name)) for entry in entries]
-    for path in (path for path, of_here in found if of_here and not _is_alive(int(of_here[1]))):
+    litter = [path for path, match in found if match and not psutil.pid_exists(int(match[1]))]
+    for path in litter:
         with contextlib.suppress(OSError):  # gone meanwhile, somebody else's, or in use
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:
@@ -480,16 +482,6 @@ def _remove_litter(folder: Path) -> None:
                 Path(path).unlink()
             finally:
                 os.close(descriptor)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # another user's, or no process number
-        return True
-    return True
 
 
 @contextlib.contextmanager

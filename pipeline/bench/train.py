@@ -132,7 +132,8 @@ class _Bench:
         began = time.time()
         module = "pipeline.bench.start_up"
         command = [sys.executable, "-m", module, str(location), str(output)]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        package = Path(__file__).parents[2]  # not the working folder, whose modules come first
+        ended = subprocess.run(command, cwd=package, capture_output=True, text=True, check=False)
         if ended.returncode:
             last = ended.stderr.strip().splitlines()[-1:]
             raise TrainingError(f"bench train: {module} failed: {' '.join(last)}")

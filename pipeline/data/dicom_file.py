@@ -122,21 +122,28 @@ class DicomFile:
         dataset = self._dataset
         count, first, bits = map(int, dataset.RedPaletteColorLookupTableDescriptor)
         count = count or 65536
-        table = np.empty((count, 3), np.uint8)
-        for column, name in enumerate(_COLOUR_NAMES):
-            table[:, column] = self._palette(name, count, bits)
+        if "RedPaletteColorLookupTableData" in dataset:
+            columns = [self._palette(name, count, bits) for name in _COLOUR_NAMES]
+            table = np.stack(columns, axis=1)
+        else:
+            table = self._unfolded_palette(first, count, bits)
         colours: Values = table[(indices.astype(np.int64) - first).clip(0, count - 1)]
         return colours
 
     def _palette(self, colour: str, count: int, bits: int) -> Values:
-        entries = self._dataset.get(f"{colour}PaletteColorLookupTableData")
-        if entries is None:
-            detail = "a palette in segments, or none"
-            raise BadImageError("unsupported-pixels", detail)
+        entries = self._dataset[f"{colour}PaletteColorLookupTableData"].value
         if len(entries) < 2 * count:
             return np.frombuffer(entries, np.uint8, count)
-        table = np.frombuffer(entries, "<u2", count)
-        return _to_eight_bits(table, bits)
+        return _to_eight_bits(np.frombuffer(entries, "<u2", count), bits)
+
+    def _unfolded_palette(self, first: int, count: int, bits: int) -> Values:
+        """Returns the colours of a palette that is written in segments."""
+        from pydicom.pixels.processing import apply_color_lut
+
+        if count > 2**bits:  # which it counts in too few bits
+            raise BadImageError("unsupported-pixels", f"a palette of {count} colours in segments")
+        table = apply_color_lut(np.arange(first, first + count), self._dataset)
+        return _to_eight_bits(table[:, : len(_COLOUR_NAMES)], bits)
 
     def _require_bounds(self) -> None:
         samples = int(self._dataset.get("SamplesPerPixel") or 1)

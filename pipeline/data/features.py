@@ -44,7 +44,8 @@ class FeatureBatch:
     """Features of B samples with at most R regions of D values.
 
     What lies beyond a sample's `num_regions` is padding, and zero. Classes and attributes are what
-    a detector took a region for: a probability for each of its C classes and A attributes.
+    a detector took a region for: a probability for each of its C classes, the first being
+    background, and A attributes.
     """
 
     values: npt.NDArray[Any]  # (B, R, D) uint8, float16 or float32; stored int8 comes as float32

@@ -29,7 +29,7 @@ from pipeline.models import families
 from pipeline.objectives.objective import ObjectivesConfig
 from pipeline.recipe import Recipe
 from pipeline.stages import train
-from pipeline.stages.preflight import preflight, small_validation
+from pipeline.stages.preflight import initial_weights, preflight, small_validation
 from pipeline.stages.progress import StageProgress
 from pipeline.training.assembly import MicroBatch, assemble
 from pipeline.training.engine import require_swapping
@@ -179,6 +179,9 @@ def check(recipe: Recipe, console: Console) -> Report:
     elif any(phase.data for phase in phases):
         phases = _timed(recipe, inputs, phases, console)
     advice = [line for phase in phases for line in _advice(recipe, machine, phase)]
+    initial = initial_weights(recipe)
+    if initial is not None:
+        advice.append(f"model.initial: {initial.summary()}")
     warning = small_validation(recipe, inputs.dataset) if phases and phases[0].data else None
     if warning is not None:
         advice.append(warning)

@@ -20,12 +20,12 @@ from pipeline.inspect.examples import (
     write_gallery,
 )
 from pipeline.inspect.picture import thumbnail
-from pipeline.model_files import is_model
+from pipeline.model_files import is_model, read_own
 from pipeline.recipe import Recipe
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, once
 from pipeline.stages.train import DataInputs
-from pipeline.training.model_folder import ModelFolder, load_model
+from pipeline.training.model_folder import ModelFolder, load_model, save_decoding
 
 EVALUATE_VERSION = 1
 BATCH_SIZE = 64
@@ -106,6 +106,9 @@ def run(recipe: Recipe, progress: StageProgress) -> Outcome:
             f"The first pictures of split “{split.name}” in the order they are stored, and of "
             "each one question or caption: not chosen by how the model did."
         )
+        if recipe.benchmarks.caption is not None:
+            for scored_folder in (folder, *([blind_folder] if twin else [])):
+                save_decoding(scored_folder, recipe.benchmarks.caption.decoding())
         write_gallery(recipe.run, Gallery(selection, tuple(examples)))
         _write(recipe, "metrics.json", _json(metrics))
         if absent:
@@ -272,7 +275,7 @@ def _said(row: ResultRow) -> str:
 
 
 def _card_of(folder: str) -> Any:
-    return json.loads(storage.read_bytes(storage.join(folder, "sightline.json")))
+    return read_own(folder)
 
 
 def _device(recipe: Recipe) -> str:

@@ -84,25 +84,32 @@ def _copy(location: str, folder: str) -> Exported:
     """Copies a model folder, with a page that also tells what its run has found out."""
     document, tensors = model_files.read_weights(location)
     own = model_files.read_own(location)
+    model_files.require_unchanged(location, own)
     run = _run_of(location)
-    phase = storage.join(run, own["phase"])
-    step = own["step"]
-    card = ModelCard(
-        model_type=document["model_type"],
-        made=own,
-        num_parameters=sum(tensor.numel() for tensor in tensors.values()),
-        num_answers=len(own["answers"]),
-        figures=_losses(phase, step),
-        metrics=_scores(run, own),
-        environment=_json_of(run, "environment.json"),
-        recipe=_recipe(run),
-    )
+    try:
+        step = own["step"]
+        card = ModelCard(
+            model_type=document["model_type"],
+            made=own,
+            num_parameters=sum(tensor.numel() for tensor in tensors.values()),
+            num_answers=len(own["answers"]),
+            figures=_losses(storage.join(run, own["phase"]), step),
+            metrics=_scores(run, own),
+            environment=_json_of(run, "environment.json"),
+            recipe=_recipe(run),
+        )
+        page = card.page()
+    except (KeyError, TypeError) as error:
+        raise ModelError(
+            f"{location}: {model_files.OWN} or {model_files.CONFIG} lacks what a model's page "
+            f"tells: {error}"
+        ) from error
     names = storage.list_names(location)
     names.remove(model_files.OWN)
     for name in [*names, model_files.OWN]:  # last, for a folder that has it is whole
         payload = storage.read_bytes(storage.join(location, name))
         if name == model_folder.PAGE:
-            payload = card.page().encode()
+            payload = page.encode()
         storage.write_bytes(storage.join(folder, name), payload)
     return Exported(folder, location, step, card.num_parameters, card.model_type)
 
@@ -139,6 +146,7 @@ def _from_checkpoint(location: str, folder: str, skipped: tuple[str, ...]) -> Ex
         tokenizer=tokenizer,
         answers=spec.answers,
         card=card,
+        decoding=spec.decoding,
     )
     return Exported(folder, location, manifest.step, card.num_parameters, card.model_type, skipped)
 

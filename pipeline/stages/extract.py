@@ -35,7 +35,7 @@ def run(recipe: Recipe, progress: StageProgress) -> Outcome:
         recipe.features.extractor,
         config,
         on_progress=show,
-        start_ray=partial(start_ray, recipe.cluster, progress.note),
+        start_ray=partial(start_ray, recipe.cluster),
     )
     outputs = {
         "features": report.extractor,

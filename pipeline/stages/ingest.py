@@ -28,7 +28,7 @@ def run(recipe: Recipe, progress: StageProgress, allow_removals: bool = False) -
         recipe.dataset.path,
         config,
         on_progress=progress.update,
-        start_ray=partial(start_ray, recipe.cluster, progress.note),
+        start_ray=partial(start_ray, recipe.cluster),
     )
     outputs = {
         "version": report.version,

@@ -1,19 +1,26 @@
-"""What can be refused before work: names in a recipe of what is not there.
+"""What can be refused before work: names in a recipe of what is not there, or of no use to it.
 
-Files, devices, keys of DeepSpeed and, as soon as there is a dataset, its splits and texts.
+Files, devices, weights to begin with, keys of DeepSpeed and, as soon as there is a dataset, its
+splits and texts.
 """
 
 from collections.abc import Sequence
 
+import torch
 import yaml
 
 from pipeline import storage
 from pipeline.data.dataset import Dataset
 from pipeline.data.manifest import require_usable
-from pipeline.errors import ConfigError, FeatureError, ManifestError, StorageError
+from pipeline.data.vocabulary import load_tokenizer
+from pipeline.errors import ConfigError, FeatureError, ManifestError, ModelError, StorageError
+from pipeline.model_files import is_model
+from pipeline.models import families
+from pipeline.models.layouts import LoadReport
 from pipeline.recipe import Recipe
 from pipeline.stages.devices import missing_devices
 from pipeline.training.engine import require_known_keys, require_precision
+from pipeline.training.model_folder import initialise, require_same_words
 from pipeline.training.spec import Environment
 
 FEW_SAMPLES = 20  # of a held-out split: fewer tell little
@@ -44,6 +51,11 @@ def preflight(recipe: Recipe, stages: Sequence[str] = ()) -> None:
         elif location is not None and not storage.is_readable(location):
             faults.append(f"{key}: {location}: neither a file nor a folder, but a FIFO or a device")
     faults += _misplaced(recipe)
+    if not faults:
+        try:
+            initial_weights(recipe)
+        except ConfigError as error:
+            faults.append(str(error))
     try:
         recipe.features.extractor.check()
     except FeatureError as error:
@@ -113,6 +125,32 @@ def _name_of(run: str) -> str | None:
     except (StorageError, yaml.YAMLError, ValueError):
         return None  # it is written anew
     return str(document["name"]) if isinstance(document, dict) and "name" in document else None
+
+
+def initial_weights(recipe: Recipe) -> LoadReport | None:
+    """Returns what the first phase will take over of `model.initial`; None if it begins anew.
+
+    Raises ConfigError if these weights cannot start the recipe's model. What the data decides is
+    not known yet: the answers, and the width of features.
+    """
+    location, tokenizer = recipe.model.initial, recipe.model.tokenizer
+    if location is None:
+        return None
+    if tokenizer is None and not is_model(location):
+        raise ConfigError(
+            f"model.initial: {location}: its words are numbered as by its own vocabulary, and "
+            "model.tokenizer is null, which builds another one; give its vocab.txt or folder as "
+            "model.tokenizer"
+        )
+    if tokenizer is None:
+        tokenizer = location
+    require_same_words(tokenizer, location)
+    sizes = recipe.model.config(vocab_size=len(load_tokenizer(tokenizer)), feature_dim=2048)
+    try:
+        with torch.device("meta"):
+            return initialise(families.build(sizes), location, fresh=("answer_head",))
+    except ModelError as error:
+        raise ConfigError(f"model.initial: {error}") from error
 
 
 def require_splits(recipe: Recipe, dataset: Dataset) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline import config, storage
+from pipeline.cluster import connection
 from pipeline.errors import ConfigError, LostError
 from pipeline.recipe import Recipe
 from pipeline.stages import evaluate, extract, ingest, report, train
@@ -68,6 +69,7 @@ def run_stages(
             for name in names:
                 started = time.monotonic()
                 with StageProgress(console, name) as progress, _environment_left(recipe, is_lost):
+                    connection.tell = progress.note
                     outcome = stages[name](recipe, progress)
                 outcomes[name] = outcome
                 seconds = time.monotonic() - started

@@ -7,6 +7,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.data.dataset import Dataset, Split
 from pipeline.data.images import LiveConfig
+from pipeline.data.picture_range import PictureRange
 from pipeline.data.vocabulary import build_tokenizer, load_tokenizer, save_tokenizer
 from pipeline.errors import ConfigError, PipelineError, StageError, StoppedError
 from pipeline.model_files import OWN, digest, is_model, read_own
@@ -19,6 +20,7 @@ from pipeline.stages.state import Outcome, Record, identity, once
 from pipeline.training.continuation import Difference
 from pipeline.training.launch import launch_all
 from pipeline.training.metrics_log import STRETCH
+from pipeline.training.model_folder import require_same_words
 from pipeline.training.spec import MixedIn, TrainingConfig, TrainingResult, TrainingSpec
 from pipeline.training.trackers import tracking
 from pipeline.vision.feature import extractor_name
@@ -319,6 +321,9 @@ def _train(
     """Runs phases one after another; raises StoppedError if the run was told to stop."""
     for plan in plans:
         check_fits(plan.spec, plan.inputs, recipe.cluster.workers)
+    for spec in specs:
+        if spec.initial is not None:
+            require_same_words(spec.tokenizer, spec.initial)
     warning = small_validation(recipe, plans[0].inputs.dataset)
     if warning is not None:
         progress.note(f"warning: {warning}")
@@ -365,7 +370,8 @@ def _said(event: Mapping[str, Any]) -> str:
     if event["event"] == STRETCH:
         changes = (f"{key} {old} → {new}" for key, (old, new) in event["changed"].items())
         return f"a new stretch begins{step}: {', '.join(changes)}"
-    reason = f": {event['reason']}" if "reason" in event else ""
+    reason = event.get("reason") or event.get("summary")
+    reason = f": {reason}" if reason else ""
     return f"{event['event']}{step}{reason}"
 
 
@@ -416,6 +422,10 @@ def phase_spec(
     if begun is not None and begun.finished and _same_data(begun.spec.contents, contents):
         dataset, version = begun.spec.dataset, begun.spec.dataset_version
         mixed_in = _as_begun(begun, mixed_in)
+    caption, vqa = recipe.benchmarks.caption, recipe.benchmarks.vqa
+    pictures = None
+    if phase != "blind":
+        pictures = PictureRange.of(inputs.split(recipe.dataset.train_split)).to_json()
     config = recipe.model.config(
         vocab_size=len(load_tokenizer(tokenizer)),
         feature_dim=inputs.extractor["dim"],
@@ -437,6 +447,7 @@ def phase_spec(
         initial=storage.absolute(initial) if initial else None,
         tokenizer=tokenizer,
         max_tokens=recipe.model.max_tokens,
+        decoding=caption.decoding() if caption else None,
         answers=tuple(answers),
         objectives=objectives.settings(),
         blind=phase == "blind",
@@ -448,6 +459,8 @@ def phase_spec(
             "family": recipe.model.family,
             "phase": phase,
             "max_tokens": recipe.model.max_tokens,
+            **({"question_tokens": vqa.max_tokens} if vqa else {}),
+            **({"pictures": pictures} if pictures else {}),
             "data": {
                 "dataset": inputs.dataset.url,
                 "version": version,

@@ -3,7 +3,7 @@
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,7 +68,8 @@ class Assembly:
     (start step, rank, world size) to the rank's micro-batches of each step from there to the last.
     `save` writes the model folder from fp32 weights, named as in the module, and their step.
     `evaluate` finds figures of held-out data; None: there is none. `flops` counts the operations of
-    encoding a micro-batch, forward and backward; None: they cannot be told.
+    encoding a micro-batch, forward and backward; None: they cannot be told. `initial` says what was
+    taken over of which weights, and what was not; empty if training began from nothing.
     """
 
     module: nn.Module
@@ -76,6 +77,7 @@ class Assembly:
     save: Callable[[dict[str, Tensor], int], None]
     evaluate: Evaluate | None = None
     flops: Callable[[Any], int] | None = None
+    initial: Mapping[str, Any] = field(default_factory=dict)
 
 
 def assemble(spec: TrainingSpec) -> Assembly:
@@ -85,8 +87,10 @@ def assemble(spec: TrainingSpec) -> Assembly:
     torch.manual_seed(spec.seed)
     model = families.build(sizes, spec.backbone.backbone() if spec.backbone else None)
     model.checkpoint_layers = spec.training.recompute_layers
+    initial: dict[str, Any] = {}
     if spec.initial is not None:
-        model_folder.initialise(model, spec.initial, _fresh_modules(spec, spec.initial))
+        taken = model_folder.initialise(model, spec.initial, _fresh_modules(spec, spec.initial))
+        initial = {"initial": spec.initial, "summary": taken.summary(), **taken.to_json()}
     module = ObjectiveModel(model, objectives).train()
 
     def save(weights: dict[str, Tensor], step: int) -> None:
@@ -99,15 +103,16 @@ def assemble(spec: TrainingSpec) -> Assembly:
             answers=spec.answers,
             card=ModelCard(
                 model_type=families.family_of(sizes).model_type,
-                made={**spec.card, "step": step},
+                made={**spec.card, "step": step, **({"initial": initial} if initial else {})},
                 num_parameters=sum(parameter.numel() for parameter in model.parameters()),
                 num_answers=len(spec.answers),
             ),
+            decoding=spec.decoding,
         )
 
     # Of a model part of which is not trained, the backward pass takes less than twice the forward.
     flops = None if spec.training.freeze or spec.backbone else _flops(sizes)
-    return Assembly(module, _batches(spec, objectives), save, _evaluation(spec), flops)
+    return Assembly(module, _batches(spec, objectives), save, _evaluation(spec), flops, initial)
 
 
 def _flops(sizes: ModelConfig) -> Callable[[stream.MicroBatch], int]:
@@ -307,6 +312,9 @@ def _evaluation(spec: TrainingSpec) -> Evaluate | None:
 
 
 def _fresh_modules(spec: TrainingSpec, initial: str) -> Sequence[str]:
-    """Names what is not taken over from another model: an answer head for other answers."""
+    """Names what is not taken over from another model: an answer head for other answers.
+
+    Of somebody else's weights it is not known what their answers were.
+    """
     answers = read_own(initial)["answers"] if is_model(initial) else []
-    return () if tuple(answers) == spec.answers else ("answer_head",)
+    return () if answers and tuple(answers) == spec.answers else ("answer_head",)

@@ -543,6 +543,8 @@ class _Run:
     def _tell_start(self, start: int, damaged: list[str]) -> None:
         for reason in damaged:
             self._event("damaged-checkpoint", reason=reason)
+        if self.assembly.initial and not start:
+            self._event("initialised", **self.assembly.initial)
         self._event(
             "resumed" if start else "started",
             step=start,

@@ -10,6 +10,7 @@ from pipeline.config import Change, Config, Fixed, Free, OnRequest, change_of
 from pipeline.data.images import LiveConfig
 from pipeline.data.loader import BatchConfig
 from pipeline.errors import ConfigError
+from pipeline.models.generation import Decoding
 from pipeline.vision.grid import GridConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -211,6 +212,8 @@ class TrainingSpec(Config):
     # Operations that one rank's device can make in a second, for the share that the model makes use
     # of (MFU); None: those of a GPU that is known.
     device_flops: Free[PositiveFloat | None] = None
+    # how the model will write what it is scored by
+    decoding: Free[Decoding | None] = None
     # what the model folder records beside the weights
     card: Free[dict[str, Any]] = Field(default_factory=dict)
 

@@ -28,8 +28,8 @@ from pipeline.config import Config
 from pipeline.data.foreign_tar import ForeignTar
 from pipeline.data.manifest import Manifest
 from pipeline.data.shard_files import ShardFiles, default_cache
-from pipeline.errors import ConfigError, FeatureError, PipelineError, RejectError
-from pipeline.room import Waiting, wait
+from pipeline.errors import ClusterError, ConfigError, FeatureError, PipelineError, RejectError
+from pipeline.room import Waiting, require_cluster, wait
 from pipeline.vision.extractor import AnyExtractor, from_card
 from pipeline.vision.feature import Extractor, measure_invariance
 from pipeline.vision.network import NetworkConfig, fit_if_absent
@@ -262,7 +262,9 @@ def _on_actors(
         max_task_retries=SHARD_RETRIES,
     )(_Worker)
     actors = [worker.remote(card, config) for _ in range(min(config.actors, len(plans)))]
-    running = {actor.environment.remote(plans[:MEASURED_SHARDS]): actor for actor in actors}
+    running = {
+        actor.environment.remote(plans[:MEASURED_SHARDS]): (actor, plans[0]) for actor in actors
+    }
     to_do = deque(plans)
     num_left, has_begun = len(plans), False
     try:
@@ -270,10 +272,11 @@ def _on_actors(
         while num_left:
             done = wait(list(running), waiting, has_begun)
             has_begun = True
-            actor = running.pop(done[0])
-            result = _result(done[0])
+            actor, plan = running.pop(done[0])
+            result = _result(done[0], plan)
             if to_do:
-                running[actor.write.remote(to_do.popleft())] = actor
+                plan = to_do.popleft()
+                running[actor.write.remote(plan)] = (actor, plan)
             num_left -= isinstance(result, Sidecar)
             yield result
     finally:
@@ -304,7 +307,7 @@ class _Worker:
             return write_sidecar(extractor, plan, self._files, self._config.batch_size, threads)
 
 
-def _result(reference: Any) -> Environment | Sidecar:
+def _result(reference: Any, plan: SidecarPlan) -> Environment | Sidecar:
     """Returns what an actor returned; raises its error without Ray's traceback in its message."""
     import ray
 
@@ -313,11 +316,18 @@ def _result(reference: Any) -> Environment | Sidecar:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, PipelineError):
             raise error.cause from error
+        if isinstance(error.cause, ModuleNotFoundError):
+            raise ClusterError(
+                f"extract: {error.cause} on a node of the cluster; install Sightline and what it "
+                "needs on every node"
+            ) from error
         raise
-    except ray.exceptions.RayActorError as error:
-        raise FeatureError(
-            f"extract: an actor was lost {SHARD_RETRIES + 1} times over one shard; if it ran out "
-            f"of memory, lower features.extract.batch_size ({error})"
+    except ray.exceptions.RayError as error:
+        require_cluster()
+        raise ClusterError(
+            f"extract: an actor was lost {SHARD_RETRIES + 1} times, with its node or by itself, "
+            f"over shard {plan.shard} of split {plan.split}; if memory ran out, lower "
+            "features.extract.batch_size or actors"
         ) from error
     return result
 

@@ -96,18 +96,6 @@ class ResizeBicubic:
 
 
 @dataclass(frozen=True)
-class ResizeShortSideBicubic:
-    """Scales the shorter side to `size`, as `ResizeShortSide`, by the cubic filter."""
-
-    name: ClassVar[str] = "resize the short side, antialiased bicubic"
-    size: int
-
-    def __call__(self, pixels: Pixels, view: View) -> tuple[Pixels, View]:
-        width, height = _short_side(pixels, self.size)
-        return _resize(pixels, width, height, Image.Resampling.BICUBIC), view
-
-
-@dataclass(frozen=True)
 class CentreCrop:
     """Keeps the middle size × size pixels (torchvision's `CenterCrop`)."""
 
@@ -130,7 +118,71 @@ class CentreCrop:
         return pixels[top : top + self.size, left : left + self.size], kept
 
 
-Step = Resize | ResizeShortSide | ResizeWithin | ResizeBicubic | ResizeShortSideBicubic | CentreCrop
+@dataclass(frozen=True)
+class ResizeTo:
+    """Scales to exactly width × height by one of Pillow's filters, all of them antialiased."""
+
+    name: ClassVar[str] = "resize"
+    width: int
+    height: int
+    filter: str  # Pillow's name
+
+    def __call__(self, pixels: Pixels, view: View) -> tuple[Pixels, View]:
+        resampling = Image.Resampling[self.filter]
+        return _resize(pixels, self.width, self.height, resampling), view
+
+
+@dataclass(frozen=True)
+class ResizeShortSideTo:
+    """Scales the shorter side to `size` and keeps the proportions, by one of Pillow's filters."""
+
+    name: ClassVar[str] = "resize the short side"
+    size: int
+    filter: str  # Pillow's name
+
+    def __call__(self, pixels: Pixels, view: View) -> tuple[Pixels, View]:
+        width, height = _short_side(pixels, self.size)
+        return _resize(pixels, width, height, Image.Resampling[self.filter]), view
+
+
+@dataclass(frozen=True)
+class PaddedCentreCrop:
+    """Keeps the middle size × size pixels, amid black where there are fewer (transformers').
+
+    Of an odd number of pixels to leave out, one more goes on the right and below, where
+    torchvision's `CenterCrop` rounds half to even.
+    """
+
+    name: ClassVar[str] = "centre crop, rounded down, padded"
+    size: int
+
+    def __call__(self, pixels: Pixels, view: View) -> tuple[Pixels, View]:
+        height, width = pixels.shape[:2]
+        top, left = (height - self.size) // 2, (width - self.size) // 2
+        kept = np.zeros((self.size, self.size, 3), np.uint8)
+        inner = pixels[max(top, 0) : top + self.size, max(left, 0) : left + self.size]
+        y, x = max(-top, 0), max(-left, 0)
+        kept[y : y + inner.shape[0], x : x + inner.shape[1]] = inner
+        x1, y1, x2, y2 = view
+        scale_x, scale_y = (x2 - x1) / width, (y2 - y1) / height
+        return kept, (
+            x1 + left * scale_x,
+            y1 + top * scale_y,
+            x1 + (left + self.size) * scale_x,
+            y1 + (top + self.size) * scale_y,
+        )
+
+
+Step = (
+    Resize
+    | ResizeShortSide
+    | ResizeWithin
+    | ResizeBicubic
+    | CentreCrop
+    | ResizeTo
+    | ResizeShortSideTo
+    | PaddedCentreCrop
+)
 
 
 @dataclass(frozen=True)

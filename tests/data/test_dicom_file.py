@@ -111,6 +111,19 @@ def test_colours_of_a_palette_are_those_of_pydicom() -> None:
     np.testing.assert_allclose(images(payload)[0], expected / 257, atol=0.5)
 
 
+def test_a_palette_may_be_written_in_segments() -> None:
+    ramp = np.rint(np.linspace(0, 65535, 5)).astype("<u2")
+    tables: dict[str, Any] = {}
+    for name, values in (("Red", ramp), ("Green", 0 * ramp), ("Blue", ramp[::-1])):
+        segment = np.array([0, len(values), *values], "<u2")  # of as many values, one by one
+        tables[f"{name}PaletteColorLookupTableDescriptor"] = [5, 10, 16]
+        tables[f"Segmented{name}PaletteColorLookupTableData"] = segment.tobytes()
+    colours = {"PhotometricInterpretation": "PALETTE COLOR", "PixelRepresentation": 0}
+    assert images(dicom(np.array([[9, 10, 12, 14, 99]]), **colours, **tables)) == [
+        [[[0, 0, 255], [0, 0, 255], [128, 0, 128], [255, 0, 0], [255, 0, 0]]]
+    ]
+
+
 def test_colours_of_more_bits_become_eight() -> None:
     colours = np.array([[[0, 2047, 4095], [4095, 0, 1]]])
     attributes = {

@@ -86,7 +86,7 @@ def test_predict_answers_and_captions(
     asked = ["--question", "Is there a circle?", "--json"]
     assert run_job(["predict", run, "--image", str(image), *asked]) == 0
     answers = json.loads(capsys.readouterr().out)["answers"]
-    assert answers[0]["probability"] >= answers[1]["probability"]
+    assert answers[0]["score"] >= answers[1]["score"]
     image.write_bytes(b"not an image")
     assert run_job(["predict", run, "--image", str(image)]) == 1
     assert "photo.jpg" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pipeline.cluster import ClusterConfig
+from pipeline.cluster import ClusterConfig, start_ray
 from pipeline.errors import PipelineError
 from pipeline.training import launch
 from pipeline.training.assembly import Assembly
@@ -144,7 +144,7 @@ def nodes_of_one_rank(count: int) -> Iterator[tuple[Any, list[Any]]]:
         head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": temp}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         nodes = [cluster.add_node(num_cpus=1) for _ in range(count)]
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+        start_ray(ClusterConfig(address=cluster.address))
         yield cluster, nodes
         ray.shutdown()
         cluster.shutdown()

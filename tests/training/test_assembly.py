@@ -17,7 +17,7 @@ from pipeline.objectives.objective import ObjectivesConfig
 from pipeline.objectives.stream import MicroBatch, StreamCollator
 from pipeline.training.assembly import Assembly, assemble
 from pipeline.training.loop import train
-from pipeline.training.metrics_log import read_metrics
+from pipeline.training.metrics_log import read_events, read_metrics
 from pipeline.training.model_folder import load_model
 from pipeline.training.spec import Environment, TrainingConfig, TrainingSpec
 from tests.data.tiny_dataset import EXTRACTOR, make_dataset, make_texts
@@ -394,6 +394,32 @@ def test_an_answer_head_is_taken_over_only_for_the_same_answers(data: Path, tmp_
     differing = {name for name, tensor in trained.items() if not equal(fresh[name], tensor)}
     assert differing
     assert all(name.startswith("answer_head") for name in differing)
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_was_taken_over_is_told_in_the_log_and_on_the_models_card(
+    data: Path, tmp_path: Path
+) -> None:
+    first = make_spec(data, tmp_path / "first", objectives={"answer": {}}, answers=ANSWERS)
+    train(first, HERE)
+    initial = str(tmp_path / "first" / "model")
+    second = make_spec(
+        data,
+        tmp_path / "second",
+        model=SIZES | {"vocab_size": 90, "num_layers": 3},
+        initial=initial,
+    )
+    train(second, HERE)
+    told = read_events(second.folder)[0]
+    assert told["event"] == "initialised"
+    assert told["initial"] == initial
+    assert told["new_parameters"] == ["layers.2 (12)"]
+    assert told["left_out_tensors"] == ["cls (2)"]
+    assert "12 new: layers.2 (12); 2 left out: cls (2)" in told["summary"]
+    page = (tmp_path / "second" / "model" / "README.md").read_text()
+    assert f"| from | {initial} |" in page
+    assert "| new (12) | layers.2 (12) |" in page
+    assert load_model(str(tmp_path / "second" / "model")).card["initial"]["left_out"] == 2
 
 
 def equal(one: torch.Tensor, other: torch.Tensor) -> bool:

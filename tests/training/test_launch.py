@@ -112,7 +112,7 @@ def test_more_workers_than_samples_of_a_step_are_refused_before_anything_starts(
 
 
 def test_what_ends_a_rank_is_told_in_a_sentence_and_the_trace_kept(tmp_path: Path) -> None:
-    from ray.exceptions import OutOfMemoryError
+    from ray.exceptions import ActorDiedError, OutOfMemoryError
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
     spec = make_spec(tmp_path / "run")
@@ -125,6 +125,12 @@ def test_what_ends_a_rank_is_told_in_a_sentence_and_the_trace_kept(tmp_path: Pat
     assert "of many lines" in trace.read_text()
     ours = WorkerGroupError("…", {0: ConnectionError("closed"), 1: FeatureError("no features")})
     assert str(launch._in_one_sentence(ours, spec)) == "rank 1: no features"
+    gone = WorkerGroupError("…", {0: ActorDiedError(), 1: ModuleNotFoundError("No module 'x'")})
+    assert str(launch._in_one_sentence(gone, spec)).startswith(
+        "pretrain: rank 0: lost, with its node or by itself, and not to be restarted "
+        "(cluster.max_failures); start again: it goes on from the last checkpoint; rank 1: No "
+        "module 'x' on its node; install Sightline"
+    )
     full = launch._in_one_sentence(ControllerError(OutOfMemoryError("Refer to …")), spec)
     assert str(full).startswith("pretrain: the process that leads the ranks: its machine's memory")
     refused = ControllerError(FeatureError("rank 3: no features"))
@@ -229,10 +235,11 @@ def wait_for_step(driver: "subprocess.Popen[str]", spec: TrainingSpec, step: int
 def ended(driver: "subprocess.Popen[str]", seconds: float = 300) -> str:
     """Returns the last line that a driver printed; it must have succeeded."""
     try:
-        output, _ = driver.communicate(timeout=seconds)
+        output, said = driver.communicate(timeout=seconds)
     finally:
         driver.kill()
-    assert driver.returncode == 0
+    assert driver.returncode == 0, said
+    assert "state-dump" not in said
     return output.splitlines()[-1]
 
 

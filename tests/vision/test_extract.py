@@ -20,7 +20,7 @@ from pipeline.data.ingest import IngestConfig, ingest
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.webdataset import WebDatasetSourceConfig
 from pipeline.data.verify import verify
-from pipeline.errors import ConfigError, FeatureError, RejectError, ShardError
+from pipeline.errors import ClusterError, ConfigError, FeatureError, RejectError, ShardError
 from pipeline.vision import extract as module
 from pipeline.vision.extract import ExtractConfig, ExtractProgress, ExtractReport, extract
 from pipeline.vision.grid import GridConfig
@@ -293,6 +293,15 @@ def test_ray_is_started_only_for_work_that_needs_it(tmp_path: Path) -> None:
     extract(str(tmp_path), PIXELS, ExtractConfig(actors=1), start_ray=started)
 
 
+class DyingWorker:
+    """An actor whose network kills its process."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def environment(self, _plans: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.usefixtures("ray_local")
 class TestOnActors:
     def test_actors_give_the_bytes_that_one_process_gives(self, tmp_path: Path) -> None:
@@ -349,6 +358,15 @@ class TestOnActors:
             pool = ExtractConfig.model_validate({"actors": 1, **asked})
             with pytest.raises(ConfigError, match=f"extract: {fault}"):
                 extract(str(tmp_path), PIXELS, pool)
+
+    def test_an_actor_that_dies_again_and_again_names_its_shard(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "SHARD_RETRIES", 1)
+        make_dataset(str(tmp_path), pictures(2))
+        monkeypatch.setattr(module, "_Worker", DyingWorker)
+        with pytest.raises(ClusterError, match=r"lost 2 times, with its node .* over shard \w+"):
+            extract(str(tmp_path), PIXELS, ExtractConfig(actors=1))
 
     def _workers(self) -> list[int]:
         found: list[Any] = []

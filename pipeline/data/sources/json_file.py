@@ -198,10 +198,13 @@ class JsonList:
         elements = self._elements
 
         def read(index: int) -> S:
-            try:
-                return decode(elements[index])
-            except (msgspec.DecodeError, TypeError, RecursionError):
-                return checked(self.object(index))  # TypeError: it is parsed already
+            element = elements[index]
+            if isinstance(element, msgspec.Raw):  # else Python's reader has parsed it already
+                try:
+                    return decode(element)
+                except (msgspec.DecodeError, RecursionError):
+                    pass  # it does not fit, or only the fields can say what is wrong
+            return checked(self.object(index))
 
         return read
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, BinaryIO, cast
@@ -75,6 +76,21 @@ def rows(
             yield Row(f"line {found.number}", values, found.fault)
 
 
+def count_rows(location: str, form: TextForm) -> int | None:
+    """Returns how many rows a file has without reading one: Parquet's own number, JSONL's lines.
+
+    None where only reading the rows tells.
+    """
+    kind = _format(location, form)
+    if kind == ".parquet":
+        with storage.reader(location) as file:
+            return int(_open_parquet(file, location).metadata.num_rows)
+    if kind in (".jsonl", ".ndjson"):
+        with text_lines(location, form.encoding) as lines:
+            return sum(not line.isspace() for line in lines if line)
+    return None
+
+
 def read_cell(where: str) -> bytes:
     """Returns the image bytes that a Row spoke of; raises SourceError if the cell holds none."""
     location, _, place = where.rpartition("#")
@@ -82,7 +98,7 @@ def read_cell(where: str) -> bytes:
     try:
         cells = _image_column(location, int(group), column, storage.stamp(location))
         payload = cells[int(row)].as_py() if int(row) < len(cells) else None
-    except (pa.ArrowException, StopIteration) as error:
+    except (pa.ArrowException, LookupError) as error:
         raise SourceError(f"{where}: cannot be read: {error}") from error
     if not payload:
         raise SourceError(f"{where}: no image bytes in this row")
@@ -133,16 +149,18 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parquet_rows(location: str, columns: Sequence[str], image: str) -> Iterator[Row]:
     with storage.reader(location) as file:
         table = _open_parquet(file, location)
-        schema = table.schema_arrow
-        _check_columns(location, columns, schema.names)
-        bytes_column = _bytes_column(schema, image)
-        if bytes_column:
-            _check_group_sizes(table, bytes_column, location)
-        wanted = [name for name in _leaves(table, columns) if name != bytes_column]
+        with _whole(location):
+            schema = table.schema_arrow
+            _check_columns(location, columns, schema.names)
+            bytes_column = _bytes_column(schema, image)
+            if bytes_column:
+                _check_group_sizes(table, bytes_column, location)
+            wanted = [name for name in _leaves(table, columns) if name != bytes_column]
         number = 0
         for group in range(table.num_row_groups):
             num_rows = table.metadata.row_group(group).num_rows
-            has_bytes = bytes_column and not _is_null(table, group, bytes_column)
+            with _whole(f"{location}: row group {group}"):
+                has_bytes = bytes_column and not _is_null(table, group, bytes_column)
             part = _read_group(table, group, wanted, location) if wanted else None
             for index in range(num_rows):
                 number += 1
@@ -170,19 +188,24 @@ def _check_columns(location: str, columns: Sequence[str], names: Sequence[str]) 
 
 
 def _open_parquet(file: BinaryIO, location: str) -> Any:
-    try:
+    with _whole(location):
         return pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{location}: not a whole Parquet file: {error}") from error
 
 
 def _read_group(table: Any, group: int, columns: Sequence[str], location: str) -> pa.Table:
-    try:
+    with _whole(f"{location}: row group {group}"):
         return table.read_row_group(group, columns=columns)
-    except (pa.ArrowException, OSError, ValueError) as error:
+
+
+@contextmanager
+def _whole(where: str) -> Iterator[None]:
+    """Makes what pyarrow raises of a damaged file a SourceError."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
         raise SourceError(
-            f"{location}: row group {group} cannot be read: {error}; the file was damaged on its "
-            "way or is of a kind that this pyarrow does not know"
+            f"{where}: not whole, or not Parquet: {error}; it was damaged or cut short on its way, "
+            "or is of a kind that this pyarrow does not know"
         ) from error
 
 
@@ -232,7 +255,10 @@ def _is_null(table: Any, group: int, column: str) -> bool:
 def _chunk(table: Any, group: int, column: str) -> Any:
     metadata = table.metadata.row_group(group)
     chunks = (metadata.column(index) for index in range(metadata.num_columns))
-    return next(chunk for chunk in chunks if chunk.path_in_schema == column)
+    found = [chunk for chunk in chunks if chunk.path_in_schema == column]
+    if not found:
+        raise LookupError(f"row group {group} has no column {column!r}")
+    return found[0]
 
 
 @lru_cache(maxsize=_GROUPS_KEPT)

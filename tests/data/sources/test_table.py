@@ -11,8 +11,9 @@ import xxhash
 
 from pipeline import storage
 from pipeline.data.dataset import Dataset
+from pipeline.data.sources import table as table_module
 from pipeline.errors import ConfigError, SourceError
-from tests.data.sources.built import build, draw, ingested, listed, reason, record
+from tests.data.sources.built import build, draw, ingested, listed, reason, reasons, record
 from tests.vision.video_files import dicom, video
 
 
@@ -213,3 +214,23 @@ def test_a_row_may_name_a_video_or_a_dicom(tmp_path: Path) -> None:
         "scan": "dcm",
     }
     assert ingested(source, tmp_path).num_live == 2
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl"])
+def test_a_row_that_the_reader_swallows_is_found_by_the_files_own_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    draw(*(tmp_path / f"{n}.png" for n in range(4)))
+    values = [{"image": f"{n}.png", "caption": "words"} for n in range(4)]
+    if name == "rows.parquet":
+        pq.write_table(pa.Table.from_pylist(values), tmp_path / name)
+    else:
+        (tmp_path / name).write_text("\n\n".join(map(json.dumps, values)))
+    source = build(
+        "table", table=str(tmp_path / name), image="image", texts={"captions": "caption"}
+    )
+    assert reasons(source) == {"live": 4}
+    rows = table_module.rows
+    monkeypatch.setattr(table_module, "rows", lambda *given: [*rows(*given)][1:])
+    with pytest.raises(SourceError, match=rf"{name} has 4: of 4 entries, 3 are in"):
+        ingested(source, tmp_path)

@@ -94,7 +94,7 @@ def test_row_groups_too_large_to_unpack_for_one_image_are_refused(
         ("t.csv", "a,b\n1,2\n", "no column 'c'; there are 'a', 'b'"),
         ("t.csv", "", "no column 'c'"),
         ("t.csv", "\xe9,c\n", r"t\.csv: line 1: byte 0xe9 is not UTF-8; .* `encoding` names it"),
-        ("t.parquet", "nothing of the kind", "not a whole Parquet file"),
+        ("t.parquet", "nothing of the kind", "not whole, or not Parquet"),
         ("t.json", '{"rows": []}', "expected a list, found dict"),
     ],
 )

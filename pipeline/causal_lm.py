@@ -36,7 +36,7 @@ def build(document: Mapping[str, Any], vocab_size: int) -> "nn.Module":
     try:
         config = AutoConfig.for_model(model_type, **settings)
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever the library makes of settings it does not check
         raise ModelError(
             f"decoder: transformers builds no causal language model of model_type {model_type!r} "
             f"from these settings: {error}"

@@ -1,25 +1,33 @@
 """The verbs of the command line.
 
 Progress goes to stderr, results to stdout. The exit status is 0 only if all of the work was
-done: 1 for a failure, 2 for a wrong command line, 64 for a refused recipe, 130 after Ctrl-C, 143
+done: 1 for a failure, 2 for a wrong command line, 64 for a refused recipe, 70 for a run folder that
+was lost to another process, 75 for one in which another command is at work, 130 after Ctrl-C, 143
 for training that SIGTERM or Ctrl-C told to stop, and that left a checkpoint to go on from.
 """
 
 import dataclasses
 import json
+import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Annotated, Literal, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Literal, ParamSpec
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
 from pipeline import __version__
-from pipeline.errors import ConfigError, PipelineError, StoppedError
+from pipeline.errors import BusyError, ConfigError, LostError, PipelineError, StoppedError
+
+if TYPE_CHECKING:
+    from pipeline.stages.submit import JobClient
 
 REFUSED_STATUS = 64
+LOST_STATUS = 70
+BUSY_STATUS = 75
 INTERRUPTED_STATUS = 130
 STOPPED_STATUS = 143
 
@@ -58,6 +66,28 @@ Overrides = Annotated[
 ]
 PrintRecipe = Annotated[
     bool, typer.Option("--print-recipe", help="Print the resolved recipe and do nothing.")
+]
+FromCheckpoint = Annotated[
+    bool,
+    typer.Option(
+        "--from-checkpoint",
+        help="Go on from the newest checkpoint though settings have changed (steps, rate, …).",
+    ),
+]
+Restart = Annotated[
+    bool,
+    typer.Option(
+        "--restart",
+        help="Train anew what was begun with other settings; the old folder is moved aside.",
+    ),
+]
+Decision = Literal["refuse", "continue", "restart"]
+AllowRemovals = Annotated[
+    bool,
+    typer.Option(
+        "--allow-removals",
+        help="Let any number of samples go that the source has no more, for this once.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")]
 Address = Annotated[
@@ -102,7 +132,11 @@ def reported(verb: Callable[P, int | None]) -> Callable[P, None]:
             raise typer.Exit(STOPPED_STATUS) from None
         except PipelineError as error:
             console.print(f"Failed: {error}", style="red", soft_wrap=True)
-            raise typer.Exit(1) from None
+            statuses: dict[type[PipelineError], int] = {
+                BusyError: BUSY_STATUS,
+                LostError: LOST_STATUS,
+            }
+            raise typer.Exit(statuses.get(type(error), 1)) from None
         except KeyboardInterrupt:
             console.print("Stopped. The same command goes on where this one was.")
             raise typer.Exit(INTERRUPTED_STATUS) from None
@@ -132,20 +166,89 @@ def _add_stage_verb(name: str, description: str) -> None:
         print_recipe: PrintRecipe = False,
         as_json: AsJson = False,
     ) -> None:
-        from pipeline import config
-        from pipeline.recipe import Recipe
+        _run_stages(name, recipe, overrides or [], print_recipe, as_json)
 
-        resolved = config.load(Recipe, recipe, overrides or [])
-        if print_recipe:
-            typer.echo(config.to_yaml(resolved), nl=False)
-            return
-        from pipeline.stages.run import STAGES, run_stages
+    @reported
+    def ingest(
+        recipe: RecipePath,
+        overrides: Overrides = None,
+        allow_removals: AllowRemovals = False,
+        print_recipe: PrintRecipe = False,
+        as_json: AsJson = False,
+    ) -> None:
+        _run_stages(
+            name, recipe, overrides or [], print_recipe, as_json, allow_removals=allow_removals
+        )
 
-        summary = run_stages(resolved, list(STAGES) if name == "run" else [name], console)
-        if as_json:
-            typer.echo(json.dumps(summary, ensure_ascii=False))
+    @reported
+    def train(
+        recipe: RecipePath,
+        overrides: Overrides = None,
+        from_checkpoint: FromCheckpoint = False,
+        restart: Restart = False,
+        print_recipe: PrintRecipe = False,
+        as_json: AsJson = False,
+    ) -> None:
+        decision = _decision(from_checkpoint, restart)
+        _run_stages(name, recipe, overrides or [], print_recipe, as_json, decision)
 
-    app.command(name, help=description)(verb)
+    @reported
+    def run(
+        recipe: RecipePath,
+        overrides: Overrides = None,
+        from_checkpoint: FromCheckpoint = False,
+        restart: Restart = False,
+        allow_removals: AllowRemovals = False,
+        print_recipe: PrintRecipe = False,
+        as_json: AsJson = False,
+    ) -> None:
+        decision = _decision(from_checkpoint, restart)
+        _run_stages(name, recipe, overrides or [], print_recipe, as_json, decision, allow_removals)
+
+    of_its_own: dict[str, Callable[..., None]] = {
+        "run": run,
+        "ingest": ingest,
+        "pretrain": train,
+        "finetune": train,
+    }
+    app.command(name, help=description)(of_its_own.get(name, verb))
+
+
+def _decision(from_checkpoint: bool, restart: bool) -> Decision:
+    if from_checkpoint and restart:
+        raise ConfigError(
+            "--from-checkpoint goes on from what is there and --restart does not: give one of them"
+        )
+    return "continue" if from_checkpoint else "restart" if restart else "refuse"
+
+
+def _run_stages(
+    name: str,
+    recipe: str,
+    overrides: Sequence[str],
+    print_recipe: bool,
+    as_json: bool,
+    decision: Decision = "refuse",
+    allow_removals: bool = False,
+) -> None:
+    from pipeline import config
+    from pipeline.recipe import Recipe
+
+    resolved = config.load(Recipe, recipe, overrides)
+    if print_recipe:
+        typer.echo(config.to_yaml(resolved), nl=False)
+        return
+    from pipeline.stages.changed import OnChange
+    from pipeline.stages.run import STAGES, run_stages
+    from pipeline.stages.submit import COMMAND
+
+    # A job knows its recipe by another name than the user who submitted it.
+    command = os.environ.get(COMMAND) or shlex.join(["sightline", name, recipe, *overrides])
+    names = list(STAGES) if name == "run" else [name]
+    on_change = OnChange(decision, command)
+    summary = run_stages(resolved, names, console, on_change, allow_removals)
+    if as_json:
+        typer.echo(json.dumps(summary, ensure_ascii=False))
 
 
 for _name, _description in STAGE_VERBS.items():
@@ -171,14 +274,27 @@ def predict(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run or a model folder.")],
     image: Annotated[str, typer.Option(help="A photograph: path or URL.")],
     question: Annotated[
-        str, typer.Option(help="Ask this; without it the image is captioned.")
-    ] = "",
+        str | None, typer.Option(help="Ask this; without it the image is captioned.")
+    ] = None,
+    beams: Annotated[
+        int | None,
+        typer.Option(help="Write with so many beams; default: as the model was scored.", min=1),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Caption a photograph, or answer a question about it."""
+    """Caption a photograph, or answer a question about it.
+
+    A caption is written as the model's were when it was scored. What should be known before the
+    text is believed goes to stderr.
+    """
     from pipeline.stages.predict import predict as predict_image
 
-    prediction = predict_image(model, image, question)
+    prediction = predict_image(model, image, question, beams)
+    for note in prediction["notes"]:
+        console.print(f"Note: {note}", style="yellow", highlight=False, soft_wrap=True)
+    if "decoding" in prediction:
+        told = ", ".join(f"{name} {value}" for name, value in prediction["decoding"].items())
+        console.print(f"written with {told}", highlight=False, soft_wrap=True)
     typer.echo(json.dumps(prediction, ensure_ascii=False) if as_json else prediction["text"])
 
 
@@ -229,27 +345,48 @@ def submit(
     address: Address = LOCAL_CLUSTER,
     name: Annotated[
         str,
-        typer.Option(help="The job's id; a name in use is refused. Default: made from the recipe."),
+        typer.Option(help="The job's id. Default: made from what the recipe says."),
     ] = "",
     detach: Annotated[bool, typer.Option(help="Print the job's id and return at once.")] = False,
+    from_checkpoint: FromCheckpoint = False,
+    restart: Restart = False,
 ) -> int:
     """Run a recipe on a Ray cluster as a job; follow its log and return its exit status.
 
-    The cluster needs Sightline installed. Relative paths in the recipe are those of this folder,
-    which a cluster of several machines must share; better use URLs there.
+    Where a job of the very recipe runs already, that is followed; after one that ended, a new one
+    goes on. The cluster needs Sightline installed. Relative paths in the recipe are those of this
+    folder, where the cluster's head is this machine; elsewhere use URLs.
     """
     from pipeline import config
     from pipeline.recipe import Recipe
-    from pipeline.stages.submit import JobClient, job_name
+    from pipeline.stages.submit import JobClient
 
     resolved = config.load(Recipe, recipe, overrides or [])
     client = JobClient(address)
-    job = client.submit(resolved, name or job_name(resolved.name))
+    flag = {"continue": ["--from-checkpoint"], "restart": ["--restart"], "refuse": []}
+    flags = flag[_decision(from_checkpoint, restart)]
+    given = ["sightline", "submit", recipe, *(overrides or []), "--address", address]
+    submitted = client.submit(resolved, name, flags, shlex.join(given))
+    job = submitted.job
     if detach:
         typer.echo(job)
         return 0
-    console.print(f"job {job} at {address}; Ctrl-C leaves it running", highlight=False)
-    return client.follow(job)
+    found = "" if submitted.is_new else " runs already, and is followed"
+    return _follow(client, job, f"job {job} at {address}{found}; Ctrl-C leaves it running")
+
+
+def _follow(client: "JobClient", job: str, announced: str) -> int:
+    try:
+        console.print(announced, highlight=False, soft_wrap=True)
+        return client.follow(job)
+    except KeyboardInterrupt:
+        console.print(
+            f"The job goes on. Follow it: {client.command('logs', job)} --follow\n"
+            f"Stop it: {client.command('stop', job)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return INTERRUPTED_STATUS
 
 
 @job_app.command("status")
@@ -269,7 +406,7 @@ def job_logs(job: str, address: Address = LOCAL_CLUSTER, follow: bool = False) -
 
     client = JobClient(address)
     if follow:
-        return client.follow(job)
+        return _follow(client, job, f"job {job} at {address}; Ctrl-C leaves it running")
     typer.echo(client.logs(job))
     return 0
 
@@ -303,6 +440,9 @@ def data_info(dataset: DatasetUrl, as_json: AsJson = False) -> None:
     output.print(table)
     for extractor, number in found["features"].items():
         output.print(f"features {extractor}: {number:,} samples")
+    for extractor, reasons in found["feature_rejects"].items():
+        for reason, number in reasons.items():
+            output.print(f"features {extractor}: {number:,} rejects, {reason}")
     for reason, number in found["rejects"].items():
         output.print(f"rejects {reason}: {number:,}")
 
@@ -431,6 +571,7 @@ def data_verify(dataset: DatasetUrl, version: Version = None, as_json: AsJson = 
             typer.echo("\t".join((fault.kind, fault.location, fault.key, fault.detail)))
     features = "".join(
         f"; {name}: {has.num_samples:,} samples, {has.num_missing:,} without"
+        + (f", {has.num_rejects:,} rejects" if has.num_rejects else "")
         for name, has in found.features.items()
     )
     console.print(
@@ -533,3 +674,7 @@ def _add_bench_verb(name: str, description: str) -> None:
 
 for _name, _description in BENCH_VERBS.items():
     _add_bench_verb(_name, _description)
+
+
+if __name__ == "__main__":
+    main()

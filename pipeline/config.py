@@ -7,7 +7,8 @@ found and what is allowed.
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, Union, get_args, get_origin
+from enum import Enum
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -25,6 +26,28 @@ class Config(BaseModel):
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+class Change(Enum):
+    """What a run that is gone on with does about a setting that is not what it was.
+
+    A field says it in its annotation: `steps: OnRequest[PositiveInt]`.
+    """
+
+    FREELY = "freely"  # the curve does not depend on it, but for rounding
+    ON_REQUEST = "on request"  # the curve may go on from a checkpoint, as a new stretch
+    NEVER = "never"  # it would be the curve of another run
+
+
+Setting = TypeVar("Setting")
+Free = Annotated[Setting, Change.FREELY]
+OnRequest = Annotated[Setting, Change.ON_REQUEST]
+Fixed = Annotated[Setting, Change.NEVER]
+
+
+def change_of(config: type[Config], name: str) -> Change:
+    """Returns what the field's annotation says; a field of a run's settings must say it."""
+    return next(mark for mark in config.model_fields[name].metadata if isinstance(mark, Change))
 
 
 def load(config: type[ConfigT], location: str, overrides: Sequence[str] = ()) -> ConfigT:

@@ -12,6 +12,10 @@ class ConfigError(PipelineError):
     """A recipe, an override or a combination of settings is refused before work starts."""
 
 
+class ClusterError(PipelineError):
+    """Ray cannot be started or joined, or was lost."""
+
+
 class StorageError(PipelineError):
     """A path or object store cannot be read or written."""
 
@@ -32,8 +36,24 @@ class RejectError(PipelineError):
     """More records were rejected than the recipe allows."""
 
 
+class RemovalError(PipelineError):
+    """More samples would leave a dataset than the recipe allows."""
+
+
 class FeatureError(PipelineError):
     """Features are missing, do not match their samples, or cannot be computed."""
+
+
+class UnusableImageError(FeatureError):
+    """An image of which no feature can be made. `reason` is a reject's: a short slug."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"not a usable image: {self.reason}: {self.detail}"
 
 
 class ModelError(PipelineError):
@@ -46,6 +66,14 @@ class CheckpointError(PipelineError):
 
 class TrainingError(PipelineError):
     """Training cannot start or cannot go on."""
+
+
+class BusyError(TrainingError):
+    """Another process is at work in a run's folder."""
+
+
+class LostError(TrainingError):
+    """A run's folder was taken over by another process, or taken away, while it was at work."""
 
 
 class MetricError(PipelineError):

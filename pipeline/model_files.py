@@ -2,7 +2,6 @@
 
 import io
 import json
-import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,9 +17,12 @@ from pipeline.errors import ModelError, StorageError
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 PICKLED = "pytorch_model.bin"  # the same before there was safetensors
+INDEX = ".index.json"  # after either name: which of several files holds each tensor
 OWN = "sightline.json"  # ours: answers, extractor card, data version; written last
 
 ORIGINALS = (".pth", ".th", ".pt", ".bin")  # what the authors of a family publish
+
+DIGESTS = "digests"  # in sightline.json: of the files beside it, and of itself
 
 
 def is_model(folder: str) -> bool:
@@ -34,34 +36,68 @@ def is_original(location: str) -> bool:
 
 
 def read_weights(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns `config.json` and the tensors beside it, or raises ModelError."""
+    """Returns `config.json` and the tensors beside it, or raises ModelError naming the file.
+
+    Weights may lie in one file or, with an index beside them, in several.
+    """
     try:
-        document: dict[str, Any] = json.loads(storage.read_bytes(storage.join(folder, CONFIG)))
-        weights = _weights_of(folder)
-        payload = storage.read_bytes(weights)
+        document = read_json(storage.join(folder, CONFIG))
+        files, promised = _weights_of(folder)
+        tensors: dict[str, Tensor] = {}
+        for location in files:
+            tensors |= _tensors(storage.read_bytes(location), location)
     except StorageError as error:
         raise ModelError(
             f"{folder}: expected a model folder with {CONFIG} and {WEIGHTS}: {error}"
         ) from error
-    except ValueError as error:
-        raise ModelError(f"{folder}: damaged: {error}") from error
-    if weights.endswith(PICKLED):
-        return document, _unpickled(payload, weights)
-    try:
-        return document, safetensors.torch.load(payload)
-    except SafetensorError as error:
-        raise ModelError(f"{folder}: damaged: {error}") from error
+    absent = [name for name in promised if name not in tensors]
+    if absent:
+        raise ModelError(
+            f"{folder}: its index names {len(absent)} tensors that no file holds, as {absent[0]}"
+        )
+    return document, tensors
 
 
 def read_own(folder: str) -> dict[str, Any]:
-    """Returns what `sightline.json` records, or raises ModelError."""
+    """Returns what `sightline.json` records, or raises ModelError naming the wrong field."""
+    location = storage.join(folder, OWN)
     try:
-        own: dict[str, Any] = json.loads(storage.read_bytes(storage.join(folder, OWN)))
+        own = read_json(location)
     except StorageError as error:
         raise ModelError(f"{folder}: not a model of ours: it has no {OWN}") from error
-    except ValueError as error:
-        raise ModelError(f"{folder}: damaged: {error}") from error
+    for key, (kind, said) in _FIELDS.items():
+        if key in own and (not isinstance(own[key], kind) or isinstance(own[key], bool)):
+            raise ModelError(f"{location}: {key} is {str(own[key])[:60]!r}; expected {said}")
+    if "answers" not in own:
+        raise ModelError(f"{location}: answers is missing; expected a list of texts")
+    if not all(isinstance(answer, str) for answer in own["answers"]):
+        raise ModelError(f"{location}: answers: expected texts alone")
     return own
+
+
+_FIELDS: dict[str, tuple[Any, str]] = {
+    "answers": (list, "a list of texts"),
+    "family": (str, "a name"),
+    "phase": (str, "a name"),
+    "step": (int, "a number"),
+    "max_tokens": (int, "a number"),
+    "objectives": (dict, "objectives by name"),
+    "training": (dict, "settings by name"),
+    "data": (dict, "the dataset it was trained on"),
+    "extractor": (dict | None, "the card of an extractor"),
+}
+
+
+def read_json(location: str) -> dict[str, Any]:
+    """Returns a file's object, or raises ModelError naming it; StorageError if it is not there."""
+    payload = storage.read_bytes(location)
+    try:
+        document = json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{location}: damaged: not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ModelError(f"{location}: expected an object, found {type(document).__name__}")
+    return document
 
 
 def read_original(location: str) -> dict[str, Tensor]:
@@ -77,19 +113,87 @@ def read_original(location: str) -> dict[str, Tensor]:
 
 def digest(location: str) -> str:
     """Returns a digest of a model's weights: of a folder's, or of one file."""
-    weights = location if is_original(location) else _weights_of(location)
-    return xxhash.xxh3_128_hexdigest(storage.read_bytes(weights))
+    hashed = xxhash.xxh3_128()
+    try:
+        for part in [location] if is_original(location) else _weights_of(location)[0]:
+            hashed.update(storage.read_bytes(part))
+    except StorageError as error:
+        raise ModelError(f"{location}: {error}") from error
+    return hashed.hexdigest()
 
 
-def _weights_of(folder: str) -> str:
-    weights, pickled = storage.join(folder, WEIGHTS), storage.join(folder, PICKLED)
-    return pickled if storage.exists(pickled) and not storage.exists(weights) else weights
+def with_digests(own: Mapping[str, Any], payloads: Mapping[str, bytes]) -> dict[str, Any]:
+    """Adds to what `sightline.json` records the digests of files beside it, and its own."""
+    digests = {name: xxhash.xxh3_128_hexdigest(payload) for name, payload in payloads.items()}
+    whole = {**own, DIGESTS: digests}
+    return {**own, DIGESTS: {**digests, OWN: _own_digest(whole)}}
+
+
+def require_unchanged(folder: str, own: Mapping[str, Any]) -> None:
+    """Raises ModelError naming the first file that is not as it was when the model was saved."""
+    digests = own.get(DIGESTS, {})
+    if not isinstance(digests, dict):
+        raise ModelError(f"{storage.join(folder, OWN)}: {DIGESTS}: expected digests by file name")
+    for name, expected in digests.items():
+        location = storage.join(folder, name)
+        if name == OWN:
+            found = _own_digest(own)
+        else:
+            try:
+                found = xxhash.xxh3_128_hexdigest(storage.read_bytes(location))
+            except StorageError as error:
+                raise ModelError(f"{location}: it belongs to the model and is gone") from error
+        if found != expected:
+            raise ModelError(
+                f"{location}: damaged, or changed since the model was saved; take a whole copy, or "
+                f"export the model anew (where the change was meant: remove the file from "
+                f"{DIGESTS} in {OWN})"
+            )
+
+
+def _own_digest(own: Mapping[str, Any]) -> str:
+    digests = {name: one for name, one in own[DIGESTS].items() if name != OWN}
+    canonical = json.dumps({**own, DIGESTS: digests}, sort_keys=True, ensure_ascii=True)
+    return xxhash.xxh3_128_hexdigest(canonical.encode())
+
+
+def _weights_of(folder: str) -> tuple[list[str], list[str]]:
+    """Returns the files that hold a folder's tensors, and which tensors an index says there are."""
+    for name in (WEIGHTS, PICKLED):
+        location = storage.join(folder, name)
+        if storage.exists(location):
+            return [location], []
+        if storage.exists(location + INDEX):
+            named = _weight_map(location + INDEX)
+            files = sorted(set(named.values()))
+            return [storage.join(folder, shard) for shard in files], list(named)
+    return [storage.join(folder, WEIGHTS)], []  # which its reader finds missing
+
+
+def _weight_map(location: str) -> dict[str, str]:
+    """Reads an index: a tensor's name to the name of the file that holds it."""
+    named = read_json(location).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise ModelError(f"{location}: weight_map: expected the file of each tensor")
+    for tensor, name in named.items():
+        if not isinstance(name, str) or "/" in name or "\\" in name or name in ("", ".", ".."):
+            raise ModelError(f"{location}: weight_map.{tensor}: {name!r} is no name of a file here")
+    return named
+
+
+def _tensors(payload: bytes, location: str) -> dict[str, Tensor]:
+    if location.endswith(ORIGINALS):
+        return _unpickled(payload, location)
+    try:
+        return safetensors.torch.load(payload)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ModelError(f"{location}: damaged: {error}") from error
 
 
 def _unpickled(payload: bytes, location: str) -> dict[str, Tensor]:
     try:
         found = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except Exception as error:  # a damaged pickle can fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
             f"{location}: not a file of tensors alone, or damaged; nothing was run: {reason}"
@@ -101,5 +205,6 @@ def _unpickled(payload: bytes, location: str) -> dict[str, Tensor]:
         raise ModelError(f"{location}: expected named tensors, found {type(found).__name__}")
     others = [name for name, tensor in found.items() if not isinstance(tensor, Tensor)]
     if others:
-        raise ModelError(f"{location}: expected tensors alone, found also {', '.join(others[:5])}")
+        said = ", ".join(str(name) for name in others[:5])
+        raise ModelError(f"{location}: expected tensors alone, found also {said}")
     return dict(found)

@@ -10,6 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_v
 
 from pipeline import storage
 from pipeline.benchmarks.benchmark import BenchmarksConfig
+from pipeline.cluster import ClusterConfig
 from pipeline.config import Config
 from pipeline.data.augmentation import AugmentConfig
 from pipeline.data.ingest import IngestConfig
@@ -18,7 +19,6 @@ from pipeline.errors import ConfigError
 from pipeline.models.base import ModelConfig
 from pipeline.models.families import FAMILIES
 from pipeline.objectives.objective import ObjectivesConfig
-from pipeline.training.launch import ClusterConfig
 from pipeline.training.spec import TrainingConfig
 from pipeline.training.trackers import TrackersConfig
 from pipeline.vision.extract import ExtractConfig
@@ -168,6 +168,52 @@ class Recipe(Config):
                     "objectives.itc contrasts the whole global batch in one pass; set "
                     "global_batch_size to micro_batch_size x cluster.workers, and leave "
                     "cluster.min_workers and tokens_per_micro_batch out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _texts_fit_the_model(self) -> Self:
+        room = self.model.config(vocab_size=8, feature_dim=8).max_positions
+        for name, benchmark in self.benchmarks.build().items():
+            if benchmark.max_tokens > room:
+                raise ValueError(
+                    f"benchmarks.{name}.max_tokens={benchmark.max_tokens} is more than "
+                    f"model.sizes.max_positions={room}, the longest text that the model can read "
+                    "or write; make one smaller or the other larger"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _objectives_suit_the_family(self) -> Self:
+        family = FAMILIES[self.model.family].model
+        phases = {"objectives": self.objectives, "benchmarks": self.benchmarks.objectives()}
+        for key, objectives in phases.items():
+            for objective in objectives.build() if objectives is not None else ():
+                reason = objective.refusal(family)
+                if reason is not None:
+                    able = [
+                        name
+                        for name, other in FAMILIES.items()
+                        if objective.refusal(other.model) is None
+                    ]
+                    raise ValueError(
+                        f"model.family={self.model.family} and objective {objective.name!r} of "
+                        f"{key}: {reason}; families that can: {', '.join(able)}"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluations_find_what_decides(self) -> Self:
+        phases = {"pretrain": self.objectives, "finetune": self.benchmarks.objectives()}
+        for name, objectives in phases.items():
+            training: TrainingConfig | None = getattr(self.training, name)
+            if training is None or objectives is None or training.evaluate_every_steps is None:
+                continue
+            figures = ["loss", *(objective.name for objective in objectives.build())]
+            if training.best_by not in figures:
+                raise ValueError(
+                    f"training.{name}.best_by={training.best_by}: an evaluation while training "
+                    f"gives {', '.join(figures)}"
                 )
         return self
 

@@ -8,19 +8,28 @@ Nothing here is appended to or edited in place: an object appears whole or not a
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import shutil
+import socket
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import fsspec
+import psutil  # type: ignore[import-untyped]
 
 from pipeline.errors import StorageError
+
+_HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:64]
+_SCRATCH_OF_HERE = re.compile(rf"\..*\.{_HOST}\.(\d+)-[0-9a-f]{{8}}\.partial", re.DOTALL)
+_tidied: set[Path] = set()  # the folders where this process has looked for what others left
 
 
 def is_local(location: str) -> bool:
@@ -188,6 +197,14 @@ def exists(location: str) -> bool:
         raise StorageError(f"{location}: cannot be looked up ({error})") from error
 
 
+def is_readable(location: str) -> bool:
+    """Whether it is a file or a folder, which reading does not wait for as it may for a FIFO."""
+    if not is_local(location):
+        return True
+    path = local_path(location)
+    return path.is_file() or path.is_dir()
+
+
 def size_bytes(location: str) -> int:
     """Returns an object's size in bytes, or raises StorageError if it is absent."""
     try:
@@ -208,13 +225,28 @@ def list_names(location: str) -> list[str]:
     filesystem, path = _object_store(location)
     filesystem.invalidate_cache()
     try:
-        return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in filesystem.ls(path, False)})
+        names = {name.rstrip("/").removeprefix(path) for name in filesystem.ls(path, False)}
+        return sorted({name.rsplit("/", 1)[-1] for name in names if name})
     except FileNotFoundError:
         return []
 
 
-def list_stamps(folder: str) -> dict[str, str]:
-    """Returns the files directly in a folder, each with a stamp that changes when it does.
+class Entry(NamedTuple):
+    """What a name in a folder stands for: a file, a folder, or something that cannot be read.
+
+    `stamp` is a file's: it changes when the file does. `fault` says what the third kind is. An
+    object store may have a file and a folder of one name. The name is "" of keys that end a
+    folder's name by two slashes, which no location can tell.
+    """
+
+    name: str
+    kind: Literal["file", "folder", "other"]
+    stamp: str = ""
+    fault: str = ""
+
+
+def list_entries(folder: str) -> list[Entry]:
+    """Returns what is directly in a folder, sorted by name.
 
     A stamp is the size with the modification time, or with the version or ETag an object store
     keeps. One listing, no file is opened. Raises StorageError if the folder is absent.
@@ -222,19 +254,65 @@ def list_stamps(folder: str) -> dict[str, str]:
     try:
         if is_local(folder):
             with os.scandir(local_path(folder)) as entries:
-                stats = ((entry.name, entry.stat()) for entry in entries if entry.is_file())
-                return {name: f"{stat.st_size}-{stat.st_mtime_ns}" for name, stat in stats}
+                return sorted(map(_local_entry, entries))
         filesystem, path = _object_store(folder)
         filesystem.invalidate_cache()
-        return {
-            entry["name"].rsplit("/", 1)[-1]: f"{entry['size']}-{_object_version(entry)}"
-            for entry in filesystem.ls(path, detail=True)
-            if entry["type"] == "file"
-        }
+        found = (_object_entry(path, entry) for entry in filesystem.ls(path, detail=True))
+        return sorted(entry for entry in found if entry is not None)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StorageError(f"{folder}: no such folder") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: half a surrogate in its name
         raise StorageError(f"{folder}: cannot be listed ({error})") from error
+
+
+def list_stamps(folder: str) -> dict[str, str]:
+    """Returns the files of `list_entries`, each with its stamp."""
+    return {entry.name: entry.stamp for entry in list_entries(folder) if entry.kind == "file"}
+
+
+def folder_identity(folder: str) -> tuple[int, int] | None:
+    """Returns what is equal if and only if two local locations are one folder, or None."""
+    if not is_local(folder):
+        return None
+    status = local_path(folder).stat()
+    return status.st_dev, status.st_ino
+
+
+def _local_entry(entry: os.DirEntry[str]) -> Entry:
+    try:
+        if entry.is_file():
+            status = entry.stat()
+            return Entry(entry.name, "file", f"{status.st_size}-{status.st_mtime_ns}")
+        if entry.is_dir():
+            return Entry(entry.name, "folder")
+        mode = entry.stat().st_mode
+        fault = next(
+            (name for is_kind, name in _NO_FILES if is_kind(mode)), "neither file nor folder"
+        )
+    except FileNotFoundError:
+        fault = "a link to nothing"
+    except OSError as error:
+        fault = "a link in a circle" if error.errno == errno.ELOOP else f"not to be had ({error})"
+    return Entry(entry.name, "other", fault=fault)
+
+
+_NO_FILES = (
+    (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"), (stat.S_ISBLK, "a device"),
+    (stat.S_ISCHR, "a device"),
+)  # fmt: skip
+
+
+def _object_entry(folder: str, entry: dict[str, Any]) -> Entry | None:
+    """Returns None of the empty object that stands for a folder."""
+    name = entry["name"].removeprefix(folder).removeprefix("/")
+    if entry["type"] == "file":
+        if name.rstrip("/"):
+            return Entry(name, "file", f"{entry['size']}-{_object_version(entry)}")
+        fault = "an object whose key ends in a slash, with bytes in it"
+        return Entry("", "other", fault=fault) if entry["size"] else None
+    if name.strip("/"):
+        return Entry(name.rstrip("/"), "folder")
+    return Entry("", "other", fault="a folder without a name: keys with two slashes in a row")
 
 
 @dataclass(frozen=True)
@@ -251,7 +329,7 @@ def list_files(folder: str) -> dict[str, FileStatus]:
         if is_local(folder):
             with os.scandir(local_path(folder)) as entries:
                 stats = {entry.name: entry.stat() for entry in entries if entry.is_file()}
-            return {name: FileStatus(stat.st_size, stat.st_mtime) for name, stat in stats.items()}
+            return {name: FileStatus(one.st_size, one.st_mtime) for name, one in stats.items()}
         filesystem, path = _object_store(folder)
         filesystem.invalidate_cache()
         return {
@@ -278,8 +356,8 @@ def file_status(location: str) -> FileStatus | None:
     """Returns a file's status now, or None if it is absent."""
     try:
         if is_local(location):
-            stat = local_path(location).stat()
-            return FileStatus(stat.st_size, stat.st_mtime)
+            status = local_path(location).stat()
+            return FileStatus(status.st_size, status.st_mtime)
         filesystem, path = _object_store(location)
         filesystem.invalidate_cache()
         entry = filesystem.info(path)
@@ -304,6 +382,27 @@ def remove(location: str) -> None:
         filesystem.rm(name, recursive=True)
 
 
+def move(location: str, target: str) -> None:
+    """Gives a folder another name beside it, or raises StorageError; `target` must not be there.
+
+    In an object store it is copied, and removed once all of it is.
+    """
+    if exists(target):
+        raise StorageError(f"{target}: there is something; {location} cannot be moved there")
+    try:
+        if is_local(location):
+            local_path(location).rename(local_path(target))
+            return
+        filesystem, name = _object_store(location)
+        filesystem.invalidate_cache()
+        _, new_name = _object_store(target)
+        for path in filesystem.find(name):
+            filesystem.cp_file(path, new_name + path.removeprefix(name))
+        filesystem.rm(name, recursive=True)
+    except OSError as error:
+        raise StorageError(f"{location}: cannot be moved to {target} ({error})") from error
+
+
 @dataclass
 class Draft:
     """A file on its way into a folder: written at `path`, published under `name`."""
@@ -320,32 +419,69 @@ def draft(folder: str, name: str | None = None, durable: bool = False) -> Iterat
     exception, or the draft has no name by then, nothing appears and the scratch file is gone.
     `durable` flushes the bytes to the disk before the name appears.
     """
-    if is_local(folder):
-        target = local_path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        scratch = target / f".{name or 'draft'}.{uuid.uuid4().hex[:8]}.partial"
-    else:
-        scratch = Path(tempfile.mkdtemp(prefix="sightline-")) / "object"
-    written = Draft(scratch, name)
+    target = local_path(folder) if is_local(folder) else None
+    written = Draft(Path(), name)
     try:
-        yield written
-        if written.name is None:
-            return
-        if durable and is_local(folder):
-            _flush(scratch)
-        if is_local(folder):
-            scratch.replace(target / written.name)
-        else:
-            filesystem, path = _object_store(join(folder, written.name))
-            filesystem.put_file(str(scratch), path)
+        with _scratch(target, name or "draft") as written.path:
+            yield written
+            if written.name is None:
+                return
+            if target is not None:
+                if durable:
+                    _flush(written.path)
+                written.path.replace(target / written.name)
+            else:
+                filesystem, path = _object_store(join(folder, written.name))
+                filesystem.put_file(str(written.path), path)
     except OSError as error:
         raise StorageError(
             f"{join(folder, written.name or '')}: cannot be written ({error})"
         ) from error
-    finally:
-        scratch.unlink(missing_ok=True)
-        if not is_local(folder):
-            scratch.parent.rmdir()
+
+
+@contextlib.contextmanager
+def _scratch(target: Path | None, name: str) -> Iterator[Path]:
+    """Yields a hidden file to write, in the target folder or, for an object store, in TMPDIR.
+
+    It is locked as long as this process lives, and has its number, so that one that was killed
+    leaves what the next to write in that folder knows for litter, and removes. The lock alone
+    does not tell: safetensors writes a new file of the same name, which nobody has locked.
+    """
+    if target is not None:
+        target.mkdir(parents=True, exist_ok=True)
+    where = target or Path(tempfile.gettempdir())
+    _remove_litter(where)
+    while True:
+        mine = where / f".{name}.{_HOST}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
+        mode = 0o600 if target is None else 0o666
+        descriptor = os.open(mine, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, mode)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks: `compact` tidies up
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if mine.exists():  # else it was taken for litter before it was locked
+                yield mine
+                return
+        finally:
+            os.close(descriptor)
+            mine.unlink(missing_ok=True)
+
+
+def _remove_litter(folder: Path) -> None:
+    """Removes what killed processes of this machine have left, when first called for a folder."""
+    if folder in _tidied:
+        return
+    _tidied.add(folder)
+    with os.scandir(folder) as entries:
+        found = [(entry.path, _SCRATCH_OF_HERE.fullmatch(entry.name)) for entry in entries]
+    litter = [path for path, match in found if match and not psutil.pid_exists(int(match[1]))]
+    for path in litter:
+        with contextlib.suppress(OSError):  # gone meanwhile, somebody else's, or in use
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                Path(path).unlink()
+            finally:
+                os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,11 @@
-"""Fixtures that several test folders share: real data where present, a real Ray, a real S3."""
+"""Fixtures that several test folders share: real data where present, a real Ray, a real S3.
 
+Tests have a home of their own, empty at the start, so that none depends on what lies in the
+user's or leaves something there.
+"""
+
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +18,19 @@ from pathlib import Path
 import boto3
 import pytest
 import s3fs
+
+from pipeline.cluster import ClusterConfig, start_ray
+from tests.ray_head import RayHead
+
+_home = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_home] = os.environ["HOME"] = tempfile.mkdtemp(prefix="sightline-home-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(config.stash[_home], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -30,17 +49,29 @@ def ray_local() -> Iterator[None]:
 
     if ray.is_initialized():  # a command that an earlier test ran leaves its own to its process
         ray.shutdown()
-    with tempfile.TemporaryDirectory(prefix="sl-ray-", ignore_cleanup_errors=True) as folder:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-            _temp_dir=folder,
-        )
-        yield
-        ray.shutdown()
+    start_ray(ClusterConfig(workers=2))
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def plain_head() -> Iterator[RayHead]:
+    """A cluster that anybody on this machine may join."""
+    head = RayHead(token=False)
+    try:
+        yield head.wait()
+    finally:
+        head.kill()
+
+
+@pytest.fixture(scope="session")
+def token_head() -> Iterator[RayHead]:
+    """A cluster that wants a token."""
+    head = RayHead(token=True)
+    try:
+        yield head.wait()
+    finally:
+        head.kill()
 
 
 @pytest.fixture(scope="session")

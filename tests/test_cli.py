@@ -1,8 +1,11 @@
+import json
+import os
 from pathlib import Path
 
 import pytest
 
 from pipeline.cli import run_job
+from tests.data.sources.built import draw
 
 QUICKSTART = str(Path(__file__).resolve().parents[1] / "jobs" / "recipes" / "quickstart.yaml")
 
@@ -82,3 +85,90 @@ def test_a_benchs_settings_are_printed_and_a_wrong_one_is_refused(
         assert "rounds: 2" in capsys.readouterr().out
     assert run_job(["bench", "model", "rownds=2"]) == 64
     assert "did you mean 'rounds'?" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_source_that_lost_half_its_samples_is_refused_and_allowed_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw(*(tmp_path / "photos" / f"{name}.png" for name in "abcd"))
+    for name in "abcd":
+        (tmp_path / "photos" / f"{name}.txt").write_text(f"picture {name}")
+    settings = [
+        QUICKSTART, "dataset.source={type: folder, folder: photos}", "dataset.path=data",
+        "cluster={runner: process, workers: 1}", "run=run",
+    ]  # fmt: skip
+
+    def records() -> dict[str, int]:
+        found: dict[str, int] = json.loads(capsys.readouterr().out)["stages"]["ingest"]["records"]
+        return {name: found[name] for name in ("added", "edited", "removed", "unchanged")}
+
+    assert run_job(["ingest", *settings, "--json"]) == 0
+    assert records() == {"added": 4, "edited": 0, "removed": 0, "unchanged": 0}
+    for name in "ab":
+        (tmp_path / "photos" / f"{name}.png").unlink()
+        (tmp_path / "photos" / f"{name}.txt").unlink()
+    (tmp_path / "photos" / "c.txt").write_text("another caption")
+
+    assert run_job(["ingest", *settings]) == 1
+    said = capsys.readouterr().err
+    assert "2 of 4 samples would be removed" in said
+    assert "--allow-removals" in said
+    assert run_job(["ingest", *settings, "--allow-removals", "--json"]) == 0
+    assert records() == {"added": 0, "edited": 1, "removed": 2, "unchanged": 1}
+    assert "max_removed_fraction: 0.2" in (tmp_path / "run" / "recipe.yaml").read_text()
+    assert run_job(["ingest", *settings]) == 0
+    told = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "2 samples (0 added, 0 edited, 0 removed, 2 unchanged), 0 rejects" in told
+
+
+@pytest.mark.parametrize("odd", ["[x]", "a%20b", "a|b", "a^b", "a\\b"])
+def test_a_datasets_path_that_delta_takes_for_another_is_refused(
+    odd: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_job(["ingest", QUICKSTART, f"dataset.path='{odd}/data'"]) == 64
+    assert "a dataset's path must be without" in capsys.readouterr().err
+    assert run_job(["data", "info", f"{odd}/data"]) == 1
+    assert "a dataset's path must be without" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("odd", ["a b", "a#b", "a?b", "a+b", "é", "{1..2}", "*", "a~", "日本"])
+def test_any_other_path_may_be_a_datasets(
+    odd: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw(tmp_path / odd / "photos" / "a.png")
+    (tmp_path / odd / "photos" / "a.txt").write_text("words")
+    settings = [
+        QUICKSTART, f"dataset.source={{type: folder, folder: '{odd}/photos'}}", f"run='{odd}/run'",
+        f"dataset.path='{odd}/data'", "cluster={runner: process, workers: 1}",
+    ]  # fmt: skip
+    assert run_job(["ingest", *settings]) == 0
+    assert run_job(["data", "verify", f"{odd}/data"]) == 0
+    assert {path.name for path in (tmp_path / odd).iterdir()} == {"photos", "data", "run"}
+
+
+def test_a_run_folder_that_cannot_be_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "data" / "manifest" / "samples" / "_delta_log").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "recipe.yaml").write_text("name: another\n")
+    os.mkfifo(tmp_path / "fifo")
+    fifo = "dataset.source={type: folder, folder: fifo}"
+    for setting, said in (
+        ("run=file", "a file is there"),
+        ("run=file/run", "cannot be written"),
+        ("run=data", "a dataset is there"),
+        ("run=other", "the run 'another' is there"),
+        ("run=/proc/none", "cannot be written"),
+        (f"run={'x' * 300}", "cannot be written"),
+        (f"dataset.path={tmp_path}/file", "a file is there"),
+        (fifo, "neither a file nor a folder"),
+    ):
+        assert run_job(["ingest", QUICKSTART, setting]) == 64, setting
+        assert said in capsys.readouterr().err

@@ -11,6 +11,9 @@ ORDER = [
     "errors",
     "storage",
     "config",
+    "scratch",
+    "cluster",
+    "room",
     "data",
     "vision",
     "causal_lm",
@@ -31,6 +34,8 @@ ONLY_IN = {
     "deepspeed": {"pipeline/training/engine.py"},
     "ray": {
         "pipeline/bench/extract.py",
+        "pipeline/cluster.py",
+        "pipeline/room.py",
         "pipeline/data/shard_tasks.py",
         "pipeline/stages/submit.py",
         "pipeline/training/launch.py",

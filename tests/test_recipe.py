@@ -35,6 +35,23 @@ def test_every_recipe_is_accepted_and_printed_so_that_it_reads_back(
         ("model.sizes.vocab_size=8", r"sizes\.vocab_size follows from the data"),
         ("model.sizes.num_heads=7", r"width=\d+ is not a multiple of num_heads=7"),
         ("model.max_tokens=500", r"max_tokens=500 is more than sizes\.max_positions"),
+        ("objectives={itc: {}}", r"family=visualbert .*'itc' of objectives: .* can: late_fusion"),
+        ("objectives={mrm: {features: {}}}", r"visualbert .*'mrm'.* can: lxmert, vilbert, uniter"),
+        (
+            "model={family: lxmert, max_tokens: 12, sizes: {max_positions: 32}}",
+            r"family=lxmert .*'lm' of benchmarks: .* can: visualbert, uniter, visual_prefix",
+        ),
+        ("benchmarks.caption.max_tokens=500", r"benchmarks\.caption\.max_tokens=500 is more than"),
+        ("benchmarks.vqa.max_tokens=500", r"vqa\.max_tokens=500 .* model\.sizes\.max_positions"),
+        (
+            "training.finetune={steps: 9, global_batch_size: 8, micro_batch_size: 8, "
+            "evaluate_every_steps: 3, best_by: cider}",
+            r"training\.finetune\.best_by=cider: .* gives loss, lm, answer",
+        ),
+        (
+            "training.finetune.deepspeed={zero_optimization: {offload_optimizer: cpu}}",
+            r"zero_optimization\.offload_optimizer: expected a mapping, found 'cpu'",
+        ),
         ("features.extractor.patch_size=7", r"patch_size"),
         ("objectives=null", r"objectives and training\.pretrain are given together"),
         ("benchmarks={}", r"benchmarks: no benchmark is given; choose from vqa, caption"),
@@ -69,7 +86,12 @@ def test_pictures_in_the_tars_of_others_cannot_be_encoded_anew() -> None:
 
 
 def test_contrast_needs_the_global_batch_in_one_pass() -> None:
-    contrast = ["objectives={itc: {}}", "model.family=late_fusion", "model.sizes={}"]
+    contrast = [
+        "objectives={itc: {}}",
+        "model.family=late_fusion",
+        "model.sizes={}",
+        "benchmarks.caption=null",
+    ]
     config.load(Recipe, QUICKSTART, contrast)
     for several_passes in (
         "training.pretrain.micro_batch_size=16",  # of 64 on two ranks
@@ -93,3 +115,16 @@ def test_a_teacher_of_either_phase_is_looked_for_before_work() -> None:
     assert list(recipe.teachers()) == ["benchmarks.distill.teacher"]
     with pytest.raises(ConfigError, match=r"benchmarks\.distill\.teacher: .*large: no such"):
         preflight(recipe)
+
+
+def test_a_misspelt_key_of_deepspeed_is_refused_before_work_in_each_phase() -> None:
+    given = [
+        "training.finetune.deepspeed={wall_clock_breakdwn: true}",
+        "training.pretrain.deepspeed={zero_optimization: {overlap_com: true}}",
+    ]
+    expected = (
+        r"training\.pretrain\.deepspeed\.zero_optimization\.overlap_com: .*'overlap_comm'.*\n"
+        r".*training\.finetune\.deepspeed\.wall_clock_breakdwn: .*'wall_clock_breakdown'"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        preflight(config.load(Recipe, QUICKSTART, given))

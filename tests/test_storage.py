@@ -1,3 +1,8 @@
+import os
+import socket
+import subprocess
+import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -154,3 +159,85 @@ def test_no_name_is_too_long_to_be_absent(tmp_path: Path) -> None:
     assert not storage.exists(f"{tmp_path}/{'x' * 300}")
     with pytest.raises(StorageError, match="NUL"):
         storage.exists(f"{tmp_path}/a\0b")
+
+
+def test_a_folder_is_moved_with_all_it_holds_and_over_nothing(
+    tmp_path: Path, object_store: str
+) -> None:
+    for root in (str(tmp_path), object_store):
+        old, new = (storage.join(root, name) for name in ("a run", "a run.replaced-1"))
+        for name in ("one", "deep/two"):
+            storage.write_bytes(storage.join(old, name), name.encode())
+        storage.move(old, new)
+        assert not storage.exists(old)
+        for name in ("one", "deep/two"):
+            assert storage.read_bytes(storage.join(new, name)) == name.encode()
+        storage.write_bytes(storage.join(old, "three"), b"")
+        with pytest.raises(StorageError, match="there is something"):
+            storage.move(old, new)
+        assert storage.exists(storage.join(old, "three"))
+
+
+_WRITES_FOR_EVER = """
+import sys, time
+from pipeline import storage
+with storage.draft(sys.argv[1]) as draft:
+    new = draft.path.with_suffix(".new")  # as safetensors writes: another file of that name
+    new.write_bytes(b"half")
+    new.replace(draft.path)
+    print(draft.path, flush=True)
+    time.sleep(600)
+"""
+
+
+def writing(folder: str, scratch: Path) -> tuple[subprocess.Popen[str], Path]:
+    """Starts a process that is writing a file; returns it and where it writes."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _WRITES_FOR_EVER, folder],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(scratch)},
+    )
+    assert process.stdout is not None
+    return process, Path(process.stdout.readline().strip())
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_ones_is_not(
+    tmp_path: Path, is_remote: bool
+) -> None:
+    folder = "memory://data" if is_remote else str(tmp_path / "data")
+    living, its_file = writing(folder, tmp_path)
+    killed, left = writing(folder, tmp_path)
+    other = left.with_name(left.name.replace(socket.gethostname(), "another-host"))
+    try:
+        assert left.parent == (tmp_path if is_remote else tmp_path / "data")
+        killed.kill()
+        killed.wait()
+        assert left.exists()
+        other.write_bytes(b"of another machine")
+        third, _ = writing(folder, tmp_path)
+        third.kill()
+        third.wait()
+        assert not left.exists()
+        assert other.exists()
+        assert its_file.read_bytes() == b"half"
+    finally:
+        living.kill()
+        living.wait()
+
+
+def test_what_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    for location in ("/proc/none/a", f"{tmp_path}/file/a", f"{tmp_path}/{'x' * 300}/a"):
+        with pytest.raises(StorageError, match="cannot be written"):
+            storage.write_bytes(location, b"")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(StorageError, match="memory://a/b: cannot be written"):
+        storage.write_bytes("memory://a/b", b"")
+
+
+def test_a_written_file_has_the_rights_of_any_other(tmp_path: Path) -> None:
+    storage.write_bytes(str(tmp_path / "a"), b"")
+    (tmp_path / "b").write_bytes(b"")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode

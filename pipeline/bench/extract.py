@@ -27,6 +27,7 @@ from pydantic import Field, PositiveInt
 from pipeline import storage
 from pipeline.bench import measure, photographs
 from pipeline.bench.result import Comparison, Result
+from pipeline.cluster import ClusterConfig, start_ray
 from pipeline.config import Config
 from pipeline.data.ingest import IngestConfig, ingest
 from pipeline.data.manifest import Manifest
@@ -34,7 +35,6 @@ from pipeline.data.sample import Texts, safe_key
 from pipeline.data.shard_files import ShardFiles, default_cache
 from pipeline.data.sources.base import Record, fingerprint
 from pipeline.errors import ConfigError
-from pipeline.training.launch import ClusterConfig, start_ray
 from pipeline.vision.arithmetic import exact_arithmetic
 from pipeline.vision.extract import ExtractConfig, extract, plan_sidecars
 from pipeline.vision.feature import Extractor, measure_invariance
@@ -294,7 +294,7 @@ def ray_data_extract(
     size = extractor.image_size
 
     def pixels(row: dict[str, Any]) -> dict[str, Any]:
-        image = Image.open(io.BytesIO(row["jpg"])).convert("RGB")
+        image = Image.open(io.BytesIO(row["jpg"]), formats=["JPEG"]).convert("RGB")
         resized = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
         return {"key": row["__key__"], "pixels": resized}
 

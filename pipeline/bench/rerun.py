@@ -54,10 +54,11 @@ class Rerun:
 
 def measure_rerun(num_records: int, folder: Path) -> Rerun:
     """Lists the records in a manifest, then measures a run that finds them all there."""
-    url = str(folder / "dataset")
+    url = str(folder.absolute() / "dataset")
     _fill(url, num_records)
     command = [sys.executable, "-m", "pipeline.bench.rerun", url, str(num_records)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    package = Path(__file__).parents[2]  # not the working folder, whose modules would come first
+    done = subprocess.run(command, cwd=package, capture_output=True, text=True, check=False)
     if done.returncode:
         raise PipelineError(f"an unchanged run failed: {done.stderr}")
     return Rerun(**json.loads(done.stdout))

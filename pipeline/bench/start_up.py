@@ -18,9 +18,10 @@ def main(recipe_location: str, output: str) -> None:
 
     from pipeline import config
     from pipeline.bench.steps import MARKS, Marked
+    from pipeline.cluster import start_ray
     from pipeline.recipe import Recipe
     from pipeline.stages import train
-    from pipeline.training.launch import launch, start_ray
+    from pipeline.training.launch import launch
 
     done["Python and its imports"] = time.time()
     recipe = config.load(Recipe, recipe_location)

@@ -20,12 +20,13 @@ from pipeline.bench import measure
 from pipeline.bench.measure import Times
 from pipeline.bench.result import Comparison, Result
 from pipeline.bench.steps import BARE, MARKS, OURS, Marked
+from pipeline.cluster import ClusterConfig
 from pipeline.config import Config
 from pipeline.errors import TrainingError
 from pipeline.recipe import Recipe
 from pipeline.stages import extract, ingest, train
 from pipeline.stages.progress import StageProgress
-from pipeline.training.launch import ClusterConfig, launch_all
+from pipeline.training.launch import launch_all
 from pipeline.training.spec import TrainingSpec
 
 Seconds = tuple[float, float]  # by the wall's clock, and of CPU time
@@ -131,7 +132,8 @@ class _Bench:
         began = time.time()
         module = "pipeline.bench.start_up"
         command = [sys.executable, "-m", module, str(location), str(output)]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        package = Path(__file__).parents[2]  # not the working folder, whose modules come first
+        ended = subprocess.run(command, cwd=package, capture_output=True, text=True, check=False)
         if ended.returncode:
             last = ended.stderr.strip().splitlines()[-1:]
             raise TrainingError(f"bench train: {module} failed: {' '.join(last)}")

@@ -1,6 +1,7 @@
 """Captioning: a picture to a sentence, scored against those that people wrote."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -14,7 +15,7 @@ from pipeline.data.dataset import Split
 from pipeline.data.loader import Batch
 from pipeline.errors import MetricError, ModelError
 from pipeline.models.base import Decoder, VisionLanguageModel
-from pipeline.models.generation import generate
+from pipeline.models.generation import Decoding, EarlyStopping, Penalty, generate
 from pipeline.models.inputs import Inputs
 from pipeline.objectives.base import Encodings
 from pipeline.objectives.lm import LmConfig
@@ -30,11 +31,23 @@ class CaptionConfig(Config):
     """How captions are written and scored, and how a model is fine-tuned to write them."""
 
     max_tokens: int = Field(default=24, ge=3)  # of a caption with [CLS] and [SEP]
+    # As of transformers' `generate`, with its defaults; see models/generation.py.
     beams: PositiveInt = 3
+    length_penalty: Penalty = 1.0  # above 0 favours longer captions
+    early_stopping: EarlyStopping = False
     metrics: tuple[MetricName, ...] = Field(
         default=("bleu", "rouge-l", "cider", "meteor"), min_length=1
     )
     lm: LmConfig = LmConfig()
+
+    def decoding(self) -> Decoding:
+        """Returns how captions are written, as it is saved with a model."""
+        return Decoding(
+            max_new_tokens=self.max_tokens - 1,  # [CLS] is there already
+            beams=self.beams,
+            length_penalty=self.length_penalty,
+            early_stopping=self.early_stopping,
+        )
 
     def build(self) -> "Caption":
         return Caption(self)
@@ -100,18 +113,13 @@ class Caption(Benchmark[CaptionReferences]):
                 "mask, such as visualbert"
             )
         blind_dim = model.config.feature_dim if blind else None
+        decoding = asdict(self.config.decoding())
         results: list[ResultRow] = []
         for batch in batches:
             inputs = moved(
                 self.inputs(tokenizer, batch, blind_dim), torch.device(device), dtype_of(model)
             )
-            written = generate(
-                cast(Decoder, model),
-                inputs,
-                eos=tokenizer.sep_token_id,
-                max_new_tokens=self.max_tokens - 1,
-                beams=self.config.beams,
-            )
+            written = generate(cast(Decoder, model), inputs, eos=tokenizer.sep_token_id, **decoding)
             for texts, pieces in zip(batch.texts, written, strict=True):
                 text = tokenizer.decode(
                     pieces, skip_special_tokens=True, clean_up_tokenization_spaces=True

@@ -1,5 +1,6 @@
 """Manifest to samples: opens one version of a dataset, whose every sample is read by position."""
 
+import copy
 from collections.abc import Callable, Sequence
 from itertools import repeat
 from pathlib import Path
@@ -13,7 +14,7 @@ import xxhash
 
 from pipeline import storage
 from pipeline.data.features import FeatureBatch as FeatureBatch
-from pipeline.data.features import FeatureReader, open_features
+from pipeline.data.features import FeatureReader, listed_features, open_features
 from pipeline.data.foreign_tar import ForeignTar, Location
 from pipeline.data.images import ImageReader, LiveConfig, LiveReader
 from pipeline.data.manifest import Manifest
@@ -72,6 +73,12 @@ class Dataset:
         """Returns the names of the splits that have live samples, sorted."""
         return sorted(self._manifest.samples(["split"])["split"].unique().to_pylist())
 
+    def split_sizes(self) -> dict[str, int]:
+        """Returns the number of live samples of each split that has some, by name."""
+        counted = self._manifest.samples(["split"])["split"].value_counts().to_pylist()
+        sizes = {entry["values"]: entry["counts"] for entry in counted}
+        return {name: sizes[name] for name in sorted(sizes)}
+
     def content(self, split: str | None = None) -> str:
         """Returns a digest of what there is to learn from: of a split's live samples, or of all.
 
@@ -97,7 +104,8 @@ class Dataset:
         """Opens a split, with the features of an extractor if its folder is named.
 
         A LiveConfig gives features that are made of the images as they are read, none stored.
-        Raises ManifestError if the split has no live sample, and FeatureError if some of its
+        Samples of whose image the extractor could make nothing are passed over; the split says how
+        many. Raises ManifestError if the split has no live sample, and FeatureError if some of its
         samples lack these features.
         """
         samples = self._manifest.samples(_COLUMNS)
@@ -113,13 +121,16 @@ class Dataset:
             )
         _, shard_of_row = sorted_codes(samples["shard"])
         samples = samples.take(np.lexsort((samples["image_offset"].to_numpy(), shard_of_row)))
+        if not isinstance(features, str):
+            keys = _strings(samples["key"])
+            return Split(self.url, name, samples, keys, self._files, features)
+        listed = listed_features(self._manifest, features, name, samples)
+        usable = pc.is_null(listed["reason"])
+        num_rejects = listed.num_rows - listed["reason"].null_count
+        samples, listed = samples.filter(usable), listed.filter(usable)
         keys = _strings(samples["key"])
-        reader: FeatureReader | LiveConfig | None = None
-        if isinstance(features, str):
-            reader = open_features(self._manifest, features, name, samples, keys, self._files)
-        else:
-            reader = features
-        return Split(self.url, name, samples, keys, self._files, reader)
+        reader = open_features(self._manifest, features, listed, keys, self._files)
+        return Split(self.url, name, samples, keys, self._files, reader, num_rejects)
 
 
 class Split:
@@ -137,10 +148,12 @@ class Split:
         keys: npt.NDArray[Any],
         files: ShardFiles,
         features: FeatureReader | LiveConfig | None,
+        num_rejects: int = 0,
     ) -> None:
         self.url = url
         self.name = name
         self.num_samples: int = samples.num_rows
+        self.num_rejects = num_rejects  # further live samples, of which there are no features
         self.keys = keys  # (num_samples,) numpy strings: an item is a str
         self._samples = samples.select(["num_captions", "num_questions", "num_rounds"])
 
@@ -181,6 +194,12 @@ class Split:
     def is_augmented(self) -> bool:
         """Whether its features vary, as far as all that was written about an image allows it."""
         return isinstance(self._features, LiveReader) and self._features.is_augmented
+
+    def without_features(self) -> "Split":
+        """Returns the same rows, whose pictures are not looked at."""
+        twin = copy.copy(self)
+        twin._features = None
+        return twin
 
     def counts(self, kind: TextKind) -> npt.NDArray[np.int32]:
         """Returns how many captions, questions or dialog rounds each row has."""

@@ -4,19 +4,14 @@ What those are is `image_pixels`' to say. A plain JPEG, as most photographs are,
 a half, a quarter or an eighth of its size at a fraction of the cost.
 """
 
-import io
 import threading
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 from PIL import Image
 
-from pipeline.data.image_pixels import ORIENTATION_TAG, Pixels, ToEightBits, scaled, upright_srgb
-
-# What says in a JPEG's header, which ends where its scan begins, that pixels may not be shown as
-# they are stored.
-_ORIENTED, _PROFILED, _SCAN = b"Exif\0\0", b"ICC_PROFILE\0", b"\xff\xda"
+from pipeline.data import jpeg
+from pipeline.data.image_pixels import Pixels, ToEightBits, is_plain, scaled, upright_srgb
 
 
 class Picture:
@@ -41,42 +36,28 @@ class Picture:
         the same thread. Raises BadImageError if the file is damaged.
         """
         if self._whole is None:
-            try:
-                pixels: Pixels = simplejpeg.decode_jpeg(
-                    self._payload,
-                    colorspace="RGB",
-                    min_height=-(-self.height // reduction),
-                    min_width=-(-self.width // reduction),
-                    buffer=_scratch(3 * self.height * self.width),
-                )
+            pixels = jpeg.decode(
+                self._payload,
+                "RGB",
+                min_height=-(-self.height // reduction),
+                min_width=-(-self.width // reduction),
+                buffer=_scratch(3 * self.height * self.width),
+            )
+            if pixels is not None:
                 return pixels
-            except ValueError:  # of damaged files some can be read in other ways
-                self._whole = upright_srgb(self._payload)
+            self._whole = upright_srgb(self._payload)
         return self._whole
 
 
 def _size_of_plain_jpeg(payload: bytes) -> tuple[int, int] | None:
     """Returns height and width of a JPEG whose pixels are shown as they are stored, else None."""
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(payload)
-    except ValueError:
+    header = jpeg.read_header(payload)
+    if header is None or header.colours not in ("YCbCr", "GRAY"):
         return None
-    if colours not in ("YCbCr", "GRAY") or height * width > (Image.MAX_IMAGE_PIXELS or 0):
-        return None
-    header = payload[: payload.find(_SCAN)]
-    if _PROFILED in header or (_ORIENTED in header and not _is_plain(payload)):
+    height, width, _ = header
+    if height * width > (Image.MAX_IMAGE_PIXELS or 0) or not is_plain(payload):
         return None
     return height, width
-
-
-def _is_plain(payload: bytes) -> bool:
-    """Whether a JPEG with EXIF, whose thumbnail may hide the rest of the header, is upright."""
-    try:
-        with Image.open(io.BytesIO(payload)) as image:
-            orientation = image.getexif().get(ORIENTATION_TAG, 1)
-            return bool(orientation == 1 and "icc_profile" not in image.info)
-    except Exception:  # damaged metadata fails in many ways; `upright_srgb` has the last word
-        return False
 
 
 _thread = threading.local()

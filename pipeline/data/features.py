@@ -35,6 +35,7 @@ _COLUMNS = (
     "boxes_offset",
     "boxes_size",
     "num_regions",
+    "reason",
 )
 
 
@@ -43,7 +44,8 @@ class FeatureBatch:
     """Features of B samples with at most R regions of D values.
 
     What lies beyond a sample's `num_regions` is padding, and zero. Classes and attributes are what
-    a detector took a region for: a probability for each of its C classes and A attributes.
+    a detector took a region for: a probability for each of its C classes, the first being
+    background, and A attributes.
     """
 
     values: npt.NDArray[Any]  # (B, R, D) uint8, float16 or float32; stored int8 comes as float32
@@ -221,17 +223,11 @@ class MaskReader:
         return masks
 
 
-def open_features(
-    manifest: Manifest,
-    extractor: str,
-    split: str,
-    samples: pa.Table,
-    keys: npt.NDArray[Any],
-    files: ShardFiles,
-) -> FeatureReader:
-    """Returns a reader of an extractor's features of these samples, row for row.
+def listed_features(manifest: Manifest, extractor: str, split: str, samples: pa.Table) -> pa.Table:
+    """Returns what is listed of an extractor's features of these samples, row for row.
 
-    Raises FeatureError if some of the samples have none, or they disagree with the card.
+    A row with a `reason` is of an image that the extractor could make nothing of. Raises
+    FeatureError if nothing is listed of some of the samples, or no feature of any.
     """
     listed = manifest.features(extractor).rows(_COLUMNS)
     row = pc.index_in(listed["key"], value_set=samples["key"].combine_chunks())
@@ -242,12 +238,32 @@ def open_features(
     place = np.full(samples.num_rows, -1)
     place[row] = np.arange(len(row))
     if (place < 0).any():
+        first = samples["key"][int(np.argmin(place))].as_py()
         raise FeatureError(
             f"{manifest.url}: {np.count_nonzero(place < 0)} of the {len(place)} live samples of "
-            f"split {split!r} have no features of {extractor!r}, {keys[np.argmin(place)]!r} the "
-            "first of them; run `sightline extract RECIPE`"
+            f"split {split!r} have no features of {extractor!r}, {first!r} the first of them; run "
+            "`sightline extract RECIPE`"
         )
     listed = listed.take(place)
+    if not listed["reason"].null_count:
+        raise FeatureError(
+            f"{manifest.url}: {extractor!r} could make nothing of any of the {len(place)} images "
+            f"of split {split!r}; `sightline data rejects` lists them with the reasons"
+        )
+    return listed
+
+
+def open_features(
+    manifest: Manifest,
+    extractor: str,
+    listed: pa.Table,
+    keys: npt.NDArray[Any],
+    files: ShardFiles,
+) -> FeatureReader:
+    """Returns a reader of an extractor's features, row for row of what is listed of them.
+
+    Raises FeatureError if they disagree with the card.
+    """
     names, location_of_row = sorted_codes(listed["shard"])
     locations = [sidecar_location(manifest.url, extractor, name) for name in names]
     num_regions = listed["num_regions"].to_numpy()

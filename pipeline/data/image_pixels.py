@@ -1,29 +1,31 @@
 """An image file's bytes to the pixels that a person sees: upright, sRGB, eight bits a channel.
 
-- **EXIF orientation** is applied.
+- **Orientation** is applied: what Exif says, else what XMP says (`tiff:Orientation`), as Pillow's
+  `exif_transpose` has it. Browsers go by Exif alone; photo editors write both alike, or XMP alone.
+  Of an AVIF the container says it, which overrules both.
 - **Colour profiles**: pixels are taken from the embedded ICC profile to sRGB, by relative
   colorimetry with black-point compensation, whether RGB, grey or CMYK. A profile that is damaged,
   or of another kind than the pixels, counts as absent; then RGB is taken as sRGB and CMYK is
   converted by the plain formula.
 - **Alpha**, of any form, is put over white, **palettes** are looked up, **grey** becomes three
   equal channels.
-- **16 bits** a channel are scaled to 8, or become 8 by another rule of the caller. 32 bits and
-  floating point have no agreed white, and so are `unsupported-pixels`, as are colour spaces that
-  no viewer shows.
+- **16 bits** a channel are scaled to 8, or become 8 by another rule of the caller. What cannot be
+  made of 8 bits `image_file` refuses.
 - Of several frames or pages the first is taken.
 """
 
 import functools
 import io
+import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 from PIL import Image, ImageCms
 
-from pipeline.data.image_check import BadImageError, faults_as_reasons
+from pipeline.data import jpeg
+from pipeline.data.image_file import BadImageError, is_deep_grey, opened
 
 Pixels = npt.NDArray[np.uint8]  # (height, width), or with channels (height, width, channels)
 ToEightBits = Callable[[npt.NDArray[Any]], Pixels]  # of grey values, which have 16
@@ -32,7 +34,8 @@ ToEightBits = Callable[[npt.NDArray[Any]], Pixels]  # of grey values, which have
 # its features, so it must change this text: the identity of every extractor is taken from it.
 DECODING = {
     "step": "decode",
-    "orientation": "as the EXIF tag says",
+    "orientation": "as Exif says, else XMP",
+    "damaged JPEG": "refused",
     "colour profile": "to sRGB",
     "transparency": "over white",
     "16-bit": "scaled",
@@ -41,7 +44,8 @@ DECODING = {
 }
 
 _ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")  # a TIFF has pages, an MPO other views
-ORIENTATION_TAG = 0x0112
+_ORIENTATION_TAG = 0x0112
+_XMP_ORIENTATION = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])\s*["'<]""")
 _COLOUR_SPACES = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}  # of profiles, by Pillow's modes
 # The decoder has fast code for these; 5/8 of a picture takes longer than all of it.
 _REDUCTIONS = (8, 4, 2)
@@ -57,22 +61,34 @@ def upright_srgb(
 ) -> Pixels:
     """Returns RGB pixels (height, width, 3), scaled down to `shorter_side` if there are more.
 
-    The picture is never enlarged. Raises BadImageError as `check_image` does, or with reason
-    `unsupported-pixels`.
+    The picture is never enlarged. Raises BadImageError as `check_image` does.
     """
-    with faults_as_reasons(payload), Image.open(io.BytesIO(payload)) as file:
+    with opened(payload) as file:
         pixels = _fast_jpeg(payload, file, shorter_side)
         if pixels is None:
-            file.load()
-            pixels = np.array(_flat(file, to_eight_bits))
+            pixels = np.array(eight_bits(file, to_eight_bits))
         pixels = _shrunk(pixels, shorter_side)
         pixels = _in_srgb(pixels, file.info.get("icc_profile"))
         return np.ascontiguousarray(_turned(pixels, _orientation(file)))
 
 
+def is_plain(payload: bytes) -> bool:
+    """Whether a JPEG's pixels are shown as they are stored: upright, and in no space of its own.
+
+    The same rule as `upright_srgb`'s; of a header without metadata it takes microseconds to say.
+    """
+    if not jpeg.has_metadata(payload):
+        return True
+    try:
+        with opened(payload) as file:
+            return _orientation(file) == 1 and "icc_profile" not in file.info
+    except BadImageError:  # `upright_srgb` says so, and why
+        return False
+
+
 def is_animated(payload: bytes) -> bool:
     """Whether an image has more than one frame to be shown in turn; raises BadImageError."""
-    with faults_as_reasons(payload), Image.open(io.BytesIO(payload)) as file:
+    with opened(payload) as file:
         return file.format in _ANIMATED_FORMATS and getattr(file, "is_animated", False)
 
 
@@ -81,42 +97,34 @@ def reduction(width: int, height: int, size: int) -> int:
     return next((by for by in _REDUCTIONS if min(width, height) >= by * size), 1)
 
 
-def _fast_jpeg(payload: bytes, file: Image.Image, shorter_side: int | None) -> Pixels | None:
-    """Decodes an ordinary JPEG, at a fraction of its size if that is enough; else None.
+def eight_bits(file: Image.Image, to_eight_bits: ToEightBits = scaled) -> Image.Image:
+    """Loads an image and returns it in mode RGB, L or CMYK: eight bits a channel, opaque."""
+    file.load()
+    if is_deep_grey(file):
+        return Image.fromarray(to_eight_bits(np.asarray(file)))
+    if file.has_transparency_data:
+        image = file.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    if file.mode == "1":
+        return file.convert("L")
+    return file if file.mode in _COLOUR_SPACES else file.convert("RGB")
 
-    Its decoder is stricter than Pillow's, which has the last word.
-    """
-    if file.format != "JPEG" or file.mode not in ("RGB", "L"):
+
+def _fast_jpeg(payload: bytes, file: Image.Image, shorter_side: int | None) -> Pixels | None:
+    """Decodes an ordinary JPEG, at a fraction of its size if that is enough; else None."""
+    if file.format not in ("JPEG", "MPO"):
         return None
-    wanted = shorter_side or max(file.size)
-    by = reduction(*file.size, wanted)
+    if file.mode not in ("RGB", "L"):
+        header = jpeg.read_header(payload)
+        if header is not None:
+            jpeg.require_whole(payload, header)  # Pillow, which has the pixels, would not say
+        return None
+    by = reduction(*file.size, shorter_side or max(file.size))
     width, height = (-(-side // by) for side in file.size)
     colours = "GRAY" if file.mode == "L" else "RGB"
-    try:
-        pixels: Pixels = simplejpeg.decode_jpeg(
-            payload, colours, min_height=height, min_width=width
-        )
-    except ValueError:
-        return None
-    return pixels[..., 0] if file.mode == "L" else pixels
-
-
-def _flat(image: Image.Image, to_eight_bits: ToEightBits) -> Image.Image:
-    """Returns the image in mode RGB, L or CMYK: eight bits a channel, opaque."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        return Image.fromarray(to_eight_bits(np.asarray(image)))
-    if image.mode in ("I", "F"):
-        raise BadImageError("unsupported-pixels", f"mode {image.mode}: 32 bits a channel")
-    try:
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image).convert("RGB")
-        if image.mode == "1":
-            return image.convert("L")
-        return image if image.mode in _COLOUR_SPACES else image.convert("RGB")
-    except ValueError as error:
-        raise BadImageError("unsupported-pixels", f"mode {image.mode}: {error}") from error
+    pixels = jpeg.decode(payload, colours, min_height=height, min_width=width)
+    return pixels[..., 0] if pixels is not None and file.mode == "L" else pixels
 
 
 def _shrunk(pixels: Pixels, shorter_side: int | None) -> Pixels:
@@ -175,11 +183,28 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
 
 
 def _orientation(file: Image.Image) -> int:
-    """Returns the EXIF number of how the picture lies; that of a TIFF is undone by loading it."""
+    """Returns Exif's number of how the picture lies, 1 to 8; 1 is upright.
+
+    A TIFF is turned as its tag says when it is loaded, and whatever else it says is of no account.
+    """
+    if file.format == "TIFF":
+        return 1
     try:
-        return int(file.getexif().get(ORIENTATION_TAG, 1))
+        if file.format == "AVIF":
+            exif = Image.Exif()
+            exif.load(file.info.get("exif", b""))  # Pillow puts there what the container says
+            number = int(exif.get(_ORIENTATION_TAG, 1))
+        else:
+            number = int(file.getexif().get(_ORIENTATION_TAG, 0)) or _orientation_by_xmp(file)
     except Exception:  # damaged metadata fails in many ways; viewers show such pictures as they lie
         return 1
+    return number if number in range(1, 9) else 1
+
+
+def _orientation_by_xmp(file: Image.Image) -> int:
+    xmp = file.info.get("xmp") or file.info.get("XML:com.adobe.xmp") or b""
+    found = _XMP_ORIENTATION.search(xmp.encode() if isinstance(xmp, str) else xmp)
+    return int(found[1]) if found else 0
 
 
 def _turned(pixels: Pixels, orientation: int) -> Pixels:

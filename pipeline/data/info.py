@@ -30,24 +30,41 @@ def describe(url: str, version: int | None = None) -> dict[str, Any]:
             "bytes": pc.sum(rows["image_size"]).as_py() + pc.sum(rows["texts_size"]).as_py(),
         }
     rejects = Counter(manifest.rejects(["reason"])["reason"].to_pylist())
+    features, feature_rejects = {}, {}
+    for name in manifest.extractors():
+        features[name] = manifest.features(name).rows(["reason"])["reason"].null_count
+        reasons = Counter(_feature_rejects(manifest, name)["reason"].to_pylist())
+        if reasons:
+            feature_rejects[name] = dict(reasons.most_common())
     return {
         "dataset": manifest.url,
         "version": manifest.version,
         "versions": len(manifest.versions()),
         "splits": splits,
         "rejects": dict(rejects.most_common()),
-        "features": {
-            name: manifest.features(name).rows(["key"]).num_rows for name in manifest.extractors()
-        },
+        "features": features,
+        "feature_rejects": feature_rejects,
     }
 
 
 def rejects(url: str, version: int | None = None, reason: str | None = None) -> pa.Table:
     """Returns key, split, reason and detail of the rejects, or of those with a reason.
 
+    Live samples of whose image an extractor could make nothing are among them, with its name.
     Sorted by reason and key. Raises ManifestError if there is no dataset.
     """
-    found = Manifest.open(url, version).rejects(REJECT_COLUMNS)
+    manifest = Manifest.open(url, version)
+    without = [_feature_rejects(manifest, name) for name in manifest.extractors()]
+    found = pa.concat_tables([manifest.rejects(REJECT_COLUMNS), *without])
     if reason is not None:
         found = found.filter(pc.equal(found["reason"], reason))
     return found.sort_by([("reason", "ascending"), ("key", "ascending")])
+
+
+def _feature_rejects(manifest: Manifest, extractor: str) -> pa.Table:
+    """Returns the live samples of which an extractor could make nothing."""
+    samples = manifest.samples(["key", "split", "shard"])
+    listed = manifest.features(extractor).rejects()
+    found = samples.join(listed, ["key", "shard"], join_type="inner").select(REJECT_COLUMNS)
+    detail = pc.binary_join_element_wise(extractor, found["detail"], ": ")
+    return found.set_column(REJECT_COLUMNS.index("detail"), "detail", detail)

@@ -9,6 +9,7 @@ run that is killed keeps what it has listed and the next one does the rest. A sh
 listed does not exist.
 """
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -33,14 +34,15 @@ from pipeline.data.reencode import ReencodeConfig
 from pipeline.data.sample import Sample
 from pipeline.data.shard import Member, Shard, ShardWriter
 from pipeline.data.shard_tasks import run_tasks
-from pipeline.data.sources.base import Source, SourceConfig, same_texts
+from pipeline.data.sources.base import ConfiguredSource, Source, SourceConfig, same_texts
 from pipeline.data.survey import without_duplicates
 from pipeline.data.treatment import Treatment, digest
 from pipeline.data.unopened import find_unopened
-from pipeline.errors import RejectError, SourceError
+from pipeline.errors import RejectError, RemovalError, SourceError
 
 COMMIT_SECONDS = 1.0  # the most work a kill can cost; a commit takes a hundredth of it
 _TOP_REASONS = 5
+_EXAMPLES = 5
 
 _IMAGE_COLUMNS = (
     "digest", "shard", "image_offset", "image_size", "width", "height", "source_digest",
@@ -60,6 +62,9 @@ class IngestConfig(Config):
     reencode: ReencodeConfig | None = None  # null: image files are stored as they came
     filters: FilterConfig = FilterConfig()
     fingerprint: FingerprintOf = "metadata"
+    # Refuses a listing without more of the live samples than this share: of a source that is only
+    # half there. A single sample may always go, unless it is 0.
+    max_removed_fraction: float = Field(default=0.2, ge=0, le=1)
 
     def treatment(self) -> Treatment:
         """Returns what image files go through."""
@@ -116,16 +121,18 @@ def ingest(
 
     `on_progress` is told the records written and the records to write. `start_ray` is called
     before the first Ray task, if there is any work; none is used if `config.shards_in_flight` is
-    0. Raises SourceError if the source is malformed or lists
-    nothing, and RejectError if too many records are rejected or no sample would be left; what
-    was listed before stays.
+    0. Raises SourceError if the source is malformed or lists nothing, RemovalError if too many
+    samples would go, RejectError if too many records are rejected or no sample would be left, and
+    ManifestError if another source is ingested here meanwhile; what was listed before stays.
     """
     url = storage.absolute(url)
     plan = _plan(source, Manifest.create(url), config)
     rejects = _Rejects(url, plan.num_listed, config.max_reject_fraction)
     rejects.add(plan.rejects)
+    _check_removals(plan, config.max_removed_fraction)
 
-    manifest = plan.manifest.commit(plan.settled)
+    origin = _origin(source, config)
+    manifest = plan.manifest.commit(plan.settled, origin)
     num_done, num_to_do, num_shards = 0, plan.changed.num_rows, 0
     unlisted: list[pa.Table] = []
     listed_at = time.monotonic()
@@ -138,7 +145,7 @@ def ingest(
         num_done += entry.rows.num_rows
         num_shards += entry.shard is not None
         if num_done == num_to_do or time.monotonic() - listed_at >= COMMIT_SECONDS:
-            manifest = manifest.commit(pa.concat_tables(unlisted))
+            manifest = manifest.commit(pa.concat_tables(unlisted), origin)
             unlisted.clear()
             listed_at = time.monotonic()
         on_progress(num_done, num_to_do)
@@ -158,6 +165,19 @@ def ingest(
     )
 
 
+def _origin(source: Source, config: IngestConfig) -> str:
+    """Returns what tells this source under these settings from others, or "" if nothing does.
+
+    The same source may be ingested twice at once: whoever comes later finds less to do.
+    """
+    if not isinstance(source, ConfiguredSource):
+        return ""
+    places = {key: storage.absolute(at) for key, at in source.config.locations().items()}
+    treatment = [config.treatment().identity(), config.filters.model_dump_json()]
+    settings = [source.config.model_dump_json(), places, treatment, config.fingerprint]
+    return digest(json.dumps(settings).encode())
+
+
 def _plan(source: Source, manifest: Manifest, config: IngestConfig) -> IngestPlan:
     """Compares the listing with the manifest; of tars of others only what changed is opened."""
     settings = (source, config.treatment(), config.fingerprint)
@@ -169,6 +189,26 @@ def _plan(source: Source, manifest: Manifest, config: IngestConfig) -> IngestPla
         except SharedKeyError:
             pass  # all tars are opened, as in a first run
     return plan_ingest(listing, manifest)
+
+
+def _check_removals(plan: IngestPlan, max_fraction: float) -> None:
+    """Raises RemovalError if more samples would go than may."""
+    lost = plan.lost.filter(pc.invert(pc.is_in(plan.lost["reason"], pa.array(WANTED_REASONS))))
+    allowed = max(max_fraction * plan.num_live, 1 if max_fraction else 0)
+    if lost.num_rows <= allowed:
+        return
+    counts = Counter(lost["reason"].to_pylist())
+    whys = ", ".join(
+        f"{count} are {f'rejected as {reason}' if reason else 'not in the source any more'}"
+        for reason, count in counts.most_common(_TOP_REASONS)
+    )
+    keys = ", ".join(lost["key"].slice(0, _EXAMPLES).to_pylist())
+    raise RemovalError(
+        f"{plan.manifest.url}: {lost.num_rows} of {plan.num_live} samples would be removed, more "
+        f"than max_removed_fraction={max_fraction:g} allows; nothing was changed. {whys}; for "
+        f"example {keys}. Is a disk not mounted, or a list cut short? If they are to go, say "
+        "--allow-removals for this once, or raise dataset.ingest.max_removed_fraction"
+    )
 
 
 def write_shard(plan: ShardPlan, source: Source) -> ShardEntry:

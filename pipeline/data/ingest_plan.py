@@ -47,6 +47,8 @@ HOLDERS = pa.schema(
     [("key", pa.string()), ("source_digest", pa.string()), ("perceptual_hash", pa.int64())]
 )
 
+_LOST = pa.schema([("key", pa.string()), ("reason", pa.string())])
+
 Hashes = npt.NDArray[np.uint64]
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -76,6 +78,7 @@ class IngestPlan:
     settled: pa.Table  # schema SAMPLES: rows that need no image, listed rejects and removals
     rejects: pa.Table  # reason and detail of the listed rejects and the unchanged ones
     held: pa.Table  # state and reason of what the manifest has before anything is done
+    lost: pa.Table  # key and reason of live samples that are rejects now, or, "", listed no more
     num_listed: int
     num_added: int
     num_edited: int
@@ -121,6 +124,11 @@ class IngestPlan:
         for start, end in pairwise(ends.tolist()):
             if end > start:
                 yield rows[in_order[start:end]]
+
+    @property
+    def num_live(self) -> int:
+        """The samples of the dataset before anything is done."""
+        return self.held.filter(pc.equal(self.held["state"], LIVE)).num_rows
 
     def holders(self) -> pa.Table:
         """Returns the live samples whose images this run leaves as they are; schema HOLDERS."""
@@ -169,6 +177,8 @@ def plan_ingest(source: Source, manifest: Manifest, unopened: Sequence[str] = ()
     copies = [CHANGED.empty_table()]
     changed, settled = [CHANGED.empty_table()], [SAMPLES.empty_table()]
     listed, unchanged = np.tile(is_unopened, (2, 1))
+    is_live = np.asarray(pc.equal(rows["state"], LIVE))
+    lost = [_LOST.empty_table()]
     num_listed, num_changed = int(np.count_nonzero(is_unopened)), 0
     entries = iter(source.records())
     while chunk := list(islice(entries, _LISTING_CHUNK)):
@@ -187,7 +197,12 @@ def plan_ingest(source: Source, manifest: Manifest, unopened: Sequence[str] = ()
         if same.any() and is_copy[row[same]].any():
             unmoved = [chunk[i] for i in np.flatnonzero(same) if is_copy[row[i]]]
             copies.append(_to_write([entry for entry in unmoved if isinstance(entry, Record)]))
-        settled.append(_rejected([entry for entry in fresh if isinstance(entry, Reject)]))
+        rejects = _rejected([entry for entry in fresh if isinstance(entry, Reject)])
+        settled.append(rejects)
+        if rejects.num_rows and is_live.any():
+            changed_rows = row[(row >= 0) & ~same]
+            samples = rows["key"].take(pa.array(changed_rows[is_live[changed_rows]]))
+            lost.append(_of_keys(rejects, samples).select(_LOST.names))
         num_listed += len(chunk)
         num_changed += len(fresh)
     if not num_listed:
@@ -200,6 +215,8 @@ def plan_ingest(source: Source, manifest: Manifest, unopened: Sequence[str] = ()
     changed += [_of_keys(table, rows["key"].filter(pa.array(freed))) for table in copies]
     num_changed += int(np.count_nonzero(freed))
     removed = rows.filter(pa.array(~listed))
+    vanished = removed.filter(pc.equal(removed["state"], LIVE))["key"]
+    lost.append(pa.table([vanished, pa.repeat("", len(vanished))], _LOST))
     old_rejects = rows.filter(pc.and_(pa.array(unchanged), pc.equal(rows["state"], REJECT)))
     to_write = pa.concat_tables(changed)
     to_write = to_write.take(np.argsort(_column_hashes(to_write["key"]), kind="stable"))
@@ -212,6 +229,7 @@ def plan_ingest(source: Source, manifest: Manifest, unopened: Sequence[str] = ()
         settled=pa.concat_tables([*settled, _removals(removed), renamed.rows(manifest, rows)]),
         rejects=pa.concat_tables([table.select(why) for table in (*settled, old_rejects)]),
         held=rows.select(["state", "reason"]),
+        lost=pa.concat_tables(lost),
         num_listed=num_listed,
         num_added=num_changed - num_edited,
         num_edited=num_edited,

@@ -15,7 +15,15 @@ from typing import Literal
 from msgspec.structs import replace
 
 from pipeline.data.foreign_tar import ForeignTar
-from pipeline.data.sources.base import ListedTar, Record, Reject, Source, TarSource, with_image
+from pipeline.data.sources.base import (
+    ListedTar,
+    Record,
+    Reject,
+    Source,
+    TarSource,
+    accounted,
+    with_image,
+)
 from pipeline.data.treatment import Treatment, digest
 from pipeline.errors import ConfigError, SourceError
 
@@ -70,7 +78,7 @@ class Listing:
                 if self._under_settings(listed_tar.tar) not in self._unopened:
                     yield from self._of_tar(self._source, listed_tar)
         else:
-            yield from self._as_wanted(self._source.records())
+            yield from self._as_wanted(accounted(self._source))
 
     def _of_tar(self, source: TarSource, listed_tar: ListedTar) -> list[Record | Reject]:
         """Returns the records of a tar, whose name says how many there are."""

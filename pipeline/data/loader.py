@@ -4,7 +4,7 @@ import contextlib
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from pipeline.config import Config
+from pipeline.config import Config, Fixed, Free, OnRequest
 from pipeline.data.dataset import FeatureBatch, Split, TextKind
 from pipeline.data.grouping import group, length
 from pipeline.data.mixture import MixedOrder, MixedSplit
@@ -33,18 +33,22 @@ _FETCH_THREADS = 4  # shards copied at a time
 _AUGMENT_SALT = zlib.crc32(b"augment")
 
 
+def share(size: int, rank: int, world_size: int) -> range:
+    """Returns a rank's places among `size`: as many as another's, or one less."""
+    return range(rank * size // world_size, (rank + 1) * size // world_size)
+
+
 class BatchConfig(Config):
     """How the samples of a step are divided among ranks, and a rank's among its micro-batches."""
 
-    global_batch_size: int = Field(ge=1)  # samples per step, over all ranks and micro-batches
-    micro_batch_size: int = Field(ge=1)  # the most that one rank holds in one forward pass
+    global_batch_size: Fixed[int] = Field(ge=1)  # samples per step, over all ranks and passes
+    micro_batch_size: Free[int] = Field(ge=1)  # the most that one rank holds in one forward pass
     # Whether a rank divides its samples of a step into micro-batches by the length of their texts.
-    group_by_length: bool = False
+    group_by_length: OnRequest[bool] = False
 
     def share(self, rank: int, world_size: int) -> range:
         """Returns a rank's positions in the global batch: as many as another's, or one less."""
-        size = self.global_batch_size
-        return range(rank * size // world_size, (rank + 1) * size // world_size)
+        return share(self.global_batch_size, rank, world_size)
 
     def accumulation_steps(self, world_size: int) -> int:
         """Returns the micro-batches a step of the rank that has most, or raises ConfigError."""
@@ -63,7 +67,7 @@ class Batch:
 
     keys: list[str]
     rows: Int64Array  # (B,) of the split
-    positions: Int64Array  # (B,) places in the global batch; in an evaluation, in the split
+    positions: Int64Array  # (B,) places in the global batch; in an evaluation, in all of it
     texts: list[Texts]  # of each sample all texts of the kind that the examples are
     text_index: Int64Array  # (B,) which caption, question or round of the sample is meant
     distractors: list[Texts]  # the texts of another sample for each example; empty if not asked for
@@ -110,6 +114,7 @@ class Loader:
                 f"split {split.name!r} has texts of one sample only; an objective that compares "
                 "an image with another's text needs two"
             )
+        self.num_examples = order.num_examples  # of an epoch
         self._split = split
         self._order = order
         self._global_batch_size = global_batch_size
@@ -156,10 +161,27 @@ class Loader:
         batches = _read_ahead(read, places, self._threads, self._prefetch, fetcher.close)
         return _steps(batches, num_micro_batches)
 
+    def at(self, places: Iterable[range], step: int) -> Generator[Batch, None, None]:
+        """Yields the examples at places of the order's stream, a batch for each range.
+
+        An example's `rng` is that of its place and this step, however places are cut into batches.
+        Threads and errors as in `batches`.
+        """
+        fetcher = _Fetcher(self._split, self._order)
+
+        def read(place: range) -> Batch:
+            fetcher.reach(place.start)
+            examples = self._order.between(place.start, place.stop)
+            return self._batch(np.arange(place.start, place.stop), examples, step)
+
+        return _read_ahead(read, iter(places), self._threads, self._prefetch, fetcher.close)
+
     def _read(self, share: "_Share", fetcher: "_Fetcher", place: tuple[int, int]) -> Batch:
         step, i = place
         fetcher.reach(share.start(step, i))
-        positions, examples = share.micro_batch(step, i)
+        return self._batch(*share.micro_batch(step, i), step)
+
+    def _batch(self, positions: Int64Array, examples: Examples, step: int) -> Batch:
         return _batch(
             self._split,
             examples.rows,

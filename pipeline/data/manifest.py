@@ -8,6 +8,7 @@ after, never between, and an old version stays readable until `compact` drops it
 """
 
 import json
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -68,13 +69,24 @@ FEATURES = pa.schema(
         ("boxes_offset", pa.int64()),  # -1 where the extractor's card implies the boxes
         ("boxes_size", pa.int64()),
         ("num_regions", pa.int32()),
+        # Of an image that the extractor could make nothing of; null where there is a feature.
+        ("reason", pa.string()),
+        ("detail", pa.string()),
         ("sequence", pa.int64()),
     ]
 )
 
+# What delta-rs 1.6.6 undoes, cuts off or dies of; \ud800 and on are bytes that are not UTF-8.
+_ODD_IN_PATHS = re.compile(r"[%\[\]\\|^\x00-\x1f\x7f\ud800-\udfff]")
+_ODD_IN_URLS = re.compile(r"[%\[\]\\|^#?\x00-\x1f\x7f\ud800-\udfff]|//")
+
+# Columns that tables of earlier versions lack: null there.
+_ADDED_COLUMNS = frozenset({"reason", "detail"})
+
 # Delta's own retries would put our commit after any other that does not conflict in its eyes: an
 # append after every append, a second creation after the first.
 _NO_RETRIES = CommitProperties(max_commit_retries=0)
+_ORIGIN = "sightlineOrigin"  # among the properties of a commit
 # A table is written anew when it is in more files than this, or more of its rows are superseded.
 _MAX_FILES = 16
 _MAX_SUPERSEDED = 0.1
@@ -189,7 +201,7 @@ class Manifest:
         """Returns the table's files that no kept version and no recent reader or writer needs."""
         return self._table.unused_files(kept, min_age_hours)
 
-    def commit(self, rows: pa.Table) -> "Manifest":
+    def commit(self, rows: pa.Table, origin: str = "") -> "Manifest":
         """Appends rows (schema `SAMPLES`, `sequence` optional) and returns the new version.
 
         What other writers have committed since this manifest was opened stays: rows that it has
@@ -197,9 +209,10 @@ class Manifest:
         split and fingerprint by now, live or in the row's own state, and a removal of a key that
         others touched. The manifest that is returned remembers what others did, so that a chain
         of commits may be planned from its first version. Without rows nothing is committed.
-        Raises ManifestError if the rows do not fit or name a key twice.
+        `origin` names what the rows come of: with one, nothing is put on top of the commits of
+        another origin. Raises ManifestError of these, and if rows do not fit or name a key twice.
         """
-        return Manifest(self.url, self._table.append(rows, ("key",), _still_needed))
+        return Manifest(self.url, self._table.append(rows, ("key",), _still_needed, origin))
 
     def features(self, extractor: str) -> "FeatureManifest":
         """Returns the newest list of what an extractor has made; it may be empty."""
@@ -233,6 +246,11 @@ class FeatureManifest:
             names = FEATURES.names if columns is None else list(columns)
             return FEATURES.empty_table().select(names)
         return _Table.open(location, FEATURES).newest(("key", "shard"), columns)
+
+    def rejects(self) -> pa.Table:
+        """Returns key, shard, reason and detail of the images without a feature."""
+        rows = self.rows(["key", "shard", "reason", "detail"])
+        return rows.filter(pc.is_valid(rows["reason"]))
 
     def shards(self) -> set[str]:
         """Returns the names of the shards whose features are listed."""
@@ -312,7 +330,9 @@ class _Table:
                 wanted = f"version {version} of the manifest"
             raise ManifestError(f"{location}: {wanted} cannot be opened ({error})") from error
         found = pa.schema(delta.schema()).names
-        if found != schema.names:
+        added = _ADDED_COLUMNS if schema is FEATURES else frozenset()
+        missing = set(schema.names) - set(found)
+        if not missing <= added or set(found) - set(schema.names):
             raise ManifestError(
                 f"{location}: the columns are not those of a manifest of this version of "
                 f"Sightline: expected {', '.join(schema.names)}; found {', '.join(found)}"
@@ -366,7 +386,11 @@ class _Table:
                 return table
             try:
                 write_deltalake(
-                    table._delta, smaller, mode="overwrite", commit_properties=_NO_RETRIES
+                    table._delta,
+                    smaller,
+                    mode="overwrite",
+                    schema_mode="overwrite" if table._lacking() else None,
+                    commit_properties=_NO_RETRIES,
                 )
             except CommitFailedError:
                 table = _Table.open(self.location, self.schema)
@@ -412,6 +436,7 @@ class _Table:
         rows: pa.Table,
         identity: Sequence[str],
         needed: Callable[[pa.Table, pa.Table], pa.Table],
+        origin: str = "",
     ) -> "_Table":
         """Appends the rows as the next version; see `Manifest.commit`.
 
@@ -430,10 +455,12 @@ class _Table:
                     table._delta,
                     rows.set_column(index, "sequence", sequence),
                     mode="append",
-                    commit_properties=_NO_RETRIES,
+                    schema_mode="merge" if table._lacking() else None,
+                    commit_properties=_commit_of(origin) if origin else _NO_RETRIES,
                 )
             except CommitFailedError:
                 latest = _Table.open(self.location, self.schema)
+                latest._refuse_others(origin, table.version)
                 newer = latest._read(self.schema.names, after=table.version)
                 others = pa.concat_tables([others, newer])
                 rows = needed(rows, _newest(others, identity))
@@ -446,6 +473,25 @@ class _Table:
                     delta = _Table.open(self.location, self.schema, version)._delta
                 return _Table(self.location, self.schema, delta, others)
         return _Table(self.location, self.schema, table._delta, others)
+
+    def _refuse_others(self, origin: str, after: int) -> None:
+        """Raises ManifestError if a commit after a version is of another origin than ours."""
+        if not origin:
+            return
+        for commit in self._delta.history():
+            if commit["version"] > after and commit.get(_ORIGIN, origin) != origin:
+                time = datetime.fromtimestamp(commit["timestamp"] / 1000, UTC)
+                raise ManifestError(
+                    f"{self.location}: version {commit['version']}, of {time:%Y-%m-%d %H:%M:%S} "
+                    "UTC, is by another ingest, with another source or other settings, that runs "
+                    "beside this one. This one stops here, so that the two do not mix: ingest into "
+                    "a dataset from one source at a time, or list both under `type: merged`, or "
+                    "give each a dataset.path of its own"
+                )
+
+    def _lacking(self) -> set[str]:
+        """Returns the columns that were added since the table was made."""
+        return set(self.schema.names) - set(pa.schema(self._delta.schema()).names)
 
     def _fitting(self, rows: pa.Table, identity: Sequence[str]) -> pa.Table:
         if "sequence" not in rows.column_names:
@@ -472,12 +518,20 @@ class _Table:
         try:
             # Not to_pyarrow_table: Arrow's threads, which it lets call Python, abort one process
             # in ten as the interpreter ends (deltalake 1.6.6, pyarrow 26.0.1).
-            rows = pa.table(self._delta.scan(columns=list(columns), predicate=newer))
+            lacking = self._lacking().intersection(columns)
+            present = [name for name in columns if name not in lacking]
+            rows = pa.table(self._delta.scan(columns=present, predicate=newer))
         except (DeltaError, OSError, pa.ArrowException) as error:
             raise ManifestError(
                 f"{self.location}: version {self.version} cannot be read ({error})"
             ) from error
-        return rows.cast(fields)
+        for name in lacking:
+            rows = rows.append_column(name, pa.nulls(rows.num_rows, pa.string()))
+        return rows.select(columns).cast(fields)
+
+
+def _commit_of(origin: str) -> CommitProperties:
+    return CommitProperties(max_commit_retries=0, custom_metadata={_ORIGIN: origin})
 
 
 def _newest(rows: pa.Table, identity: Sequence[str]) -> pa.Table:
@@ -548,5 +602,19 @@ def _samples_location(url: str) -> str:
     return storage.join(url, "manifest", "samples")
 
 
+def require_usable(url: str) -> None:
+    """Raises ManifestError of a dataset's location that the table's library takes for another."""
+    location = storage.absolute(url)
+    odd = _ODD_IN_PATHS if storage.is_local(location) else _ODD_IN_URLS
+    found = odd.search(location.partition("://")[2] or location)
+    if found:
+        raise ManifestError(
+            f"{location!r}: a dataset's path must be without {found[0]!r}: delta-rs, which keeps "
+            "the manifest, would take it for another path; give it one without any of % [ ] \\ | ^ "
+            "and control characters, and in an object store without # ? and double slashes"
+        )
+
+
 def _uri(location: str) -> str:
+    require_usable(location)
     return storage.absolute(location)

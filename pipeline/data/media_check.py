@@ -7,16 +7,19 @@ are stored as they came and of which extractors make pictures. What is wrong wit
 - `truncated-video`: fewer frames, or less time, than the file says that it has.
 - `undecodable-video`, `undecodable-frames`, `undecodable-dicom`: it cannot be opened, what was
   looked at cannot be decoded, or nothing is in it. An mp4 whose end is missing is of these.
+- `oversized-frames`, `oversized-image`: it unpacks to far more than it is large.
+- `unsupported-pixels`: a DICOM whose colours no viewer shows.
 - the reason of a frame in a folder that is no whole image, with its name.
 """
 
-import io
-import warnings
-import zipfile
 from typing import Any
 
+from pipeline.data.dicom_file import DicomFile
+from pipeline.data.frame_zip import FrameZip
 from pipeline.data.image_check import BadImageError, Verify, check_image
+from pipeline.data.image_file import max_pixels
 from pipeline.data.kind import is_dicom, is_video, is_zip
+from pipeline.data.video_file import opened_video
 from pipeline.errors import ConfigError
 
 _TIME_SHARE = 0.9  # of a file's stated length that its packets must reach: tracks may differ
@@ -41,85 +44,73 @@ def check_media(payload: bytes, verify: Verify) -> tuple[int, int]:
 
 def _video_size(payload: bytes, verify: Verify) -> tuple[int, int]:
     try:
-        import av
-    except ImportError as error:
-        raise _lacking("a video", "PyAV", "video") from error
-    try:
-        with av.open(io.BytesIO(payload)) as container:
-            if not container.streams.video:
-                raise BadImageError("undecodable-video", "there is no video stream in it")
-            stream = container.streams.video[0]
+        with opened_video(payload) as (container, stream):
+            width, height = stream.width or 0, stream.height or 0
+            if min(width, height) < 1:
+                raise BadImageError("undecodable-video", f"frames of {width} x {height} pixels")
+            if width * height > max_pixels():
+                raise BadImageError("oversized-image", f"frames of {width} x {height} pixels")
             if verify == "decode":
                 _require_whole(container, stream)
-            return stream.width, stream.height
-    except av.error.FFmpegError as error:
-        detail = f"{type(error).__name__}: {error}; {len(payload)} bytes"
-        raise BadImageError("undecodable-video", detail) from error
+            return width, height
+    except ImportError as error:
+        raise _lacking("a video", "PyAV", "video") from error
 
 
 def _require_whole(container: Any, stream: Any) -> None:
-    packets = [packet for packet in container.demux() if packet.size]
-    shown = [packet for packet in packets if packet.stream is stream]
-    if not shown:
+    num_shown, end, is_corrupt = 0, -1.0, False
+    for packet in container.demux():
+        if not packet.size:
+            continue
+        if packet.stream is stream:
+            num_shown += 1
+            is_corrupt |= packet.is_corrupt
+        if packet.pts is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+    if not num_shown:
         raise BadImageError("undecodable-video", "there is no frame in it")
-    if any(packet.is_corrupt for packet in shown) or len(shown) < stream.frames:
-        detail = f"{len(shown)} of {stream.frames or 'unknown'} frames are whole"
+    if is_corrupt or num_shown < stream.frames:
+        detail = f"{num_shown} of {stream.frames or 'unknown'} frames are whole"
         raise BadImageError("truncated-video", detail)
-    ends = [
-        float((packet.pts + (packet.duration or 0)) * packet.time_base)
-        for packet in packets
-        if packet.pts is not None
-    ]
     stated = (container.duration or 0) / 1e6  # of the file, in microseconds
-    if ends and max(ends) < _TIME_SHARE * stated:
-        detail = f"it ends after {max(ends):.1f} s of {stated:.1f} s"
-        raise BadImageError("truncated-video", detail)
+    if 0 <= end < _TIME_SHARE * stated:
+        raise BadImageError("truncated-video", f"it ends after {end:.1f} s of {stated:.1f} s")
     container.seek(0)
     if next(container.decode(stream), None) is None:
         raise BadImageError("undecodable-video", "its first frame cannot be decoded")
 
 
 def _folder_size(payload: bytes, verify: Verify) -> tuple[int, int]:
-    try:
-        with zipfile.ZipFile(io.BytesIO(payload)) as folder:
-            names = sorted(name for name in folder.namelist() if not name.endswith("/"))
-            if not names:
-                raise BadImageError("no-frames", "a folder of frames without any")
-            sizes = [
-                _frame_size(folder.read(name), name, verify)
-                for name in (names if verify == "decode" else names[:1])
-            ]
-            return sizes[0]
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
-        raise BadImageError("undecodable-frames", f"{error}; {len(payload)} bytes") from error
+    with FrameZip(payload) as frames:
+        places = range(len(frames) if verify == "decode" else 1)
+        sizes = [_frame_size(frames.read(place), frames.name(place), verify) for place in places]
+    return sizes[0]
 
 
 def _frame_size(frame: bytes, name: str, verify: Verify) -> tuple[int, int]:
-    if is_video(frame):
-        raise BadImageError("undecodable-frames", f"{name}: a video in a folder of frames")
     try:
-        return check_media(frame, verify)
+        if is_video(frame):
+            what = "another ZIP" if is_zip(frame) else "a video"
+            raise BadImageError("undecodable-frames", f"{what} in a folder of frames")
+        if is_dicom(frame):
+            return _dicom_size(frame, verify, most_images=1)
+        return check_image(frame, verify)
     except BadImageError as error:
         raise BadImageError(error.reason, f"{name}: {error.detail}") from error
 
 
-def _dicom_size(payload: bytes, verify: Verify) -> tuple[int, int]:
+def _dicom_size(payload: bytes, verify: Verify, most_images: int | None = None) -> tuple[int, int]:
     try:
-        import pydicom
-        from pydicom.pixels.utils import pixel_array
+        file = DicomFile(payload, header_only=verify == "header")
+        if most_images is not None and file.num_images > most_images:
+            detail = f"a DICOM of {file.num_images} images in a folder of frames"
+            raise BadImageError("undecodable-frames", detail)
+        if verify == "decode":
+            for _ in file.images():
+                pass
     except ImportError as error:
         raise _lacking("a DICOM image", "pydicom", "dicom") from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd values that stop nobody from seeing it
-            whole = verify == "decode"
-            dataset = pydicom.dcmread(io.BytesIO(payload), stop_before_pixels=not whole)
-            if whole:
-                pixel_array(dataset)
-            return int(dataset.Columns), int(dataset.Rows)
-    except Exception as error:  # readers let many kinds through on damaged files
-        detail = f"{type(error).__name__}: {error}; {len(payload)} bytes"
-        raise BadImageError("undecodable-dicom", detail) from error
+    return file.width, file.height
 
 
 def _lacking(what: str, library: str, extra: str) -> ConfigError:

@@ -122,6 +122,9 @@ def _carry_over(
     known: dict[str, dict[str, dict[str, Member]]] = {}  # by sidecar, key and suffix
     with ShardWriter(storage.join(url, "features", extractor), shard) as writer:
         for row in listed.to_pylist():
+            if row["reason"] is not None:  # there is no feature to be copied
+                rows.append(row | {"shard": shard, "sequence": None})
+                continue
             key, location = row["key"], sidecar_location(url, extractor, row["shard"])
             file = files.open(location)
             if location not in known:

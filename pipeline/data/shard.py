@@ -205,7 +205,8 @@ def read_member(descriptor: int, name: str, offset: int, size_bytes: int) -> byt
 def list_members(descriptor: int) -> Iterator[tuple[str, Member]]:
     """Yields name and place of every member of an open shard that we wrote.
 
-    Raises ShardError if something else stands where a header should.
+    Raises ShardError if something else stands where a header should, or the shard does not end
+    with the last of them.
     """
     offset = 0
     while (header := os.pread(descriptor, _BLOCK, offset)) != bytes(_BLOCK):
@@ -220,6 +221,12 @@ def list_members(descriptor: int) -> Iterator[tuple[str, Member]]:
             raise ShardError(f"found no header of a member at offset {offset}")
         yield name, Member(offset + _BLOCK, size_bytes)
         offset += _BLOCK + size_bytes + -size_bytes % _BLOCK
+    size_bytes = os.fstat(descriptor).st_size
+    if size_bytes != offset + len(_END):
+        raise ShardError(
+            f"found zeros at offset {offset}, as at the end, and {size_bytes - offset} bytes from "
+            f"there on; expected {len(_END)}"
+        )
 
 
 def shard_location(url: str, split: str, name: str) -> str:

@@ -38,6 +38,7 @@ _PART_COLUMNS = {
 }  # fmt: skip
 _FEATURE_COLUMNS = (
     "key", "shard", "values_offset", "values_size", "boxes_offset", "boxes_size", "num_regions",
+    "reason",
 )  # fmt: skip
 
 
@@ -57,6 +58,7 @@ class Coverage:
 
     num_samples: int
     num_missing: int  # to be made by the next extract; no fault
+    num_rejects: int  # of which the extractor can make nothing; no fault
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,10 @@ def verify(
     features = {}
     for extractor in manifest.extractors():
         listed = _current_features(manifest, extractor, complete)
-        features[extractor] = Coverage(listed.num_rows, samples.num_rows - listed.num_rows)
+        num_missing = samples.num_rows - listed.num_rows
+        num_rejects = listed.num_rows - listed["reason"].null_count
+        listed = listed.filter(pc.is_null(listed["reason"]))
+        features[extractor] = Coverage(listed.num_rows, num_missing, num_rejects)
         checks += _sidecar_checks(manifest.url, extractor, listed)
 
     results: list[_Found] = []

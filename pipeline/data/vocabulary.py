@@ -1,5 +1,6 @@
 """Caption and answer texts to vocabularies: the word pieces and the answers a model knows."""
 
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -78,8 +79,18 @@ def load_tokenizer(location: str | Path) -> "PreTrainedTokenizerFast":
             return load_tokenizer(_fetched(str(location), Path(folder)))
     path = storage.local_path(str(location)).expanduser()
     if path.is_dir() and (path / _KNOWN_BY).exists():
-        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(path)
-        _name_special_tokens(tokenizer)
+        _require_objects(path)
+        try:
+            tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
+                path, local_files_only=True
+            )
+            _name_special_tokens(tokenizer)
+        except Exception as error:  # whatever the library makes of files that it does not check
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"tokenizer: {location}: transformers cannot read it: {reason}"
+            ) from error
+        _require_special_tokens(tokenizer, str(location))
         return tokenizer
     vocabulary = path / "vocab.txt" if path.is_dir() else path
     if not vocabulary.is_file():
@@ -87,7 +98,10 @@ def load_tokenizer(location: str | Path) -> "PreTrainedTokenizerFast":
             f"tokenizer: {location}: expected a vocab.txt or a folder with one or with "
             "tokenizer_config.json, found " + ("neither in it" if path.is_dir() else "nothing")
         )
-    lines = vocabulary.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    try:
+        lines = vocabulary.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except ValueError as error:
+        raise ConfigError(f"tokenizer: {vocabulary}: not UTF-8: {error}") from error
     pieces = {piece: number for number, piece in enumerate(lines)}
     absent = [piece for piece in SPECIAL_PIECES if piece not in pieces]
     if absent:
@@ -114,6 +128,36 @@ def _fetched(location: str, folder: Path) -> Path:
     if not names and storage.exists(location):
         (folder / "vocab.txt").write_bytes(storage.read_bytes(location))
     return folder
+
+
+def _require_objects(folder: Path) -> None:
+    """Raises ConfigError naming the first of a tokenizer's files that is damaged."""
+    for path in sorted(folder.glob("*token*.json")):
+        try:
+            document = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"tokenizer: {path}: damaged: not JSON: {error}") from error
+        if not isinstance(document, dict):
+            raise ConfigError(
+                f"tokenizer: {path}: expected an object, found {type(document).__name__}"
+            )
+
+
+def _require_special_tokens(tokenizer: "PreTrainedTokenizerFast", location: str) -> None:
+    """Raises ConfigError for a tokenizer without words, or without a token that we put in texts."""
+    known = len(tokenizer)
+    if known <= len(tokenizer.all_special_ids):
+        raise ConfigError(
+            f"tokenizer: {location}: it has no words but {known} special tokens; tokenizer.json or "
+            "vocab.txt is missing"
+        )
+    for name in ("cls", "sep", "pad", "mask"):
+        number = getattr(tokenizer, f"{name}_token_id")
+        if not isinstance(number, int) or number >= known:
+            raise ConfigError(
+                f"tokenizer: {location}: it has {known} words and no {name}_token among them; "
+                "is tokenizer_config.json that of another tokenizer?"
+            )
 
 
 def _name_special_tokens(tokenizer: "PreTrainedTokenizerFast") -> None:

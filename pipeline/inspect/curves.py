@@ -53,6 +53,14 @@ class Tick:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Where a run went on with other settings."""
+
+    step: int  # the last one before it
+    changed: str  # what changed and how, in words
+
+
+@dataclass(frozen=True)
 class Chart:
     """Everything a template needs to draw one figure."""
 
@@ -63,6 +71,7 @@ class Chart:
     y_ticks: tuple[Tick, ...]
     readout: str  # JSON [[x, text], …] for the pointer and the arrow keys
     note: str  # what is not in the drawing, e.g. values that are not finite
+    marks: tuple[Tick, ...] = ()  # steps after which the run has other settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +82,7 @@ class PhaseMetrics:
     steps: NDArray[np.int64]
     records: tuple[Mapping[str, Any], ...]
     is_cut_short: bool  # the last line was only half written
+    stretches: tuple[Stretch, ...] = ()
 
     def objectives(self) -> list[str]:
         """Returns the names in `losses`, in the order of their first appearance."""
@@ -101,13 +111,17 @@ def read_metrics(run: str, phase: str) -> PhaseMetrics:
     text = storage.read_bytes(location).decode("utf-8", errors="replace")
     whole, _, rest = text.rpartition("\n")  # a killed run may leave a line without its end
     by_step: dict[int, Mapping[str, Any]] = {}
+    stretches: list[Stretch] = []
     for number, line in enumerate(whole.splitlines(), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-            by_step[int(record["step"])] = record
-        except (ValueError, KeyError, TypeError) as error:
+            if "event" in record:
+                stretches.append(_stretch(record))
+            else:
+                by_step[int(record["step"])] = record
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StageError(
                 f"{location}: line {number} is not a step's metrics: {line[:80]!r}"
             ) from error
@@ -117,7 +131,16 @@ def read_metrics(run: str, phase: str) -> PhaseMetrics:
         steps=np.array(steps, np.int64),
         records=tuple(by_step[step] for step in steps),
         is_cut_short=bool(rest.strip()),
+        stretches=tuple(stretches),
     )
+
+
+def _stretch(record: Mapping[str, Any]) -> Stretch:
+    changes = (
+        f"{key}: {json.dumps(then)} → {json.dumps(now)}"
+        for key, (then, now) in record["changed"].items()
+    )
+    return Stretch(int(record["step"]), "; ".join(changes))
 
 
 def chart(
@@ -127,8 +150,9 @@ def chart(
     unit: str = "",
     from_zero: bool = False,
     smooth: bool = True,
+    stretches: Sequence[Stretch] = (),
 ) -> Chart:
-    """Lays out one figure with one line per series.
+    """Lays out one figure with one line per series, and a mark where a stretch begins.
 
     A raw curve of many steps keeps the lowest and the highest value of each of 240 stretches, so
     that no spike is lost; the smooth one is a running mean over all steps, thinned afterwards.
@@ -174,6 +198,11 @@ def chart(
         y_ticks=tuple(Tick(round(place.y(at), 1), _tick_text(at)) for at in y_ticks),
         readout=_readout(finite, smoothed, place, unit, smooth),
         note=note,
+        marks=tuple(
+            Tick(round(place.x(one.step), 1), f"after step {one.step:,}: {one.changed}")
+            for one in stretches
+            if x_range[0] <= one.step <= x_range[1]
+        ),
     )
 
 

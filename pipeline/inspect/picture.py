@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from pipeline.data.image_file import opened
 from pipeline.data.image_pixels import Pixels
 from pipeline.vision.image import decode
 from pipeline.vision.video import FramesConfig, has_frames, read_frames
@@ -56,8 +57,8 @@ def shrink(pixels: Pixels, max_side: int = 320) -> bytes:
 
 def picture(jpeg: bytes) -> Picture:
     """Returns the JPEG as a picture whose URL holds the bytes themselves."""
-    with Image.open(io.BytesIO(jpeg)) as opened:
-        width, height = opened.size
+    with opened(jpeg) as file:
+        width, height = file.size
     url = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
     return Picture(url, width, height)
 

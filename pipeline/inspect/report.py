@@ -11,7 +11,7 @@ import yaml
 
 from pipeline import storage
 from pipeline.errors import StageError
-from pipeline.inspect.curves import Chart, PhaseMetrics, Role, chart, read_metrics
+from pipeline.inspect.curves import Chart, PhaseMetrics, Role, Stretch, chart, read_metrics
 from pipeline.inspect.examples import FILE as EXAMPLES_FILE
 from pipeline.inspect.examples import Example, Gallery, read_gallery
 from pipeline.inspect.heat import Heat, attention_heat
@@ -106,6 +106,7 @@ class PhaseCharts:
     about: str
     losses: tuple[Chart, ...]
     small: tuple[Chart, ...]
+    stretches: tuple[Stretch, ...]
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,9 @@ def _values(run: Run) -> dict[str, Any]:
         "types": _types(run.metrics),
         "stages": _stages(run.stages),
         "total_time": duration(sum(float(row["seconds"]) for row in run.stages.values())),
-        "environment": _flat(run.environment or {}),
+        "environment": _flat(
+            {key: value for key, value in (run.environment or {}).items() if key != "stretches"}
+        ),
     }
 
 
@@ -302,12 +305,13 @@ def _phases(phases: Mapping[str, PhaseMetrics]) -> list[PhaseCharts]:
             series = [metrics.loss(objective, "model", role)]
             if twin:
                 series.append(twin.loss(objective, "blind twin", "blind"))
-            losses.append(chart(f"Loss: {OBJECTIVES.get(objective, objective)}", series))
+            title = f"Loss: {OBJECTIVES.get(objective, objective)}"
+            losses.append(chart(title, series, stretches=metrics.stretches))
         if len(objectives) != 1 and metrics.has("loss"):
             series = [metrics.value("loss", "model", role)]
             if twin:
                 series.append(twin.value("loss", "blind twin", "blind"))
-            losses.append(chart("Loss: total", series))
+            losses.append(chart("Loss: total", series, stretches=metrics.stretches))
         small = [
             chart(
                 title,
@@ -315,6 +319,7 @@ def _phases(phases: Mapping[str, PhaseMetrics]) -> list[PhaseCharts]:
                 unit=unit,
                 from_zero=from_zero,
                 smooth=key != "lr",
+                stretches=metrics.stretches,
             )
             for key, title, unit, scale, from_zero in SMALL_CHARTS
             if metrics.has(key)
@@ -322,7 +327,8 @@ def _phases(phases: Mapping[str, PhaseMetrics]) -> list[PhaseCharts]:
         about = f"{len(metrics.steps):,} steps recorded"
         if twin:
             about += f", and {len(twin.steps):,} of the blind twin"
-        groups.append(PhaseCharts(PHASES[name], about, tuple(losses), tuple(small)))
+        shown = PhaseCharts(PHASES[name], about, tuple(losses), tuple(small), metrics.stretches)
+        groups.append(shown)
     return groups
 
 

@@ -167,10 +167,69 @@ def load_weights(
     fresh: Sequence[str] = (),
 ) -> LoadReport:
     """Copies tensors of a named layout into a model, but for its backbone; see layouts.load."""
+    return layouts.load(_layout(model, layout), model, tensors, (*fresh, BACKBONE))
+
+
+def take_over(
+    model: VisionLanguageModel,
+    tensors: Mapping[str, Tensor],
+    layout: str = "saved",
+    fresh: Sequence[str] = (),
+) -> LoadReport:
+    """Copies what fits of them; see layouts.take_over."""
+    return layouts.take_over(_layout(model, layout), model, tensors, (*fresh, BACKBONE))
+
+
+def _layout(model: VisionLanguageModel, name: str) -> Layout:
+    """Returns a layout that suits the model, or raises ModelError naming what does not."""
     known = family_of(model.config).layouts
-    if layout not in known:
-        raise ModelError(f"layout {layout!r}: {type(model).__name__} reads {', '.join(known)}")
-    return layouts.load(known[layout](model.config), model, tensors, (*fresh, BACKBONE))
+    if name not in known:
+        raise ModelError(f"layout {name!r}: {type(model).__name__} reads {', '.join(known)}")
+    layout = known[name](model.config)
+    for key, value in layout.made_with.items():
+        _require(key, getattr(model.config, key), value)
+    return layout
+
+
+# Settings of ours that no tensor's shape tells.
+_UNSEEN = (
+    "num_heads",
+    "region_heads",
+    "co_heads",
+    "text_connections",
+    "region_connections",
+    "visual_token_type",
+)
+
+
+def require_same_computation(model: VisionLanguageModel, document: Mapping[str, Any]) -> None:
+    """Raises ModelError if weights beside this `config.json` were made with other settings.
+
+    Of those that leave every tensor its shape, so that nothing else would tell. A config of
+    transformers without `visual_token_type` says nothing of it: its weights may be of either.
+    """
+    config = model.config
+    layout = layout_of(model, document)
+    if layout == "saved":
+        theirs = _config_of(family_of(config), document)
+        for key in _UNSEEN:
+            if hasattr(config, key) and (key != "visual_token_type" or key in document):
+                _require(key, getattr(config, key), getattr(theirs, key))
+    elif layout == "bert":
+        _require("num_heads", config.num_heads, layouts.from_bert_sizes(document)["num_heads"])
+    else:
+        ours = getattr(config, "decoder", {})
+        for key in sorted(key for key in set(ours) & set(document) if "head" in key):
+            _require(f"decoder.{key}", ours[key], document[key])
+
+
+def _require(key: str, ours: Any, theirs: Any) -> None:
+    if ours != theirs:
+        theirs = list(theirs) if isinstance(theirs, tuple) else theirs
+        raise ModelError(
+            f"these weights were made with {key}={theirs}, and this model has {ours}: set "
+            f"model.sizes.{key}={theirs}"
+        )
 
 
 def layout_of(model: VisionLanguageModel, document: Mapping[str, Any]) -> str:
@@ -211,16 +270,43 @@ def from_saved(
     open a folder whose head is for something that we do not do. Raises ModelError for a family we
     do not have, or weights that do not fit it.
     """
+    config = check_document(document)
+    for key, value in config.model_dump().items():
+        if key.endswith("layers") and value > len(tensors) > 0:
+            raise ModelError(f"config.json: {key} is {value}, and there are {len(tensors)} tensors")
+    try:
+        with torch.device("meta"):  # where sizes beyond all memory cost nothing
+            described = build(config)
+    except RuntimeError as error:
+        raise ModelError(f"config.json: sizes that no tensor can have: {error}") from error
+    load_weights(described, tensors, fresh=fresh)
+    model = build(config, backbone)
+    return model, load_weights(model, tensors, fresh=fresh)
+
+
+def check_document(document: Mapping[str, Any]) -> ModelConfig:
+    """Returns what a `config.json` describes, or raises ModelError naming the key that is wrong."""
     model_type = document.get("model_type")
     family = next((one for one in FAMILIES.values() if one.model_type == model_type), None)
     if family is None:
         known = ", ".join(one.model_type for one in FAMILIES.values())
-        raise ModelError(f"config.json: model_type is {model_type!r}; expected one of: {known}")
+        raise ModelError(
+            f"config.json: model_type is {layouts.shortened(model_type)}; expected one of: {known}"
+        )
+    return _config_of(family, document)
+
+
+def _config_of(family: Family, document: Mapping[str, Any]) -> ModelConfig:
+    """Returns a family's config, or raises ModelError naming the key that is wrong."""
     try:
-        config = family.from_document(document)
+        config: ModelConfig = family.from_document(document)
     except ValidationError as error:
-        raise ModelError(f"config.json: {error}") from None
+        faults = [
+            f"{'.'.join(map(str, fault['loc'])) or 'sizes'}: "
+            f"{fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors()
+        ]
+        raise ModelError(f"config.json: {'; '.join(faults)}") from None
     except KeyError as error:
         raise ModelError(f"config.json: {error} is missing") from None
-    model = build(config, backbone)
-    return model, load_weights(model, tensors, fresh=fresh)
+    return config

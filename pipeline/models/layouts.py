@@ -1,9 +1,11 @@
 """Names of published weights: tables that say which of their tensors make each of ours.
 
-A family keeps its own tables beside its code, composed of the pieces here. `load` and `export`
-apply them in either direction, tensors to tensors; no other code touches names.
+A family keeps its own tables beside its code, composed of the pieces here. `load`, `take_over` and
+`export` apply them in either direction, tensors to tensors; no other code touches names.
 """
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import ModelError
 from pipeline.models.base import ModelConfig
+
+MOST_LISTED = 20  # faults that an error names
 
 Names = dict[str, tuple[str, ...]]  # our parameter: their tensors, stacked along the first axis
 
@@ -26,6 +30,7 @@ class Layout:
     tied: Mapping[str, str] = field(default_factory=dict)  # second names: first names
     optional: tuple[str, ...] = ()  # our modules that a file may lack, each as a whole
     ignored: tuple[str, ...] = ()  # beginnings of their names that have no place in our model
+    made_with: Mapping[str, Any] = field(default_factory=dict)  # our settings that no shape tells
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,30 @@ class LoadReport:
 
     loaded: tuple[str, ...]  # our parameters that came from the file
     new: tuple[str, ...]  # our parameters that keep their initialisation
-    ignored: tuple[str, ...]  # their tensors that were left out, as the layout or the caller says
+    ignored: tuple[str, ...]  # their tensors that were left out
+    misshaped: tuple[str, ...] = ()  # of those left out, which have other sizes than ours, and both
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns counts and names, those that differ by a number only as one."""
+        return {
+            "taken": len(self.loaded),
+            "new": len(self.new),
+            "left_out": len(self.ignored),
+            "new_parameters": grouped(self.new),
+            "left_out_tensors": grouped(self.ignored),
+            "misshaped": list(self.misshaped),
+        }
+
+    def summary(self) -> str:
+        """Returns the same in a line."""
+        told = [f"{len(self.loaded)} parameters taken over"]
+        if self.new:
+            told.append(f"{len(self.new)} new: {', '.join(grouped(self.new))}")
+        if self.ignored:
+            told.append(f"{len(self.ignored)} left out: {', '.join(grouped(self.ignored))}")
+        if self.misshaped:
+            told.append(f"of other sizes: {', '.join(self.misshaped)}")
+        return "; ".join(told)
 
 
 def load(
@@ -71,13 +99,155 @@ def load(
             faults.append(f"unexpected: {other}")
     if faults:
         raise ModelError(
-            f"weights do not fit {type(model).__name__} ({len(faults)} faults); modules that "
-            "should keep their initialisation can be named as fresh\n" + "\n".join(sorted(faults))
+            f"weights do not fit {type(model).__name__} ({len(faults)} faults)\n{_listed(faults)}"
         )
-    with torch.no_grad():
-        for name in loaded:
-            parameters[name].copy_(torch.cat([given[other] for other in layout.names[name]]))
+    _fill(parameters, loaded, layout, given)
     return LoadReport(tuple(loaded), tuple(new), tuple(ignored))
+
+
+def take_over(
+    layout: Layout, model: nn.Module, tensors: Mapping[str, Tensor], fresh: Sequence[str] = ()
+) -> LoadReport:
+    """Copies what fits of somebody else's weights into a model, in place, and tells the rest.
+
+    A head that the file lacks, holds in part or has in another size is new, as are layers beyond
+    the file's and, where features have another width, the map that reads them; what has no place
+    in the model is left out. Raises ModelError for what would be a surprise: nothing of the encoder
+    is there, a layer is incomplete, a size is another, or the vocabulary is.
+    """
+    given = _modern(layout, tensors)
+    parameters = dict(model.named_parameters())
+    faults = _untied(layout, given)
+    new = {name for name in parameters if name not in layout.names or _under(name, fresh)}
+    units: dict[str, list[str]] = {}
+    for name in parameters:
+        if name not in new:
+            units.setdefault(_unit(layout, name), []).append(name)
+    misshaped = {}
+    for unit, names in units.items():
+        theirs = [other for name in names for other in layout.names[name]]
+        absent = [other for other in theirs if other not in given]
+        may_lack = unit in layout.optional or (unit[-1].isdigit() and len(absent) == len(theirs))
+        if absent and may_lack:
+            new |= set(names)
+        elif absent:
+            faults += [f"missing: {other}" for other in absent]
+        for name in names:
+            if name in new or any(other in absent for other in layout.names[name]):
+                continue
+            found, expected = _shapes(layout, name, parameters[name], given)
+            if found == expected:
+                continue
+            said = f"{layout.names[name][0]} is {found}, expected {expected}"
+            if name.endswith(_VOCABULARY):
+                faults.append(
+                    f"its vocabulary has {found[0]} words, and the tokenizer has {expected[0]}; "
+                    "give the one that these weights were trained with, as `model.tokenizer`"
+                )
+            elif unit in layout.optional or name.startswith(_SEES_FEATURES):
+                misshaped[name] = said
+            else:
+                faults.append(f"mis-shaped: {said}; sizes are set by `model.sizes`")
+    of_linear = {name.rpartition(".")[0] for name in misshaped}
+    new |= {name for name in parameters if name.rpartition(".")[0] in of_linear}
+    loaded = [name for name in parameters if name not in new]
+    encoder = [name for name in parameters if _IN_ENCODER.match(name)]
+    if encoder and new.issuperset(encoder):
+        expected_names = [other for name in encoder for other in layout.names.get(name, ())]
+        faults = [
+            f"nothing of its encoder is there: it holds {', '.join(sorted(tensors)[:3])} …, "
+            f"expected names such as {', '.join(expected_names[:2])}"
+        ]
+    if faults:
+        raise ModelError(f"these weights cannot start {type(model).__name__}: {_listed(faults)}")
+    _fill(parameters, loaded, layout, given)
+    used = {other for name in loaded for other in layout.names[name]} | set(layout.tied)
+    return LoadReport(
+        tuple(loaded),
+        tuple(name for name in parameters if name in new),
+        tuple(sorted(set(given) - used)),
+        tuple(misshaped.values()),
+    )
+
+
+_VOCABULARY = "text_embeddings.word.weight"
+# What reads features: it has their width, which is their extractor's.
+_SEES_FEATURES = (
+    "visual_embeddings.projection.",
+    "region_embeddings.feature.",
+    "region_embeddings.mask.",
+    "visual.",
+)
+_IN_ENCODER = re.compile(r"(\w+_)?layers\.|connections\.|decoder\.")
+
+
+def grouped(names: Iterable[str]) -> list[str]:
+    """Returns names, as one those that are the same up to a number, or up to their last part.
+
+    Each comes with how many they are: `layers.6-11 (96)`, `answer_head.out (2)`.
+    """
+    counts: Counter[str] = Counter()
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        parts = name.split(".")
+        number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+        stem = ".".join(parts[:number] if number else parts[: max(1, len(parts) - 1)])
+        counts[stem] += 1
+        if number:
+            numbers.setdefault(stem, set()).add(int(parts[number]))
+    return [
+        f"{stem}{'.' + _ranges(numbers[stem]) if stem in numbers else ''} ({count})"
+        for stem, count in counts.items()
+    ]
+
+
+def _ranges(numbers: set[int]) -> str:
+    """Returns `0-5,8` for 0 … 5 and 8."""
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [number]
+        else:
+            ranges.append([number])
+    return ",".join("-".join(map(str, one)) for one in ranges)
+
+
+def _unit(layout: Layout, name: str) -> str:
+    """Returns the module that a file has as a whole or not at all: a head, a layer, a table."""
+    optional = next((module for module in layout.optional if _under(name, (module,))), None)
+    if optional is not None:
+        return optional
+    first, *others = name.split(".")
+    return f"{first}.{others[0]}" if others and others[0].isdigit() else first
+
+
+def _shapes(
+    layout: Layout, name: str, parameter: Tensor, given: Mapping[str, Tensor]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the shape of the first of theirs that does not fit, if any, and the right one."""
+    theirs = layout.names[name]
+    expected = (parameter.shape[0] // len(theirs), *parameter.shape[1:])
+    shapes = [tuple(given[other].shape) for other in theirs]
+    return next((shape for shape in shapes if shape != expected), expected), expected
+
+
+def _fill(
+    parameters: Mapping[str, Tensor],
+    names: Iterable[str],
+    layout: Layout,
+    given: Mapping[str, Tensor],
+) -> None:
+    with torch.no_grad():
+        for name in names:
+            if not parameters[name].is_meta:
+                parameters[name].copy_(torch.cat([given[other] for other in layout.names[name]]))
+
+
+def _listed(faults: Iterable[str]) -> str:
+    """Returns the first faults, and how many more there are."""
+    listed = sorted(faults)
+    more = [f"and {len(listed) - MOST_LISTED} more"] if len(listed) > MOST_LISTED else []
+    return "\n".join([*listed[:MOST_LISTED], *more])
 
 
 def export(layout: Layout, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -251,27 +421,65 @@ def from_bert_sizes(document: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ModelError for an activation, norm or dropout that our blocks do not have.
     """
-    dropout = document.get("hidden_dropout_prob", 0.1)
+    dropout = number(document, "hidden_dropout_prob", 0.1)
     require(document, "hidden_act", "gelu")
     require(document, "layer_norm_eps", 1e-12)
     require(document, "attention_probs_dropout_prob", dropout)
     return {
-        "vocab_size": document.get("vocab_size", 30522),
-        "width": document.get("hidden_size", 768),
-        "num_heads": document.get("num_attention_heads", 12),
-        "intermediate_size": document.get("intermediate_size", 3072),
-        "max_positions": document.get("max_position_embeddings", 512),
-        "type_vocab_size": document.get("type_vocab_size", 2),
+        "vocab_size": whole(document, "vocab_size", 30522),
+        "width": whole(document, "hidden_size", 768),
+        "num_heads": whole(document, "num_attention_heads", 12),
+        "intermediate_size": whole(document, "intermediate_size", 3072),
+        "max_positions": whole(document, "max_position_embeddings", 512),
+        "type_vocab_size": whole(document, "type_vocab_size", 2),
         "dropout": dropout,
-        "initializer_range": document.get("initializer_range", 0.02),
+        "initializer_range": number(document, "initializer_range", 0.02),
     }
+
+
+def whole(document: Mapping[str, Any], key: str, default: int | None = None, least: int = 1) -> int:
+    """Reads a count of a `config.json`, or raises ModelError; with no default it must be there."""
+    found = document.get(key, default)
+    if isinstance(found, bool) or not isinstance(found, int) or found < least:
+        raise ModelError(
+            f"config.json: {key} is {shortened(found)}; expected a whole number from {least}"
+        )
+    return found
+
+
+def number(document: Mapping[str, Any], key: str, default: float) -> float:
+    """Reads a fraction of a `config.json`, or raises ModelError."""
+    found = document.get(key, default)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found < 1:
+        raise ModelError(
+            f"config.json: {key} is {shortened(found)}; expected a number from 0 to below 1"
+        )
+    return float(found)
+
+
+def whole_numbers(document: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """Reads a list of counts of a `config.json`, or raises ModelError."""
+    found = document.get(key)
+    if not isinstance(found, list | tuple) or not all(type(one) is int for one in found):
+        raise ModelError(
+            f"config.json: {key} is {shortened(found)}; expected a list of whole numbers"
+        )
+    return tuple(found)
+
+
+def shortened(found: Any) -> str:
+    """Returns what was found, cut where it is long."""
+    said = "missing" if found is None else repr(found)
+    return said if len(said) <= 60 else f"{said[:60]}…"
 
 
 def require(document: Mapping[str, Any], key: str, value: Any) -> None:
     """Raises ModelError if a `config.json` sets a key to anything but the one value we compute."""
     found = document.get(key, value)
     if found != value:
-        raise ModelError(f"config.json: {key} is {found!r}; this family is computed with {value!r}")
+        raise ModelError(
+            f"config.json: {key} is {shortened(found)}; this family is computed with {value!r}"
+        )
 
 
 def labels(num_answers: int, answers: Iterable[str]) -> dict[str, Any]:
@@ -291,9 +499,19 @@ def labels(num_answers: int, answers: Iterable[str]) -> dict[str, Any]:
 def num_answers(document: Mapping[str, Any]) -> int:
     """Reads the size of a `config.json`'s answer head; where it is not said, transformers has 2."""
     if "num_answers" in document:
-        return int(document["num_answers"])
-    if any("QuestionAnswering" in name for name in document.get("architectures") or ()):
-        return len(document.get("id2label") or (0, 1))
+        return whole(document, "num_answers", least=0)
+    architectures = document.get("architectures") or ()
+    if not isinstance(architectures, list | tuple):
+        raise ModelError(
+            f"config.json: architectures is {shortened(architectures)}; expected names"
+        )
+    if any("QuestionAnswering" in str(name) for name in architectures):
+        named = document.get("id2label") or (0, 1)
+        if not isinstance(named, Mapping | tuple):
+            raise ModelError(
+                f"config.json: id2label is {shortened(named)}; expected names by number"
+            )
+        return len(named)
     return 0
 
 

@@ -68,12 +68,21 @@ class RegionHead(nn.Module):
 
 
 class Lxmert(TwoStream):
-    """LXMERT (arXiv:1908.07490). Regions need their boxes."""
+    """LXMERT (arXiv:1908.07490). Regions need their boxes.
+
+    The first row of each table of the text's embeddings stays as it is in training: of words,
+    positions and segments, as in its authors' code, which declares all three to be padding's. So
+    the first position and the only segment that is used are what they were when training began;
+    the first word, [PAD], learns as the decoder's weight.
+    """
 
     config: LxmertConfig
 
     def __init__(self, config: LxmertConfig) -> None:
         super().__init__(config, pooled_width=config.width)
+        text = self.text_embeddings
+        for table in (text.word, text.position, text.token_type):
+            table.padding_idx = 0
         self.cross_layers = nn.ModuleList(
             CrossModalityLayer(config) for _ in range(config.cross_layers)
         )
@@ -199,11 +208,13 @@ def from_transformers(document: Mapping[str, Any]) -> LxmertConfig:
     layouts.require(document, "visual_pos_dim", 4)
     return LxmertConfig(
         **layouts.from_bert_sizes(document),
-        text_layers=document.get("l_layers", 9),
-        region_layers=document.get("r_layers", 5),
-        cross_layers=document.get("x_layers", 5),
-        feature_dim=document.get("visual_feat_dim", 2048),
-        num_objects=document.get("num_object_labels", 1600),
-        num_attributes=document.get("num_attr_labels", 400),
-        num_answers=document.get("num_answers", document.get("num_qa_labels", 9500)),
+        text_layers=layouts.whole(document, "l_layers", 9),
+        region_layers=layouts.whole(document, "r_layers", 5, least=0),
+        cross_layers=layouts.whole(document, "x_layers", 5),
+        feature_dim=layouts.whole(document, "visual_feat_dim", 2048),
+        num_objects=layouts.whole(document, "num_object_labels", 1600),
+        num_attributes=layouts.whole(document, "num_attr_labels", 400),
+        num_answers=layouts.whole(
+            document, "num_answers" if "num_answers" in document else "num_qa_labels", 9500, least=0
+        ),
     )

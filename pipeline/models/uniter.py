@@ -163,8 +163,8 @@ def from_document(document: Mapping[str, Any]) -> UniterConfig:
     """Reads such a `config.json`."""
     return UniterConfig(
         **layouts.from_bert_sizes(document),
-        num_layers=document["num_hidden_layers"],
-        feature_dim=document["img_dim"],
-        num_objects=document["img_label_dim"],
+        num_layers=layouts.whole(document, "num_hidden_layers"),
+        feature_dim=layouts.whole(document, "img_dim"),
+        num_objects=layouts.whole(document, "img_label_dim"),
         num_answers=layouts.num_answers(document),
     )

@@ -19,7 +19,8 @@ class VisualBertConfig(SingleStreamConfig):
 
     Its other checkpoints differ in `feature_dim`: 512 for VCR, 1024 for NLVR2.
     `visual_token_type` is the segment that regions belong to: transformers passes 1 if not told
-    otherwise, but the original code, and so every checkpoint by its authors, used 0.
+    otherwise, but the original code, and so every checkpoint by its authors, used 0; their files
+    are refused with another.
     """
 
     visual_token_type: int = Field(1, ge=0)
@@ -125,6 +126,7 @@ def original_layout(config: VisualBertConfig) -> Layout:
         answers="bert.classifier",
         visual=("projection", "position_embeddings_visual", "token_type_embeddings_visual"),
         ignored=("detector.",),
+        made_with={"visual_token_type": 0},
     )
 
 
@@ -155,6 +157,7 @@ def _layout(
     answers: str,
     visual: tuple[str, str, str],
     ignored: tuple[str, ...] = (),
+    made_with: Mapping[str, Any] | None = None,
 ) -> Layout:
     embeddings = f"{encoder}.embeddings"
     projection, position, token_type = (f"{embeddings}.{name}" for name in visual)
@@ -175,6 +178,7 @@ def _layout(
         tied=tied,
         optional=("pooler", "token_head", "match_head", "answer_head"),
         ignored=ignored,
+        made_with=made_with or {},
     )
 
 
@@ -198,12 +202,12 @@ def to_transformers(config: VisualBertConfig, answers: Sequence[str]) -> dict[st
 def from_transformers(document: Mapping[str, Any]) -> VisualBertConfig:
     """Reads transformers' `config.json`, or raises ModelError for what this family cannot do."""
     layouts.require(document, "bypass_transformer", False)
-    position_fourier = document.get("position_fourier", 0)
+    position_fourier = layouts.whole(document, "position_fourier", 0, least=0)
     return VisualBertConfig(
         **layouts.from_bert_sizes(document),
-        num_layers=document.get("num_hidden_layers", 12),
-        feature_dim=document.get("visual_embedding_dim", 512) - position_fourier,
-        visual_token_type=document.get("visual_token_type", 1),
+        num_layers=layouts.whole(document, "num_hidden_layers", 12),
+        feature_dim=layouts.whole(document, "visual_embedding_dim", 512) - position_fourier,
+        visual_token_type=layouts.whole(document, "visual_token_type", 1, least=0),
         position_fourier=position_fourier,
         num_answers=layouts.num_answers(document),
     )

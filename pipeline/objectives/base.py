@@ -87,6 +87,7 @@ class Objective(ABC):
     metric_name: ClassVar[str]
     needs_distractors: ClassVar[bool] = False
     needs_regions: ClassVar[bool] = False
+    needs_global_batch: ClassVar[bool] = False  # all ranks' samples of a step in one pass
     needs_attention: bool = False  # the model's attention maps
     matched_only: bool = False  # a sample shown with another image's text costs nothing
     turns: Turns | None = None  # the steps that train it; None: all
@@ -97,6 +98,16 @@ class Objective(ABC):
     def is_due(self, seed: int, step: int) -> bool:
         """Whether a step trains it: the same on every rank."""
         return self.turns is None or self.turns.has(seed, step)
+
+    def refusal(self, family: type[VisionLanguageModel]) -> str | None:
+        """Says why models of a family cannot be trained on it; None: they can."""
+        if self.stream.mask not in family.masks:
+            return f"it needs a family that can write text, which {family.__name__} cannot"
+        if self.needs_regions and (
+            family.region_predictions is VisionLanguageModel.region_predictions
+        ):
+            return f"it needs a family with heads for regions, which {family.__name__} has not"
+        return None
 
     def check(  # noqa: B027  most go with any
         self, tokenizer: "PreTrainedTokenizerFast", answers: Sequence[str]

@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from pipeline.config import Config
 from pipeline.data.dataset import Dataset, Split
 from pipeline.data.loader import Batch
-from pipeline.errors import ConfigError, ModelError
+from pipeline.errors import ConfigError, FeatureError, ModelError
 from pipeline.models.base import VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs
 from pipeline.objectives.base import Encodings, Objective, ShownKind, Stream, Vocabulary
@@ -168,6 +168,13 @@ class Distillation(Objective):
         if self.config.features is None:
             return encodings, TeacherView(places, None, None, None)
         assert self._split is not None, "open() comes first: the teacher has its own features"
+        known = batch.rows[batch.rows < self._split.num_samples]
+        if self._split.keys[known].tolist() != batch.keys:
+            raise FeatureError(
+                f"objectives.distill.features: {self.config.features} has features of other "
+                "samples than the student's extractor; `sightline data rejects` lists those "
+                "without. Remove their images, or leave `features` out"
+            )
         seen = self._split.features(batch.rows)
         padding = torch.arange(seen.values.shape[1]) >= torch.from_numpy(seen.num_regions)[:, None]
         view = TeacherView(

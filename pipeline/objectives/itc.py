@@ -7,12 +7,12 @@ from torch.nn import functional as F  # noqa: N812
 
 from pipeline.config import Config
 from pipeline.data.loader import Batch
-from pipeline.errors import ConfigError, ModelError
+from pipeline.errors import ModelError
 from pipeline.models.base import VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs
 from pipeline.models.late_fusion import LateFusion
 from pipeline.objectives.base import Encodings, Objective, Stream, Vocabulary
-from pipeline.objectives.gather import gathered, rank
+from pipeline.objectives.gather import first_of_own, gathered
 
 
 class ItcConfig(Config):
@@ -30,16 +30,23 @@ class ImageTextContrast(Objective):
     The one objective whose per-sample loss depends on its batch, by its nature: the negatives are
     the rest of the global batch. They are gathered over ranks, so that the same global batch gives
     the same losses on any number of them; micro-batches after one another could not see each
-    other, and are refused. Unlike CLIP's, pairs with another caption of the same image are left
+    other, and are refused. An evaluation cuts what is held out into global batches as equal as
+    they can be. Unlike CLIP's, pairs with another caption of the same image are left
     out of the negatives.
     """
 
     name = "itc"
     stream = Stream("captions", "full", is_intact=True)
     metric_name = "recall@1"
+    needs_global_batch = True
 
     def __init__(self, config: ItcConfig) -> None:
         super().__init__(config.weight)
+
+    def refusal(self, family: type[VisionLanguageModel]) -> str | None:
+        if not issubclass(family, LateFusion):
+            return f"{family.__name__} has no vectors to compare; it is for late_fusion"
+        return super().refusal(family)
 
     def attach(self, model: VisionLanguageModel) -> nn.Module | None:
         _dual(model)
@@ -51,16 +58,7 @@ class ImageTextContrast(Objective):
         encodings: Encodings,
         vocabulary: Vocabulary,  # noqa: ARG002
     ) -> tuple[Encodings, Tensor]:
-        """The target (B,) is the row of the image.
-
-        Raises ConfigError for a batch that is not a rank's whole share of its step.
-        """
-        first = rank() * len(batch.positions)
-        if batch.positions[0] != first:
-            raise ConfigError(
-                "objectives.itc: contrasts the whole global batch in one pass, but a rank has "
-                "several micro-batches a step; make global_batch_size = micro_batch_size x ranks"
-            )
+        """The target (B,) is the row of the image."""
         return encodings, torch.from_numpy(batch.rows)
 
     def loss(
@@ -88,7 +86,7 @@ class ImageTextContrast(Objective):
         dual = _dual(model)
         texts, images = (side.float() for side in dual.contrastive(encoded, inputs))
         all_texts, all_images = gathered(torch.cat([texts, images], dim=1)).chunk(2, dim=1)
-        own = rank() * len(target) + torch.arange(len(target), device=target.device)
+        own = first_of_own(target) + torch.arange(len(target), device=target.device)
         same_image = target[:, None] == gathered(target)
         same_image[torch.arange(len(target), device=target.device), own] = False
         to_images = dual.temperature(texts @ all_images.T).masked_fill(same_image, -torch.inf)

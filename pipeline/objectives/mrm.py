@@ -23,6 +23,7 @@ from pipeline.objectives.base import Encodings, Objective, ShownKind, Stream, Vo
 from pipeline.objectives.per_sample import mean_of_places, nan_where_none
 
 _SALT = zlib.crc32(b"mrm")
+BACKGROUND = 0  # of a detector's classes
 _GREY = 128  # the uint8 pixel that a model sees as (nearly) zero
 
 
@@ -37,8 +38,9 @@ class ClassTermConfig(Config):
     """How far predicted classes are from a detector's.
 
     kl: the divergence from its probabilities, summed over classes (ViLBERT; UNITER averages, which
-    is a weight of 1 / classes). label: cross-entropy with its likeliest class, times that class's
-    probability (LXMERT); features with one label and score per region will do.
+    is a weight of 1 / classes). label: cross-entropy with its likeliest class other than
+    background, which is class 0, times that class's probability (LXMERT); features with one label
+    and score per region will do.
     """
 
     weight: float = Field(default=1.0, gt=0)
@@ -274,6 +276,9 @@ def _verdict(
     known = torch.from_numpy(probabilities[chosen])
     if term.distance == "kl":
         return known
+    if name == "classes":  # what a region is can be unsure, but it is never nothing
+        known = known.clone()
+        known[..., BACKGROUND] = -1
     confidence, label = known.max(-1)
     return Labels(label, confidence.float())
 

@@ -36,7 +36,7 @@ class StreamBatch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a rank holds in one forward pass: a batch for each stream that is trained."""
+    """What a rank holds in one forward pass: a batch for each stream that has a part in it."""
 
     streams: Mapping[str, StreamBatch]
 
@@ -88,14 +88,19 @@ class StreamCollator:
             if blind_dim is not None and objective.needs_regions:
                 raise ConfigError(f"objectives.{objective.name}: a blind model has no regions")
             objective.check(tokenizer, answers)
-        self._objectives = objectives
+        self.objectives = objectives
+        self.needs_global_batch = any(one.needs_global_batch for one in objectives)
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._vocabulary = Vocabulary.of(tokenizer, answers)
         self._blind_dim = blind_dim
 
+    def is_due(self, seed: int, step: int) -> bool:
+        """Whether a step trains any of its objectives."""
+        return any(one.is_due(seed, step) for one in self.objectives)
+
     def __call__(self, batch: Batch) -> StreamBatch:
-        due = [one for one in self._objectives if one.is_due(batch.seed, batch.step)]
+        due = [one for one in self.objectives if one.is_due(batch.seed, batch.step)]
         if not due:
             return _nothing()
         own = texts = own_texts(batch, self.stream.kind)
@@ -171,7 +176,7 @@ class ObjectiveModel(nn.Module):
         return [
             (stream, [one for one in objectives if one.name in stream.targets])
             for name, objectives in self._streams.items()
-            if (stream := batch.streams[name]).targets
+            if (stream := batch.streams.get(name)) is not None and stream.targets
         ]
 
     def _encode(self, stream: StreamBatch, objectives: Sequence[Objective]) -> Encoded:

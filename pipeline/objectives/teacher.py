@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pipeline.data.vocabulary import load_tokenizer
 from pipeline.errors import ConfigError, ModelError
-from pipeline.model_files import read_own, read_weights
+from pipeline.model_files import read_own, read_weights, require_unchanged
 from pipeline.models import families
 from pipeline.models.base import MaskKind, VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs
@@ -28,6 +28,7 @@ class Teacher:
         self.folder = folder
         try:
             own = read_own(folder)
+            require_unchanged(folder, own)
             model, _ = families.from_saved(*read_weights(folder))
         except ModelError as error:
             raise ModelError(f"distill: teacher {error}") from error

@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from pipeline import storage
+from pipeline.cluster import ClusterConfig, resources
 from pipeline.data.dataset import Split
 from pipeline.data.vocabulary import load_tokenizer
 from pipeline.errors import ConfigError, FeatureError, ManifestError, StoppedError
@@ -28,11 +29,11 @@ from pipeline.models import families
 from pipeline.objectives.objective import ObjectivesConfig
 from pipeline.recipe import Recipe
 from pipeline.stages import train
-from pipeline.stages.preflight import preflight
+from pipeline.stages.preflight import initial_weights, preflight, small_validation
 from pipeline.stages.progress import StageProgress
 from pipeline.training.assembly import MicroBatch, assemble
 from pipeline.training.engine import require_swapping
-from pipeline.training.launch import ClusterConfig, launch_all, resources
+from pipeline.training.launch import launch_all
 from pipeline.training.memory import FP32_BYTES, state_bytes
 from pipeline.training.optimizer import freeze
 from pipeline.training.spec import Environment, TrainingConfig, TrainingSpec
@@ -177,8 +178,14 @@ def check(recipe: Recipe, console: Console) -> Report:
         unknown.append(f"hours: {lacking}")
     elif any(phase.data for phase in phases):
         phases = _timed(recipe, inputs, phases, console)
-    advice = tuple(line for phase in phases for line in _advice(recipe, machine, phase))
-    return Report(recipe.name, machine, tuple(phases), tuple(unknown), advice)
+    advice = [line for phase in phases for line in _advice(recipe, machine, phase)]
+    initial = initial_weights(recipe)
+    if initial is not None:
+        advice.append(f"model.initial: {initial.summary()}")
+    warning = small_validation(recipe, inputs.dataset) if phases and phases[0].data else None
+    if warning is not None:
+        advice.append(warning)
+    return Report(recipe.name, machine, tuple(phases), tuple(unknown), tuple(advice))
 
 
 def activation_bytes(module: nn.Module, batch: MicroBatch, dtype: torch.dtype) -> int:
@@ -203,7 +210,7 @@ def _phases_of_data(recipe: Recipe, inputs: train.DataInputs, machine: Machine) 
     phases = []
     for spec in train.phase_specs(recipe, inputs):
         split = inputs.split(spec.split)
-        train.check_fits(spec, split, recipe.cluster.workers)
+        train.check_fits(spec, inputs, recipe.cluster.workers)
         assembly = assemble(spec)
         phase = _phase(spec.phase, spec.training, machine, assembly.module)
         with contextlib.closing(assembly.batches(0, 0, machine.workers)) as batches:

@@ -1,4 +1,9 @@
-"""What a run was made with: versions, machine, code revision, seeds, data; RUN/environment.json."""
+"""What a run was made with: versions, machine, code revision, seeds, data; RUN/environment.json.
+
+`versions` are those of each dataset that the run has read, and `stretches` the parts of each
+phase's curve that have settings of their own: after which step, which settings changed and how,
+when, and on which version of the dataset.
+"""
 
 import contextlib
 import json
@@ -7,6 +12,7 @@ import platform
 import subprocess
 import sys
 from collections import defaultdict
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +22,7 @@ from pipeline.errors import TrainingError
 from pipeline.recipe import Recipe
 from pipeline.stages.state import Record
 from pipeline.training.launch import read_spec
+from pipeline.training.metrics_log import read_stretches
 
 PHASES = ("pretrain", "finetune", "blind")
 
@@ -52,6 +59,7 @@ def write_environment(recipe: Recipe) -> None:
         "libraries": {name: version(name) for name in LIBRARIES},
     }
     found["versions"] = {url: sorted(versions) for url, versions in _versions(recipe).items()}
+    found["stretches"] = _stretches(recipe.run)
     extracted = Record.read(recipe.run, "extract")
     if extracted:
         found["features"] = extracted.outputs.get("features")
@@ -65,12 +73,33 @@ def _versions(recipe: Recipe) -> dict[str, set[int]]:
     ingested = Record.read(recipe.run, "ingest")
     if ingested:
         found[storage.absolute(recipe.dataset.path)].add(ingested.outputs["version"])
-    for phase in PHASES:
+    for folder in storage.list_names(recipe.run):
+        if folder.split(".", 1)[0] not in PHASES:  # those that were moved aside count as well
+            continue
         with contextlib.suppress(TrainingError):  # nothing is trained yet
-            spec = read_spec(storage.join(recipe.run, phase))
+            spec = read_spec(storage.join(recipe.run, folder))
             found[spec.dataset].add(spec.dataset_version)
             for other in spec.mixed_in:
                 found[other.dataset].add(other.dataset_version)
+    return found
+
+
+def _stretches(run: str) -> dict[str, list[dict[str, Any]]]:
+    found = {}
+    for phase in PHASES:
+        stretches = read_stretches(storage.join(run, phase))
+        if stretches:
+            found[phase] = [
+                {
+                    "after_step": one.step,
+                    "began": datetime.fromtimestamp(one.time, UTC).isoformat(timespec="seconds"),
+                    "dataset_version": one.dataset_version,
+                    "changed": {
+                        key: {"then": then, "now": now} for key, (then, now) in one.changed.items()
+                    },
+                }
+                for one in stretches
+            ]
     return found
 
 

@@ -20,12 +20,12 @@ from pipeline.inspect.examples import (
     write_gallery,
 )
 from pipeline.inspect.picture import thumbnail
-from pipeline.model_files import is_model
+from pipeline.model_files import is_model, read_own
 from pipeline.recipe import Recipe
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, once
 from pipeline.stages.train import DataInputs
-from pipeline.training.model_folder import ModelFolder, load_model
+from pipeline.training.model_folder import ModelFolder, load_model, save_decoding
 
 EVALUATE_VERSION = 1
 BATCH_SIZE = 64
@@ -51,6 +51,7 @@ class _Scored:
 def run(recipe: Recipe, progress: StageProgress) -> Outcome:
     """Scores RUN/model, and its blind twin, on the held-out split with official metrics."""
     inputs = DataInputs.open(recipe)
+    inputs.tell(progress)
     folder = storage.join(recipe.run, "model")
     blind_folder = storage.join(recipe.run, "blind", "model")
     if not is_model(folder):
@@ -69,7 +70,7 @@ def run(recipe: Recipe, progress: StageProgress) -> Outcome:
         twin = load_model(blind_folder) if has_blind else None
         device = _device(recipe)
         split = inputs.split(recipe.dataset.validation_split)
-        unseen = inputs.dataset.split(recipe.dataset.validation_split)
+        unseen = split.without_features()
         examples: list[Example] = []
         metrics: dict[str, float] = {}
         headlines: dict[str, float] = {}
@@ -105,6 +106,9 @@ def run(recipe: Recipe, progress: StageProgress) -> Outcome:
             f"The first pictures of split “{split.name}” in the order they are stored, and of "
             "each one question or caption: not chosen by how the model did."
         )
+        if recipe.benchmarks.caption is not None:
+            for scored_folder in (folder, *([blind_folder] if twin else [])):
+                save_decoding(scored_folder, recipe.benchmarks.caption.decoding())
         write_gallery(recipe.run, Gallery(selection, tuple(examples)))
         _write(recipe, "metrics.json", _json(metrics))
         if absent:
@@ -271,7 +275,7 @@ def _said(row: ResultRow) -> str:
 
 
 def _card_of(folder: str) -> Any:
-    return json.loads(storage.read_bytes(storage.join(folder, "sightline.json")))
+    return read_own(folder)
 
 
 def _device(recipe: Recipe) -> str:

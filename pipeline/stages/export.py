@@ -15,6 +15,7 @@ from pipeline.errors import CheckpointError, ConfigError, ModelError
 from pipeline.models import families
 from pipeline.models.base import ModelConfig
 from pipeline.training import checkpoint, model_folder
+from pipeline.training.continuation import differences, fixed
 from pipeline.training.launch import read_spec
 from pipeline.training.loop import CHECKPOINTS
 from pipeline.training.metrics_log import read_metrics
@@ -83,25 +84,32 @@ def _copy(location: str, folder: str) -> Exported:
     """Copies a model folder, with a page that also tells what its run has found out."""
     document, tensors = model_files.read_weights(location)
     own = model_files.read_own(location)
+    model_files.require_unchanged(location, own)
     run = _run_of(location)
-    phase = storage.join(run, own["phase"])
-    step = own["step"]
-    card = ModelCard(
-        model_type=document["model_type"],
-        made=own,
-        num_parameters=sum(tensor.numel() for tensor in tensors.values()),
-        num_answers=len(own["answers"]),
-        figures=_losses(phase, step),
-        metrics=_scores(run, own),
-        environment=_json_of(run, "environment.json"),
-        recipe=_recipe(run),
-    )
+    try:
+        step = own["step"]
+        card = ModelCard(
+            model_type=document["model_type"],
+            made=own,
+            num_parameters=sum(tensor.numel() for tensor in tensors.values()),
+            num_answers=len(own["answers"]),
+            figures=_losses(storage.join(run, own["phase"]), step),
+            metrics=_scores(run, own),
+            environment=_json_of(run, "environment.json"),
+            recipe=_recipe(run),
+        )
+        page = card.page()
+    except (KeyError, TypeError) as error:
+        raise ModelError(
+            f"{location}: {model_files.OWN} or {model_files.CONFIG} lacks what a model's page "
+            f"tells: {error}"
+        ) from error
     names = storage.list_names(location)
     names.remove(model_files.OWN)
     for name in [*names, model_files.OWN]:  # last, for a folder that has it is whole
         payload = storage.read_bytes(storage.join(location, name))
         if name == model_folder.PAGE:
-            payload = card.page().encode()
+            payload = page.encode()
         storage.write_bytes(storage.join(folder, name), payload)
     return Exported(folder, location, step, card.num_parameters, card.model_type)
 
@@ -111,17 +119,16 @@ def _from_checkpoint(location: str, folder: str, skipped: tuple[str, ...]) -> Ex
     spec = read_spec(phase)
     with tempfile.TemporaryDirectory(prefix="sightline-") as cache:
         manifest = checkpoint.verify(location, Path(cache))
-        differences = checkpoint.differences(spec.sequence(), manifest.sequence)
-        if differences:
+        others = fixed(differences(manifest.sequence, spec.sequence(), spec.phase))
+        if others:
             raise CheckpointError(
                 f"{location}: it is not of the run that {phase} describes; it differs in "
-                f"{'; '.join(differences)}"
+                f"{'; '.join(map(str, others))}"
             )
         sizes, parameters = _parameters(spec, location, manifest, Path(cache))
     run = phase.rsplit("/", 1)[0]
-    tokenizer = storage.join(run, "tokenizer")
-    if not storage.exists(tokenizer):
-        tokenizer = spec.tokenizer
+    places = (storage.join(above, "tokenizer") for above in (phase, run))  # it may have been moved
+    tokenizer = next(filter(storage.exists, places), spec.tokenizer)
     made = {**spec.card, "step": manifest.step}
     card = ModelCard(
         model_type=families.family_of(sizes).model_type,
@@ -139,6 +146,7 @@ def _from_checkpoint(location: str, folder: str, skipped: tuple[str, ...]) -> Ex
         tokenizer=tokenizer,
         answers=spec.answers,
         card=card,
+        decoding=spec.decoding,
     )
     return Exported(folder, location, manifest.step, card.num_parameters, card.model_type, skipped)
 

@@ -3,10 +3,12 @@
 import time
 from functools import partial
 
+from pipeline.cluster import start_ray
+from pipeline.data.dataset import Dataset
 from pipeline.recipe import Recipe
+from pipeline.stages.preflight import require_splits
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, Record, identity
-from pipeline.training.launch import start_ray
 from pipeline.vision.extract import ExtractProgress, extract
 
 NAME = "extract"
@@ -14,6 +16,7 @@ NAME = "extract"
 
 def run(recipe: Recipe, progress: StageProgress) -> Outcome:
     """Gives every sample the features it lacks; it is incremental by itself."""
+    require_splits(recipe, Dataset.open(recipe.dataset.path))
     if recipe.features.live:
         return Outcome("nothing to store", 0.0, {})
     started = time.monotonic()
@@ -38,6 +41,7 @@ def run(recipe: Recipe, progress: StageProgress) -> Outcome:
         "features": report.extractor,
         "images": report.num_images,
         "unchanged": report.num_unchanged,
+        "rejects": dict(report.rejects),
         "bytes": report.size_bytes,
         "images_per_second": round(report.images_per_second, 1),
         "network_waited": round(report.waited_fraction, 3),

@@ -1,6 +1,7 @@
 """One photograph, with or without a question, to what a model says of it."""
 
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ from pipeline.data.features import FeatureBatch, grid_boxes
 from pipeline.data.image_check import BadImageError
 from pipeline.data.images import live_features
 from pipeline.data.loader import Batch
+from pipeline.data.picture_range import PictureRange
 from pipeline.data.sample import Question, Texts
-from pipeline.errors import FeatureError, ModelError
-from pipeline.model_files import is_model
+from pipeline.errors import ConfigError, FeatureError, ModelError
+from pipeline.model_files import OWN, is_model
+from pipeline.models.generation import Decoding
 from pipeline.training.model_folder import ModelFolder, load_model
 from pipeline.vision.extractor import from_card
 from pipeline.vision.live import live_config
@@ -22,32 +25,122 @@ from pipeline.vision.live import live_config
 NUM_ANSWERS = 5
 
 
-def predict(location: str, image: str, question: str) -> dict[str, Any]:
-    """Returns `text`, a caption or the likeliest answer, and for a question the next `answers`.
+def predict(
+    location: str, image: str, question: str | None = None, beams: int | None = None
+) -> dict[str, Any]:
+    """Returns `text`, a caption or the answer that scores best, and for a question `answers`.
 
-    `location` is a run or a model folder. Raises ModelError if no model is there, or it was not
-    trained for what is asked; FeatureError or StorageError if the image cannot be read.
+    `location` is a run or a model folder. Each of `answers` has its own score from 0 to 1; together
+    they are no distribution. A caption is written as the model was scored, but for `beams`, and
+    `decoding` says how. `notes` tell what should be known before the text is believed. Raises
+    ModelError if no model is there, it is damaged, or it was not trained for what is asked;
+    ConfigError for a question without words; FeatureError or StorageError if the image cannot be
+    read.
     """
-    folder = load_model(_model_folder(location))
-    batch = _batch(folder, image, question)
+    if question is not None and not question.strip():
+        raise ConfigError("--question: it is empty; ask something, or leave it out for a caption")
+    if question is not None and beams is not None:
+        raise ConfigError("--beams: an answer is chosen, not written; leave it out")
+    place = _model_folder(location)
+    folder = load_model(place)
+    for key in ("objectives", "max_tokens", "phase", "extractor"):
+        if key not in folder.card:
+            raise ModelError(f"{storage.join(place, OWN)}: {key} is missing")
     trained_for = folder.card["objectives"]
-    asked, objective = ("answer a question", "answer") if question else ("write a caption", "lm")
+    asked, objective = ("write a caption", "lm") if question is None else ("answer", "answer")
     if objective not in trained_for:
         raise ModelError(
             f"{location}: this model was not trained to {asked}; it was trained on "
             f"{', '.join(trained_for)}"
         )
-    max_tokens = folder.card["max_tokens"]
-    if not question:
-        caption = CaptionConfig(max_tokens=max_tokens).build()
-        (row,) = caption.predict(folder.model, folder.tokenizer, folder.answers, [batch])
-        return {"image": image, "text": row["caption"]}
+    payload = storage.read_bytes(image)
+    features = _features(folder.card, storage.join(place, OWN), image, payload)
+    batch = _batch(features, question or "")
+    is_blind = folder.card["phase"] == "blind"
+    notes = []
+    if is_blind:
+        notes.append(
+            "this model is a blind twin, trained without pictures: what it says is of the question "
+            "alone, and of no picture"
+        )
+    elif "pictures" in folder.card:
+        notes += [
+            f"{image} is unlike the pictures of training: {reason}"
+            for reason in _unlike(folder.card, storage.join(place, OWN), features, payload)
+        ]
+    if question is None:
+        decoding = folder.decoding
+        if decoding is None:
+            decoding = CaptionConfig(max_tokens=folder.card["max_tokens"]).decoding()
+            notes.append("the model folder does not say how captions were written: by default")
+        decoding = decoding if beams is None else replace(decoding, beams=beams)
+        text = _caption(folder, batch, decoding, is_blind)
+        if not text:
+            notes.append("the likeliest caption of this picture is the empty one")
+        return {"image": image, "text": text, "decoding": asdict(decoding), "notes": notes}
+    max_tokens = folder.card.get("question_tokens", folder.card["max_tokens"])
+    notes += _reading(folder, question, max_tokens)
     vqa = VqaConfig(max_tokens=max_tokens).build()
     ((_, ranked),) = vqa.rank(
-        folder.model, folder.tokenizer, folder.answers, [batch], num_answers=NUM_ANSWERS
+        folder.model,
+        folder.tokenizer,
+        folder.answers,
+        [batch],
+        blind=is_blind,
+        num_answers=NUM_ANSWERS,
     )
-    answers = [{"answer": answer, "probability": round(score, 4)} for answer, score in ranked]
-    return {"image": image, "question": question, "text": ranked[0][0], "answers": answers}
+    answers = [{"answer": answer, "score": round(score, 4)} for answer, score in ranked]
+    return {
+        "image": image,
+        "question": question,
+        "text": ranked[0][0],
+        "answers": answers,
+        "scores": "each answer's own, from 0 to 1: they do not sum to 1",
+        "notes": notes,
+    }
+
+
+def _caption(folder: ModelFolder, batch: Batch, decoding: Decoding, is_blind: bool) -> str:
+    caption = CaptionConfig(
+        max_tokens=decoding.max_new_tokens + 1,
+        beams=decoding.beams,
+        length_penalty=decoding.length_penalty,
+        early_stopping=decoding.early_stopping,
+    ).build()
+    (row,) = caption.predict(
+        folder.model, folder.tokenizer, folder.answers, [batch], blind=is_blind
+    )
+    text: str = row["caption"].strip()
+    return text
+
+
+def _unlike(
+    card: Mapping[str, Any], place: str, features: FeatureBatch, payload: bytes
+) -> list[str]:
+    """Says in what a picture is unlike those that the model was trained on."""
+    try:
+        pictures = PictureRange.from_json(card["pictures"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{place}: pictures: no ranges of figures: {error!r}") from error
+    return pictures.unlike(features, payload)
+
+
+def _reading(folder: ModelFolder, question: str, max_tokens: int) -> list[str]:
+    """Says what of a question the model does not read."""
+    tokenizer = folder.tokenizer
+    pieces = tokenizer.tokenize(question)
+    room = max_tokens - 3  # [CLS], [MASK] and [SEP]
+    notes = []
+    if len(pieces) > room:
+        notes.append(f"the question has {len(pieces)} word pieces; only the first {room} are read")
+    unknown = [
+        word
+        for word in question.split()
+        if tokenizer.unk_token and tokenizer.unk_token in tokenizer.tokenize(word)
+    ]
+    if unknown:
+        notes.append(f"the model does not know these words: {' '.join(unknown)}")
+    return notes
 
 
 def _model_folder(location: str) -> str:
@@ -61,13 +154,8 @@ def _model_folder(location: str) -> str:
     )
 
 
-def _batch(folder: ModelFolder, image: str, question: str) -> Batch:
-    """Returns the image's features, made by the model's own extractor, with the question."""
-    payload = storage.read_bytes(image)
-    try:
-        features = _features(folder.card["extractor"], payload)
-    except (FeatureError, BadImageError) as error:
-        raise FeatureError(f"{image}: {error}") from error
+def _batch(features: FeatureBatch, question: str) -> Batch:
+    """Returns an image's features with the question."""
     return Batch(
         keys=["image"],
         rows=np.zeros(1, np.int64),
@@ -88,8 +176,20 @@ def _batch(folder: ModelFolder, image: str, question: str) -> Batch:
     )
 
 
-def _features(card: Mapping[str, Any], image: bytes) -> FeatureBatch:
+def _features(card: Mapping[str, Any], place: str, image: str, payload: bytes) -> FeatureBatch:
     """Makes of an image what a model was trained on, as its extractor's card says."""
+    try:
+        return _extracted(card["extractor"], payload)
+    except BadImageError as error:
+        raise FeatureError(f"{image}: {error}") from error
+    except FeatureError as error:
+        raise FeatureError(f"{image}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        raise ModelError(f"{place}: extractor: not the card of an extractor: {reason}") from error
+
+
+def _extracted(card: Mapping[str, Any], image: bytes) -> FeatureBatch:
     live = live_config(card)
     if live is not None:
         return live_features(image, live)

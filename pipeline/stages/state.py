@@ -37,11 +37,14 @@ class Record:
 
     @classmethod
     def read(cls, run: str, stage: str) -> "Record | None":
-        """Returns what the stage left, or None if it never started."""
+        """Returns what the stage left, or None if it never started, or nobody can read it."""
         location = _location(run, stage)
         if not storage.exists(location):
             return None
-        return cls(**json.loads(storage.read_bytes(location)))
+        try:
+            return cls(**json.loads(storage.read_bytes(location)))
+        except (ValueError, TypeError):  # the stage looks for itself at what is done
+            return None
 
     def write(self, run: str, stage: str) -> None:
         payload = json.dumps(asdict(self), indent=2, ensure_ascii=False)
@@ -59,22 +62,19 @@ def once(
     stage: str,
     parts: Mapping[str, Any],
     work: Callable[[], Outputs],
-    clear: Callable[[], None] = lambda: None,
     leaves: Sequence[str] = (),
 ) -> Outcome:
     """Does the work unless it was finished with the same parts; remembers that it was.
 
-    `leaves` are locations that the work makes: if one has gone it is done again.
-    `clear` is called first when another identity's leftovers are in the way. Work that was
-    interrupted under the same identity is called again and may continue where it stopped.
+    `leaves` are locations that the work makes: if one has gone it is done again. Work that was
+    interrupted is called again and may continue where it stopped. What an earlier identity left is
+    for the work to replace or to keep: nothing is removed here.
     """
     wanted = identity(parts)
     before = Record.read(run, stage)
     whole = all(storage.exists(location) for location in leaves)
     if before and before.identity == wanted and before.state == "done" and whole:
         return Outcome("up to date", before.seconds, before.outputs)
-    if before and before.identity != wanted:
-        clear()
     Record(wanted, "running", 0.0, {}).write(run, stage)
     started = time.monotonic()
     outputs = work()

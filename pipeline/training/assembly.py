@@ -3,8 +3,7 @@
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +18,7 @@ from pipeline.data.mixture import MixedOrder, MixedSplit
 from pipeline.data.order import Order
 from pipeline.data.packing import pack, part
 from pipeline.data.vocabulary import load_tokenizer
+from pipeline.errors import ConfigError
 from pipeline.model_files import is_model, read_own
 from pipeline.models import families
 from pipeline.models.base import ModelConfig
@@ -28,7 +28,8 @@ from pipeline.objectives.base import Objective
 from pipeline.objectives.objective import ObjectivesConfig, by_stream
 from pipeline.objectives.stream import ObjectiveModel, StreamCollator
 from pipeline.training import model_folder
-from pipeline.training.evaluation import Evaluate, held_out_losses
+from pipeline.training.evaluation import Evaluate
+from pipeline.training.held_out import evaluate, held_out_parts
 from pipeline.training.model_card import ModelCard
 from pipeline.training.spec import Environment, MixedIn, TrainingSpec
 
@@ -67,7 +68,8 @@ class Assembly:
     (start step, rank, world size) to the rank's micro-batches of each step from there to the last.
     `save` writes the model folder from fp32 weights, named as in the module, and their step.
     `evaluate` finds figures of held-out data; None: there is none. `flops` counts the operations of
-    encoding a micro-batch, forward and backward; None: they cannot be told.
+    encoding a micro-batch, forward and backward; None: they cannot be told. `initial` says what was
+    taken over of which weights, and what was not; empty if training began from nothing.
     """
 
     module: nn.Module
@@ -75,6 +77,7 @@ class Assembly:
     save: Callable[[dict[str, Tensor], int], None]
     evaluate: Evaluate | None = None
     flops: Callable[[Any], int] | None = None
+    initial: Mapping[str, Any] = field(default_factory=dict)
 
 
 def assemble(spec: TrainingSpec) -> Assembly:
@@ -84,8 +87,10 @@ def assemble(spec: TrainingSpec) -> Assembly:
     torch.manual_seed(spec.seed)
     model = families.build(sizes, spec.backbone.backbone() if spec.backbone else None)
     model.checkpoint_layers = spec.training.recompute_layers
+    initial: dict[str, Any] = {}
     if spec.initial is not None:
-        model_folder.initialise(model, spec.initial, _fresh_modules(spec, spec.initial))
+        taken = model_folder.initialise(model, spec.initial, _fresh_modules(spec, spec.initial))
+        initial = {"initial": spec.initial, "summary": taken.summary(), **taken.to_json()}
     module = ObjectiveModel(model, objectives).train()
 
     def save(weights: dict[str, Tensor], step: int) -> None:
@@ -98,15 +103,16 @@ def assemble(spec: TrainingSpec) -> Assembly:
             answers=spec.answers,
             card=ModelCard(
                 model_type=families.family_of(sizes).model_type,
-                made={**spec.card, "step": step},
+                made={**spec.card, "step": step, **({"initial": initial} if initial else {})},
                 num_parameters=sum(parameter.numel() for parameter in model.parameters()),
                 num_answers=len(spec.answers),
             ),
+            decoding=spec.decoding,
         )
 
     # Of a model part of which is not trained, the backward pass takes less than twice the forward.
     flops = None if spec.training.freeze or spec.backbone else _flops(sizes)
-    return Assembly(module, _batches(spec, objectives), save, _evaluation(spec), flops)
+    return Assembly(module, _batches(spec, objectives), save, _evaluation(spec), flops, initial)
 
 
 def _flops(sizes: ModelConfig) -> Callable[[stream.MicroBatch], int]:
@@ -132,12 +138,12 @@ class _Feed:
     global_batch_size: int
     micro_batch_size: int
     most_places: int | None  # of a micro-batch; None: all have as many samples
-    num_steps: int  # of an epoch of the smallest kind, at least one
 
     def batches(
         self, start: int, stop: int, rank: int, world_size: int
     ) -> Generator[list[stream.MicroBatch], None, None]:
         """Yields for each step in [start, stop) the rank's micro-batches."""
+        self._require_one_pass(world_size)
         read_at_once = self.micro_batch_size
         if self.most_places is not None:  # all of the rank's share, to be cut here
             read_at_once = self.global_batch_size
@@ -156,6 +162,20 @@ class _Feed:
                 if self.most_places is not None:
                     read = self._cut(read[0], self.most_places)
                 yield [self._collated(batches) for batches in read]
+
+    def _require_one_pass(self, world_size: int) -> None:
+        """Raises ConfigError if a global batch is cut that an objective needs whole."""
+        whole = self.global_batch_size
+        fits = whole <= self.micro_batch_size * world_size and whole % world_size == 0
+        if fits and self.most_places is None:
+            return
+        for collate in self.collators:
+            if collate.needs_global_batch:
+                raise ConfigError(
+                    f"objectives.{collate.objectives[0].name}: contrasts the whole global batch in "
+                    "one pass, but a rank has several micro-batches a step; make "
+                    "global_batch_size = micro_batch_size x ranks"
+                )
 
     def _collated(self, batches: Mapping[TextKind, Batch]) -> stream.MicroBatch:
         return stream.MicroBatch(
@@ -205,13 +225,18 @@ def _feed(
 ) -> _Feed:
     tokenizer = load_tokenizer(spec.tokenizer)
     blind_dim = None
-    if spec.blind:  # no picture is read, decoded or varied
-        features, blind_dim = None, spec.model["feature_dim"]
+    if spec.blind:
+        blind_dim = spec.model["feature_dim"]
+
+    def opened(dataset: Dataset, split: str) -> Split:
+        found = dataset.split(split, features)
+        return found.without_features() if spec.blind else found  # no picture is read or varied
+
     dataset = Dataset.open(spec.dataset, spec.dataset_version)
-    splits = {dataset.split(split_name, features): 1.0}
+    splits = {opened(dataset, split_name): 1.0}
     for other in mixed_in:
-        opened = Dataset.open(other.dataset, other.dataset_version)
-        splits[opened.split(other.split, features)] = other.weight
+        more = Dataset.open(other.dataset, other.dataset_version)
+        splits[opened(more, other.split)] = other.weight
     for objective in objectives:
         objective.open(dataset, split_name)
     collators = [
@@ -220,7 +245,6 @@ def _feed(
     ]
     training = spec.training
     loaders: dict[TextKind, Loader] = {}
-    num_steps = []
     for kind in dict.fromkeys(objective.stream.kind for objective in objectives):
         split, order = _ordered(spec, kind, splits)
         loaders[kind] = Loader(
@@ -232,14 +256,12 @@ def _feed(
             group_by=kind if training.group_by_length else None,
             threads=training.loader_threads,
         )
-        num_steps.append(max(1, order.num_examples // training.global_batch_size))
     return _Feed(
         loaders,
         collators,
         training.global_batch_size,
         training.micro_batch_size,
         most_places,
-        min(num_steps),
     )
 
 
@@ -270,7 +292,7 @@ def _batches(spec: TrainingSpec, objectives: list[Objective]) -> Batches:
 
 
 def _evaluation(spec: TrainingSpec) -> Evaluate | None:
-    """Returns the held-out losses of the same objectives, over the same batches each time."""
+    """Returns the held-out losses of the same objectives, over the same examples each time."""
     if spec.held_out_split is None or spec.training.evaluate_every_steps is None:
         return None
     # objectives of its own: some open what they read of a split
@@ -280,19 +302,19 @@ def _evaluation(spec: TrainingSpec) -> Evaluate | None:
         spec.held_out_split,
         spec.live.whole() if spec.live else spec.features,
     )
-    num_steps = min(feed.num_steps, spec.training.evaluate_batches)
+    training = spec.training
+    parts = held_out_parts(feed.loaders, feed.collators, spec.seed, training.evaluate_examples)
 
-    def evaluate(module: nn.Module, environment: Environment) -> dict[str, float]:
-        steps = feed.batches(0, num_steps, environment.rank, environment.world_size)
-        num_passes = spec.training.accumulation_steps(environment.world_size)
-        with contextlib.closing(steps):
-            batches = chain.from_iterable(steps)
-            return held_out_losses(module, batches, environment, num_steps * num_passes)
+    def evaluate_held_out(module: nn.Module, environment: Environment) -> dict[str, float]:
+        return evaluate(module, parts, training, environment)
 
-    return evaluate
+    return evaluate_held_out
 
 
 def _fresh_modules(spec: TrainingSpec, initial: str) -> Sequence[str]:
-    """Names what is not taken over from another model: an answer head for other answers."""
+    """Names what is not taken over from another model: an answer head for other answers.
+
+    Of somebody else's weights it is not known what their answers were.
+    """
     answers = read_own(initial)["answers"] if is_model(initial) else []
-    return () if tuple(answers) == spec.answers else ("answer_head",)
+    return () if answers and tuple(answers) == spec.answers else ("answer_head",)

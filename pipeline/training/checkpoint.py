@@ -1,17 +1,17 @@
 """A training state to files that any world size and any ZeRO stage can continue from.
 
 A checkpoint is a folder `step-00001000` of safetensors files, one per rank, and a
-`manifest.json`, written last, that names every file with its size and digest and says in which
-file each tensor is. Each tensor is whole, in fp32, and in one file only. What else a step needs
-is the run's tally and arithmetic: the place in the data, the learning rate and the random numbers
-are functions of the step and the seed, so the step is the whole of the loader's and the
-scheduler's state.
+`manifest.json`, written last, that names every file with its size and digest, says in which file
+each tensor is, and ends in a digest of itself. Each tensor is whole, in fp32, and in one file
+only. What else a step needs is the run's tally and arithmetic: the place in the data, the learning
+rate and the random numbers are functions of the step and the seed, so the step is the whole of the
+loader's and the scheduler's state.
 """
 
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +27,8 @@ from pipeline import storage
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.training.tally import Tally
 
-FORMAT = 2
+FORMAT = 3
+UNDIGESTED_FORMAT = 2  # the same without the manifest's own digest: read, no longer written
 MANIFEST = "manifest.json"
 
 _NAME = re.compile(r"step-(\d{8})")
@@ -79,7 +80,11 @@ def name_of(step: int) -> str:
 def steps_in(folder: str) -> list[int]:
     """Returns the steps that have a published checkpoint, damaged or not, in rising order."""
     names = (_NAME.fullmatch(name) for name in storage.list_names(folder))
-    return sorted(int(match[1]) for match in names if match)
+    steps = sorted(int(match[1]) for match in names if match)
+    if storage.is_local(folder):
+        return steps
+    manifests = {step: storage.join(folder, name_of(step), MANIFEST) for step in steps}
+    return [step for step, manifest in manifests.items() if storage.exists(manifest)]
 
 
 class Saving:
@@ -172,9 +177,8 @@ class Saving:
             files=tuple(files),
             tensors={name: files[owner].name for name, owner in self._owners.items()},
         )
-        payload = json.dumps(asdict(manifest), indent=1).encode()
         with storage.publish(storage.join(self._target, MANIFEST), durable=True) as path:
-            path.write_bytes(payload)
+            path.write_bytes(_rendered(manifest))
         if self._target != self._final:
             storage.remove(self._final)
             storage.local_path(self._target).rename(storage.local_path(self._final))
@@ -184,14 +188,24 @@ def newest(folder: str, cache: Path, damaged: Callable[[str], None]) -> Manifest
     """Returns the manifest of the latest checkpoint whose every byte is as it was written.
 
     `damaged` is told of each later one that is not, and why. `cache` holds local copies of what
-    lies in an object store. None if there is no checkpoint, or no whole one.
+    lies in an object store. None if there is no checkpoint; CheckpointError if none is whole.
     """
+    faults = []
     for step in reversed(steps_in(folder)):
         location = storage.join(folder, name_of(step))
         try:
             return verify(location, cache)
         except CheckpointError as error:
+            faults.append(str(error))
             damaged(str(error))
+    if faults:
+        of_phase = folder.rstrip("/").rpartition("/")[0]
+        listed = "".join(f"\n  {fault}" for fault in faults)
+        raise CheckpointError(
+            f"{folder}: none of the checkpoints is whole:{listed}\nTraining does not begin anew "
+            "unasked. Put an undamaged copy of one of them back, or give --restart, which moves "
+            f"{of_phase} aside, deletes nothing and trains from the first step"
+        )
     return None
 
 
@@ -216,20 +230,33 @@ def read_manifest(location: str) -> Manifest:
     """Reads a checkpoint's manifest, or raises CheckpointError."""
     where = storage.join(location, MANIFEST)
     try:
-        document = json.loads(storage.read_bytes(where))
+        payload = storage.read_bytes(where)
+        document = json.loads(payload)
+        digest = document.pop("digest", None)
         files = tuple(File(**file) for file in document.pop("files"))
         tally = Tally(**document.pop("tally"))
         manifest = Manifest(files=files, tally=tally, **document)
+        name = name_of(manifest.step)
     except StorageError as error:
-        raise CheckpointError(f"{location}: no manifest, so it was never finished") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{where}: damaged: {error}") from error
-    if manifest.format != FORMAT or name_of(manifest.step) != location.rsplit("/", 1)[-1]:
+        raise CheckpointError(f"{where} cannot be read: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{where} is damaged: {error}") from error
+    if manifest.format not in (FORMAT, UNDIGESTED_FORMAT) or name != location.rsplit("/", 1)[-1]:
         raise CheckpointError(
             f"{where}: expected format {FORMAT} and the step in the folder's name, "
             f"found format {manifest.format} and step {manifest.step}"
         )
+    is_older = manifest.format == UNDIGESTED_FORMAT and digest is None
+    if not is_older and payload != _rendered(manifest):
+        raise CheckpointError(f"{where} is damaged: its content is not what its digest is of")
     return manifest
+
+
+def _rendered(manifest: Manifest) -> bytes:
+    """Returns the file of a manifest: every byte of it follows from its content."""
+    document = asdict(manifest)
+    digest = xxhash.xxh3_128(json.dumps(document, indent=1).encode()).hexdigest()
+    return json.dumps(document | {"digest": digest}, indent=1).encode()
 
 
 def reader(location: str, manifest: Manifest, cache: Path) -> ReadTensor:
@@ -266,18 +293,6 @@ def remove_leftovers(folder: str) -> None:
     for name in storage.list_names(folder):
         if name.endswith(_PARTIAL):
             storage.remove(storage.join(folder, name))
-
-
-def differences(mine: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Names the keys in which two sequences differ, with both values."""
-    found = []
-    for key in sorted(mine.keys() | other.keys()):
-        left, right = mine.get(key), other.get(key)
-        if isinstance(left, Mapping) and isinstance(right, Mapping):
-            found += differences(left, right, f"{prefix}{key}.")
-        elif left != right:
-            found.append(f"{prefix}{key}: {right!r} then, {left!r} now")
-    return found
 
 
 def _digest(path: Path) -> str:

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.training import async_io
 from pipeline.training.async_io import is_swapped
+from pipeline.training.known_keys import AskedFor, invalid
 from pipeline.training.optimizer import AVERAGE, build_optimizer, freeze
 from pipeline.training.schedule import rate_factor
 from pipeline.training.spec import Environment, TrainingConfig
@@ -126,7 +128,8 @@ class Engine:
         module.to(environment.device)
         count = sum(parameter.numel() for parameter in module.parameters())
         self.config = engine_config(config, environment, count)
-        _require_ability(self.config)
+        if self.config["fp16"]["enabled"]:
+            _require_halves("training.precision")
         async_io.require_ability(self.config["zero_optimization"], _async_io_builder)
         self.skipped = skipped  # steps whose update is not in the weights
         self._step = step
@@ -456,14 +459,23 @@ def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, buffer
 
 
-def _require_ability(config: Mapping[str, Any]) -> None:
+def require_precision(config: TrainingConfig, environment: Environment, key: str) -> None:
+    """Raises ConfigError, naming `key`, if this machine cannot compute in the config's precision.
+
+    DeepSpeed is imported only if that is in doubt.
+    """
+    if config.precision == "fp16" and not environment.device.startswith("cuda"):
+        _import_deepspeed(environment.device)
+        _require_halves(key)
+
+
+def _require_halves(key: str) -> None:
     """Refuses at once what would fail later, and less clearly."""
     from deepspeed.accelerator import get_accelerator
 
-    if config["fp16"]["enabled"] and not get_accelerator().is_fp16_supported():
-        raise ConfigError(
-            "training.precision: fp16 needs a GPU, or a CPU that computes in halves; use bf16"
-        )
+    # Of CPUs those can that have instructions for it (AVX512-FP16, AMX-FP16).
+    if not get_accelerator().is_fp16_supported():
+        raise ConfigError(f"{key}: fp16 needs a GPU, or a CPU that computes in halves; use bf16")
 
 
 def require_swapping(config: TrainingConfig, environment: Environment) -> None:
@@ -478,6 +490,27 @@ def require_swapping(config: TrainingConfig, environment: Environment) -> None:
 
     zero = engine_config(config, environment, num_parameters=1)["zero_optimization"]
     async_io.require_ability(zero, builder)
+
+
+def require_known_keys(config: TrainingConfig, environment: Environment, key: str) -> None:
+    """Raises ConfigError if `config.deepspeed`, which `key` names, is not what DeepSpeed reads."""
+    if not config.deepspeed:
+        return
+    _import_deepspeed(environment.device)
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+
+    settings = AskedFor(engine_config(config, environment, num_parameters=1))
+    try:
+        DeepSpeedConfig(settings)
+    except ValidationError as error:
+        faults = invalid(error, config.deepspeed, DeepSpeedConfigModel)
+    except (DeepSpeedConfigError, AssertionError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{key}: DeepSpeed refuses these settings: {error}") from error
+    else:
+        faults = settings.not_asked_for()
+    if faults:
+        raise ConfigError("\n".join(f"{key}.{fault}" for fault in faults))
 
 
 def _async_io_builder() -> Any:

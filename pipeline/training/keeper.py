@@ -37,15 +37,16 @@ class Keeper:
     def look(self, step: int) -> None:
         """Takes over the checkpoints up to `step`, where training goes on: rank 0 calls it.
 
-        Later ones are damaged; the run will come to replace them.
+        Later ones are damaged; the run will come to replace them. A damaged earlier one is told of
+        and left as it is: nobody can go on from it, and what it was may still be found out.
         """
         for found in checkpoint.steps_in(self._folder):
             if found > step:
                 break
             try:
                 manifest = checkpoint.read_manifest(self._location(found))
-            except CheckpointError:
-                storage.remove(self._location(found))  # nobody can go on from it
+            except CheckpointError as error:
+                self._on_event("damaged-checkpoint", step=found, reason=str(error))
             else:
                 self._keep(found, manifest.written, manifest.tally)
 

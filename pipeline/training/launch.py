@@ -6,30 +6,32 @@ our own newest whole checkpoint, so Ray is told of none and keeps no state that 
 
 import atexit
 import contextlib
+import ipaddress
+import json
 import os
-import secrets
-import shutil
 import signal
 import socket
-import sys
-import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
+from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+import psutil  # type: ignore[import-untyped]
+from pydantic import ValidationError
 
 from pipeline import storage
-from pipeline.config import Config
+from pipeline.cluster import ClusterConfig, start_ray
 from pipeline.errors import ConfigError, PipelineError, StorageError, TrainingError
-from pipeline.training.spec import Environment, TrainingResult, TrainingSpec
+from pipeline.room import Waiting, require_cluster
+from pipeline.scratch import scratch_folder
+from pipeline.training.continuation import differences, fixed
+from pipeline.training.spec import Environment, TrainingConfig, TrainingResult, TrainingSpec
 
 if TYPE_CHECKING:
     from pipeline.training.assembly import Assembly
@@ -39,89 +41,9 @@ Assembled = Callable[[TrainingSpec], "Assembly"]
 
 SPEC = "spec.json"  # RUN/<phase>/spec.json: what the phase is, for those who read its folder
 SECONDS_BETWEEN_LOOKS = 0.2
-SECONDS_TO_CONNECT = 5.0
+SECONDS_BETWEEN_LOOKS_FOR_ROOM = 5.0
 _RESIZING = b"resizing"  # in a request to stop that its maker takes back
 SECONDS_BETWEEN_RESIZES = 60.0  # ranks start anew with each, which takes some ten seconds
-
-
-class ClusterConfig(Config):
-    """Where training runs. With `runner: process` this process is the one rank, without Ray.
-
-    Under torchrun, `runner: process` with `workers` equal to its number of processes makes each
-    of them a rank.
-    """
-
-    runner: Literal["ray", "process"] = "ray"
-    address: str | None = None  # null: a Ray of our own on this machine; auto; or host:port
-    workers: PositiveInt = 1  # ranks
-    # A run starts, and goes on after losing nodes, on as few ranks as these where there is no room
-    # for `workers`, and takes in more when nodes come; null: it waits for room.
-    min_workers: PositiveInt | None = None
-    cpus_per_worker: PositiveInt = 1
-    gpus_per_worker: int = Field(default=0, ge=0, le=1)
-    max_failures: int = Field(default=3, ge=0)  # restarts after a lost worker, per launch
-    # Operations that a worker's device can make in a second at best, in the precision that is
-    # trained in: what MFU is a share of. Null: those of a GPU that is known.
-    device_flops: PositiveFloat | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.runner == "process" and self.address is not None:
-            raise ValueError(f"runner=process runs here and has no use for address={self.address}")
-        if self.runner == "process" and self.min_workers is not None:
-            raise ValueError("runner=process loses and gains no nodes; leave min_workers out")
-        if self.min_workers is not None and self.min_workers > self.workers:
-            raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}")
-        return self
-
-    def world_sizes(self) -> range:
-        """Returns the numbers of ranks that a run may have."""
-        return range(self.min_workers or self.workers, self.workers + 1)
-
-
-def start_ray(cluster: ClusterConfig) -> None:
-    """Connects this process to Ray, starting one on this machine if the config asks for it.
-
-    Does nothing if Ray is connected already, so all stages of a command share one. Ours listens
-    with a token, has no dashboard, and ends with this process. Raises TrainingError if there is
-    no Ray at the address.
-    """
-    for name, value in _RAY_SETTINGS.items():
-        os.environ.setdefault(name, value)
-    if cluster.address is None:
-        for name, value in _LOCAL_RAY_SETTINGS.items():
-            os.environ.setdefault(name, value)
-    if "ray" not in sys.modules:  # read once, at import; a local Ray then turns it on by itself
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-    import ray
-
-    if ray.is_initialized():
-        return
-    if cluster.address is not None:
-        _connect(cluster.address)
-        return
-    folder = tempfile.mkdtemp(prefix="sl-", dir="/tmp")  # short: it becomes part of socket paths
-    _make_token(Path(folder))
-    ray.init(
-        # Without it, init joins any cluster that happens to run on this machine.
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, cluster.workers * cluster.cpus_per_worker),
-        include_dashboard=False,
-        logging_level="error",
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=folder,
-    )
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-
-
-def resources(cluster: ClusterConfig) -> dict[str, float]:
-    """Returns what the cluster has now, as `CPU` and `GPU`; starts or joins it."""
-    start_ray(cluster)
-    import ray
-
-    found: dict[str, float] = ray.cluster_resources()
-    return found
 
 
 def launch(
@@ -175,17 +97,31 @@ def launch_all(
 
 
 def read_spec(folder: str) -> TrainingSpec:
-    """Returns what a phase's folder holds a run of; raises TrainingError if nobody has told."""
+    """Returns what a phase's folder holds a run of; raises TrainingError if nobody has told.
+
+    A training setting that this release does not have is left out.
+    """
     try:
-        return TrainingSpec.model_validate_json(storage.read_bytes(storage.join(folder, SPEC)))
-    except (StorageError, ValidationError) as error:
+        document = json.loads(storage.read_bytes(storage.join(folder, SPEC)))
+        settings = document["training"].items()
+        known = {key: value for key, value in settings if key in TrainingConfig.model_fields}
+        return TrainingSpec.model_validate({**document, "training": known})
+    except (
+        StorageError,
+        ValidationError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ) as error:
         raise TrainingError(f"{folder}: {SPEC} does not say what was trained: {error}") from error
 
 
 def _record(spec: TrainingSpec) -> None:
     """Leaves the spec in its folder, unless another run is there, which the ranks will refuse."""
     with contextlib.suppress(TrainingError):  # there is none, or one that nobody can use
-        if read_spec(spec.folder).sequence() != spec.sequence():
+        begun = read_spec(spec.folder).sequence()
+        if fixed(differences(begun, spec.sequence(), spec.phase)):
             return
     location = storage.join(spec.folder, SPEC)
     storage.write_bytes(location, spec.model_dump_json(indent=1).encode())
@@ -250,7 +186,6 @@ def _run_on_ray(
 
     finished_before = {spec.folder for spec in specs if finished_result(spec)}
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
 
     is_elastic = cluster.min_workers is not None
     if is_elastic:
@@ -263,7 +198,7 @@ def _run_on_ray(
     state = (
         storage.join(specs[0].folder, "ray")
         if storage.is_local(specs[0].folder)
-        else tempfile.mkdtemp(prefix="sightline-ray-train-")
+        else str(scratch_folder())
     )
     trainer = _trainer(cluster)(
         _on_ray_worker,
@@ -271,9 +206,8 @@ def _run_on_ray(
             "specs": [spec.model_dump(mode="json") for spec in specs],
             "assembled": assembled,
         },
-        torch_config=TorchConfig(
-            backend="nccl" if cluster.gpus_per_worker else "gloo",
-            timeout_s=_timeout_seconds(specs),
+        torch_config=_group_config(
+            "nccl" if cluster.gpus_per_worker else "gloo", _timeout_seconds(specs)
         ),
         scaling_config=ScalingConfig(
             num_workers=((cluster.min_workers, cluster.workers) if is_elastic else cluster.workers),
@@ -288,9 +222,14 @@ def _run_on_ray(
             callbacks=_callbacks(specs),
         ),
     )
+    waiting = Waiting(specs[0].phase, cluster.world_sizes()[0], cluster.each_worker())
     try:
-        _fit(trainer)
+        waiting.require_room()
+        _fit(trainer, waiting, resources)
+    except PipelineError:
+        raise
     except Exception as error:
+        require_cluster()  # else it is of no use to say which of its processes were lost
         raise _in_one_sentence(error, specs[0]) from None
     finally:
         storage.remove(state)
@@ -315,6 +254,98 @@ def _trainer(cluster: ClusterConfig) -> Any:
             return [one for one in callbacks if not isinstance(one, needless)]
 
     return Trainer
+
+
+def _group_config(backend: str, timeout_seconds: int) -> Any:
+    """Returns how ranks become a process group: by a store that only their network can reach.
+
+    That of torch, which Ray would have them use, listens on every interface of its machine.
+    """
+    import ray
+    from ray.train.torch import TorchConfig
+    from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
+
+    class Backend(_TorchBackend):  # type: ignore[misc]
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            world_size, seconds = len(worker_group), backend_config.timeout_s
+            host, port = worker_group.execute_single(0, _open_store, world_size, seconds)
+            worker_group.execute(_set_torch_distributed_env_vars)
+            ray.get(
+                [
+                    worker_group.execute_single_async(
+                        rank,
+                        _join_group,
+                        backend_config.backend,
+                        rank,
+                        world_size,
+                        host,
+                        port,
+                        seconds,
+                    )
+                    for rank in range(world_size)
+                ]
+            )
+
+    class GroupConfig(TorchConfig):  # type: ignore[misc]
+        @property
+        def backend_cls(self) -> type:
+            return Backend
+
+    return GroupConfig(backend=backend, timeout_s=timeout_seconds)
+
+
+_stores: list[Any] = []  # of the rank 0 that this process is
+
+
+def _open_store(world_size: int, timeout_seconds: int) -> tuple[str, int]:
+    """Opens the store at which ranks find each other, on the address of this node only."""
+    import ray
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    host = ray.util.get_node_ip_address()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, 0), family=family, backlog=1024)
+    port = listener.getsockname()[1]
+    store = TCPStore(
+        host,
+        port,
+        world_size,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_seconds),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    _stores[:] = [store]
+    return host, port
+
+
+def _join_group(
+    backend: str, rank: int, world_size: int, host: str, port: int, timeout_seconds: int
+) -> None:
+    import torch.distributed as dist
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    timeout = timedelta(seconds=timeout_seconds)
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)
+    if ipaddress.ip_address(host).is_loopback:  # then ranks meet there, and nowhere else
+        loopback = _interface_of(host)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+    store = (
+        _stores[0]
+        if rank == 0
+        else TCPStore(host, port, world_size, is_master=False, timeout=timeout)
+    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _interface_of(host: str) -> str:
+    interfaces: dict[str, list[Any]] = psutil.net_if_addrs()
+    return next(
+        name
+        for name, addresses in interfaces.items()
+        if any(address.address == host for address in addresses)
+    )
 
 
 def _callbacks(specs: Sequence[TrainingSpec]) -> list[Any]:
@@ -374,9 +405,9 @@ def _asked_to_leave(folders: Sequence[str]) -> Iterator[None]:
                 storage.remove(request)
 
 
-def _fit(trainer: Any) -> None:
+def _fit(trainer: Any, waiting: Waiting, each: Mapping[str, float]) -> None:
     """Waits for Ray Train beside the main thread, in which it would take Ctrl-C for itself."""
-    done: Future[None] = Future()
+    done: futures.Future[None] = futures.Future()
 
     def fit() -> None:
         try:
@@ -387,7 +418,20 @@ def _fit(trainer: Any) -> None:
             done.set_result(None)
 
     threading.Thread(target=fit, name="ray-train", daemon=True).start()
+    while not futures.wait([done], SECONDS_BETWEEN_LOOKS_FOR_ROOM).done:
+        waiting.look(partial(_is_pending, each))
     done.result()
+
+
+def _is_pending(each: Mapping[str, float]) -> bool:
+    """Tells whether ranks that ask for this are waited for."""
+    from ray.util import placement_group_table
+
+    return any(
+        group["state"] == "PENDING"
+        and any(bundle.items() >= each.items() for bundle in group["bundles"].values())
+        for group in placement_group_table().values()
+    )
 
 
 def _on_ray_worker(config: dict[str, Any]) -> None:
@@ -444,12 +488,12 @@ def _in_one_sentence(error: Exception, spec: TrainingSpec) -> PipelineError:
     storage.write_bytes(trace, str(error).encode())
     reasons = [
         f"rank {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items())
-    ] or [_last_line(cause)]
+    ] or [f"the process that leads the ranks: {_last_line(cause)}"]
     return TrainingError(f"{spec.phase}: {'; '.join(reasons)}; the whole trace is in {trace}")
 
 
 def _last_line(error: Any) -> str:
-    from ray.exceptions import OutOfMemoryError
+    from ray.exceptions import OutOfMemoryError, RayActorError
 
     if isinstance(error, OutOfMemoryError):
         return (
@@ -457,6 +501,13 @@ def _last_line(error: Any) -> str:
             "cluster.workers or a smaller micro_batch_size, and start again: it goes on"
         )
     cause = getattr(error, "_base_exc", error)
+    if isinstance(cause, RayActorError):
+        return (
+            "lost, with its node or by itself, and not to be restarted (cluster.max_failures); "
+            "start again: it goes on from the last checkpoint"
+        )
+    if isinstance(cause, ModuleNotFoundError):
+        return f"{cause} on its node; install Sightline and what it needs on every node"
     text = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {text[-1]}" if text else type(cause).__name__
 
@@ -561,53 +612,8 @@ _GAUGES = {
     "data_wait_fraction": "Share of the time in which ranks waited for data",
     "mfu": "Share of the devices' best rate of computing that the encoder made use of",
 }
-_RAY_SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray looks at its ranks every two seconds; a start and an end wait for a few such looks.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-}
 _ELASTIC_SETTINGS = {
     # For twenty seconds after a node's end Ray counts on it, and tries to start as many ranks as
     # before; it would wait a minute for each try.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
 }
-_LOCAL_RAY_SETTINGS = {
-    # With 127.0.0.1 as the node's address, it makes every one of Ray's sockets listen there only.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # One process less to start: this machine is not one that a cloud takes back node by node.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # Workers that Ray starts ahead of need are none that ranks could be: these have an environment.
-    "RAY_prestart_worker_first_driver": "0",
-}
-
-
-def _make_token(folder: Path) -> None:
-    """Gives a cluster of our own its own token, readable by this user only."""
-    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
-        return
-    path = folder / "auth_token"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    os.write(descriptor, secrets.token_hex(32).encode())
-    os.close(descriptor)
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
-
-
-def _connect(address: str) -> None:
-    import ray
-
-    found = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
-    host, _, port = found.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        # Ray itself waits for a dead address for ten minutes and more.
-        try:
-            socket.create_connection((host, int(port)), SECONDS_TO_CONNECT).close()
-        except OSError as error:
-            raise TrainingError(
-                f"cluster.address: no Ray answers at {found} ({error}); start one with "
-                "`ray start --head`, or leave the address out"
-            ) from error
-    try:
-        ray.init(address=address, logging_level="error", log_to_driver=False)
-    except (ConnectionError, RuntimeError) as error:
-        raise TrainingError(f"cluster.address: cannot join {found}: {error}") from error

@@ -4,6 +4,12 @@ A step is: take the micro-batches, forward and backward each, clip, update, log.
 outlives a step: data and corruption are functions of the step, and dropout is seeded from
 (seed, step, rank) when the step begins. So the step number, the tally and the tensors of a
 checkpoint are all that a run is, and it goes on bit-identically on the same number of ranks.
+
+On another number of ranks, or with other micro-batches, data, corruption, rates and, without
+dropout, the loss to rounding are the same (1e-6); with dropout its draws are others, and the loss
+is off by their noise (0.03 to 0.5 %), as it would be with another seed for dropout. To draw them
+for each sample by itself, fused attention kernels would have to be given up, which have random
+numbers of their own, and the language models of others too, whose dropout is theirs.
 """
 
 import contextlib
@@ -23,14 +29,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.errors import CheckpointError, ConfigError, TrainingError
+from pipeline.errors import CheckpointError, ConfigError, LostError, TrainingError
 from pipeline.training import checkpoint
 from pipeline.training.assembly import MODEL, Assembly, MicroBatch, assemble
+from pipeline.training.continuation import Difference, differences, fixed
 from pipeline.training.device_feed import device_feed
 from pipeline.training.engine import Engine
 from pipeline.training.keeper import Keeper
 from pipeline.training.lease import IsLost, only_writer
-from pipeline.training.metrics_log import MetricsLog, last_loss
+from pipeline.training.metrics_log import MetricsLog, Stretch, last_loss
 from pipeline.training.peak import peak_flops
 from pipeline.training.spec import Environment, TrainingResult, TrainingSpec
 from pipeline.training.tally import Tally
@@ -38,6 +45,15 @@ from pipeline.training.tally import Tally
 CHECKPOINTS = "checkpoints"
 RESULT = "result.json"
 STOP = ".stop"
+
+# With another value of one of these, evaluations are no longer of the same thing.
+_EVALUATED = {
+    "dataset.validation_split",
+    "evaluate_examples",
+    "best_by",
+    "best_is",
+    "model_weights",
+}
 
 SECONDS_BETWEEN_LOOKS = 5.0  # for a request to stop in an object store; on a disk, every step
 
@@ -50,7 +66,9 @@ def train(
     """Trains to the end, or to a requested stop, from the newest checkpoint if there is one.
 
     Collective: every rank calls it, inside a process group. A run that was finished before is
-    reported and left as it is. Raises CheckpointError if the folder holds another run, and
+    reported and left as it is. With settings that may change along a run, it goes on from its
+    checkpoint as a new stretch: whether that is wanted is asked before (`pipeline.stages.train`).
+    Raises CheckpointError if the folder holds another run, LostError if it is taken away, and
     TrainingError naming step, rank and objective if a loss is not finite and the config's policy
     for that is, or comes to, the end of the run.
     """
@@ -65,13 +83,22 @@ def train(
 
 
 def finished_result(spec: TrainingSpec) -> TrainingResult | None:
-    """Returns how a run ended, if it has; raises CheckpointError if another run is there."""
-    where = storage.join(spec.folder, RESULT)
-    if not storage.exists(where):
+    """Returns how a run ended, if it has with these settings and its model is there.
+
+    Raises CheckpointError if another run is there, or the file that tells is damaged.
+    """
+    where, model_folder = (storage.join(spec.folder, name) for name in (RESULT, MODEL))
+    if not (storage.exists(where) and storage.exists(model_folder)):
         return None
-    document = json.loads(storage.read_bytes(where))
-    _require_same(spec, document["sequence"], spec.folder)
-    model_folder = storage.join(spec.folder, MODEL)
+    try:
+        document = json.loads(storage.read_bytes(where))
+        sequence = dict(document["sequence"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{where}: damaged: {error}; remove it, and the run ends anew from its last checkpoint"
+        ) from error
+    if _changed(spec, sequence, spec.folder):
+        return None
     return TrainingResult(**document["result"], model_folder=model_folder, already_finished=True)
 
 
@@ -116,6 +143,7 @@ class _StepFigures:
 class _Run:
     engine: Engine
     tally: Tally
+    ranks_before: int | None = None  # those that wrote the checkpoint it goes on from
 
     def __init__(
         self,
@@ -135,6 +163,7 @@ class _Run:
         self.evaluate = self.assembly.evaluate
         self.device_flops = self._device_flops()
         self.log: MetricsLog | None = None  # rank 0's
+        self.changed: tuple[Difference, ...] = ()  # since the checkpoint that is gone on from
         self.checkpoints = storage.join(spec.folder, CHECKPOINTS)
         writer = checkpoint.Writer(
             sequence=spec.sequence(),
@@ -154,9 +183,11 @@ class _Run:
             start = self._start(damaged.append)
             stack.callback(self._close_engine)
             if self.is_first:
-                self.keeper.look(start)
-                self.log = stack.enter_context(MetricsLog(self.spec.folder, start))
+                log = MetricsLog(self.spec.folder, start, self._stretch(start))
+                self.log = stack.enter_context(log)
             self._tell_start(start, damaged)
+            if self.is_first:
+                self.keeper.look(start)
             stack.callback(self.keeper.wait)
             step, stopped = self._steps(start)
             self.keeper.finish()
@@ -177,24 +208,44 @@ class _Run:
         """Builds the engine from the newest whole checkpoint, or anew if there is none.
 
         Returns the checkpoint's step. Training goes on from there or, after a roll-back, from the
-        step `given_up`, without the updates between.
+        step `given_up`, without the updates between. Raises CheckpointError on every rank if there
+        are checkpoints and none is whole.
         """
         with tempfile.TemporaryDirectory(prefix="sightline-") as folder:
             cache = Path(folder)
-            found = [0]
+            told: list[Any] = [0, None]  # the step, or why there is none
             if self.is_first:
-                newest = checkpoint.newest(self.checkpoints, cache, damaged)
-                found = [newest.step if newest else 0]
-            dist.broadcast_object_list(found)
-            if not found[0]:
+                try:
+                    newest = checkpoint.newest(self.checkpoints, cache, damaged)
+                    told[0] = newest.step if newest else 0
+                except CheckpointError as error:
+                    told[1] = str(error)
+            dist.broadcast_object_list(told)
+            found = int(told[0])
+            if told[1] is not None:
+                raise CheckpointError(told[1])
+            if not found:
                 self._build(0, given_up, Tally(), None)
             else:
-                location = storage.join(self.checkpoints, checkpoint.name_of(found[0]))
+                location = storage.join(self.checkpoints, checkpoint.name_of(found))
                 manifest = checkpoint.read_manifest(location)
-                _require_same(self.spec, manifest.sequence, location)
+                self.changed = _changed(self.spec, manifest.sequence, location)
+                tally = manifest.tally
+                if self.changed:
+                    names = {one.key.rsplit(".", 1)[-1] for one in self.changed}
+                    names |= {one.key for one in self.changed}
+                    tally = tally.in_new_stretch(not names & _EVALUATED)
                 read = checkpoint.reader(location, manifest, cache)
-                self._build(manifest.step, given_up, manifest.tally, read)
-        return found[0]
+                self._build(manifest.step, given_up, tally, read)
+                self.ranks_before = manifest.world_size
+        return found
+
+    def _stretch(self, start: int) -> Stretch | None:
+        """Returns what begins at a checkpoint that was made with other settings."""
+        if not self.changed:
+            return None
+        changed = {one.key: (one.then, one.now) for one in self.changed}
+        return Stretch(start, changed, self.spec.dataset_version, time.time())
 
     def _build(
         self, at: int, given_up: int | None, tally: Tally, read: checkpoint.ReadTensor | None
@@ -231,7 +282,11 @@ class _Run:
                 losses, norm = engine.advance(batches.on_device, shares)
                 figures = self._gather(batches.on_host, shares, losses, norm, wait_seconds)
                 if figures.lost:
-                    raise TrainingError(f"{self.spec.folder}: another process trains here by now")
+                    raise LostError(
+                        f"{self.spec.folder}: taken over by another process, or taken away, while "
+                        f"this one trained here; it ends at step {step}, and what it left is its "
+                        "checkpoints"
+                    )
                 meter.add(figures)
                 if figures.fault is not None:
                     self._not_finite(step, figures.fault)
@@ -386,9 +441,24 @@ class _Run:
                 return
             refusal = f", and the run was rolled back {self.tally.roll_backs} times before"
         self.keeper.finish()  # what came before is whole
-        raise TrainingError(
-            f"{self.spec.phase}, step {step}, {fault}{refusal}; try a lower learning_rate, a "
-            "longer warm-up or precision=fp32, and start from the last checkpoint"
+        raise TrainingError(f"{self.spec.phase}, step {step}, {fault}{refusal}; {self._advice()}")
+
+    def _advice(self) -> str:
+        """Says what to do about a figure that is not finite, in keys of the recipe."""
+        phase = "pretrain" if self.spec.phase == "pretrain" else "finetune"
+        rate = f"training.{phase}.learning_rate={self.config.learning_rate / 2:g}"
+        others = [f"a longer training.{phase}.warmup_steps"]
+        if self.config.resolved_precision(self.environment.device) != "fp32":
+            others.append(f"training.{phase}.precision=fp32")
+        steps = checkpoint.steps_in(self.checkpoints)
+        where = (
+            f"it goes on from the checkpoint at step {steps[-1]}"
+            if steps
+            else "there is no checkpoint yet, so it starts anew"
+        )
+        return (
+            f"give the same command with `{rate}` (or {', or '.join(others)}) and "
+            f"`--from-checkpoint`: {where}"
         )
 
     def _roll_back(self, step: int, fault: str) -> None:
@@ -421,14 +491,21 @@ class _Run:
         chosen = self._chosen(step)
         weights = self._weights(chosen, step)
         if self.is_first:
-            self.assembly.save(weights, chosen)
             loss, steps = last_loss(self.spec.folder), self.config.steps
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"{self.spec.folder}: metrics.jsonl has no finite loss of any step, so this is "
+                    "no finished run; was it removed, or was every step skipped?"
+                )
+            self.assembly.save(weights, chosen)
+            figures = self.tally.evaluation.items()
+            finite = {name: value for name, value in figures if math.isfinite(value)}
             document = {
                 "sequence": self.spec.sequence(),
                 "result": {"state": "finished", "step": step, "steps": steps, "loss": loss},
-                "tally": asdict(self.tally),
+                "tally": asdict(self.tally) | {"evaluation": finite},
             }
-            payload = json.dumps(document, indent=1, ensure_ascii=False).encode()
+            payload = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False).encode()
             storage.write_bytes(storage.join(self.spec.folder, RESULT), payload)
             self._event("finished", step=step, best_step=self.tally.best_step)
         dist.barrier()
@@ -450,13 +527,24 @@ class _Run:
             return {}
         location = storage.join(self.checkpoints, checkpoint.name_of(chosen))
         with tempfile.TemporaryDirectory(prefix="sightline-") as cache:
-            manifest = checkpoint.verify(location, Path(cache))
+            try:
+                manifest = checkpoint.verify(location, Path(cache))
+            except CheckpointError as error:
+                phase = "pretrain" if self.spec.phase == "pretrain" else "finetune"
+                raise CheckpointError(
+                    f"{error}\nIt has the weights of the best evaluation, which the model is to "
+                    "have. Put an undamaged copy of it back; or give the same command with "
+                    f"`training.{phase}.keep_best=false` and `--from-checkpoint`, for a model of "
+                    "the last step's weights"
+                ) from error
             read = checkpoint.reader(location, manifest, Path(cache))
             return checkpoint.weights(manifest, read, averaged)
 
     def _tell_start(self, start: int, damaged: list[str]) -> None:
         for reason in damaged:
             self._event("damaged-checkpoint", reason=reason)
+        if self.assembly.initial and not start:
+            self._event("initialised", **self.assembly.initial)
         self._event(
             "resumed" if start else "started",
             step=start,
@@ -465,6 +553,19 @@ class _Run:
             device=self.environment.device,
             engine=self.engine.config,
         )
+        before, now = self.ranks_before, self.environment.world_size
+        if before not in (None, now):
+            self._event(
+                "ranks-changed",
+                step=start,
+                before=before,
+                now=now,
+                reason=(
+                    f"{before} ranks before, {now} now: data, masking and learning rate go on as "
+                    "they were; dropout is drawn anew, so that the loss differs from an unbroken "
+                    "run's by its noise (without dropout, by rounding)"
+                ),
+            )
 
 
 class _Meter:
@@ -514,10 +615,13 @@ class _Meter:
         return line
 
 
-def _require_same(spec: TrainingSpec, sequence: dict[str, Any], where: str) -> None:
-    found = checkpoint.differences(spec.sequence(), sequence)
-    if found:
+def _changed(spec: TrainingSpec, sequence: dict[str, Any], where: str) -> tuple[Difference, ...]:
+    """Returns the settings that are not those recorded; CheckpointError if it is another run's."""
+    found = differences(sequence, spec.sequence(), spec.phase)
+    others = fixed(found)
+    if others:
         raise CheckpointError(
-            f"{where} belongs to another run; it differs in {'; '.join(found)}. "
-            "Remove the folder, or choose another"
+            f"{where} belongs to another run; it differs in {'; '.join(map(str, others))}. "
+            "Choose another folder, or move this one away"
         )
+    return found

@@ -1,7 +1,9 @@
 """A step's figures to a line that survives the process: metrics.jsonl, and events.jsonl.
 
 metrics.jsonl is a function of the run: but for the times and rates, the lines after any number
-of interruptions are those of an unbroken run. events.jsonl tells what happened on the way.
+of interruptions are those of an unbroken run. Where a run went on with other settings there is a
+line of its own, with `event` instead of a loss: the beginning of a new stretch. events.jsonl tells
+what happened on the way.
 """
 
 import json
@@ -9,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol, Self
 
 from pipeline import storage
@@ -20,20 +23,41 @@ EVENTS = "events.jsonl"
 SECONDS_BETWEEN_WRITES = 5.0  # to an object store, and a second more for each megabyte
 
 
+STRETCH = "stretch"
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of a run's curve that has settings of its own."""
+
+    step: int  # the last one before it
+    changed: dict[str, tuple[Any, Any]]  # the recipe's key -> its value before, and from here on
+    dataset_version: int
+    time: float  # when it began, in seconds since 1970
+
+
 class MetricsLog:
     """The writer of a run's figures: rank 0 opens it, at the step that the run continues from.
 
-    Lines of later steps are cut off: those steps will be made again. On a disk, a line is handed
-    to the operating system whole, so that a killed process leaves at most one torn line, the
-    last. In an object store nothing can be appended to: there the log is written anew every few
-    seconds, and a killed process takes its last lines with it; none from before a `flush`.
+    Lines of later steps are cut off: those steps will be made again. So is the beginning of a
+    stretch at this very step, as its checkpoint is still of the one before. On a disk, a line is
+    handed to the operating system whole, so that a killed process leaves at most one torn line,
+    the last. In an object store nothing can be appended to: there the log is written anew every
+    few seconds, and a killed process takes its last lines with it; none from before a `flush`.
+
+    With other settings, in the stretch that then begins, they will not be made again: there the
+    log is first copied whole, to `metrics.replaced-1.jsonl` or the next number.
     """
 
-    def __init__(self, folder: str, step: int) -> None:
+    def __init__(self, folder: str, step: int, begins: Stretch | None = None) -> None:
         metrics, events = (storage.join(folder, name) for name in (METRICS, EVENTS))
-        kept = (end for line, end in _lines(metrics) if line["step"] <= step)
+        if begins is not None and _has_other_steps(folder, begins):
+            _copy(metrics)
+        kept = (end for line, end in _lines(metrics) if line["step"] < step + ("event" not in line))
         self._metrics = _open(metrics, max(kept, default=0))
         self._events = _open(events, max((end for _, end in _lines(events)), default=0))
+        if begins is not None:
+            self._metrics.append(_encoded({"event": STRETCH, **asdict(begins)}))
 
     def __enter__(self) -> Self:
         return self
@@ -55,9 +79,38 @@ class MetricsLog:
         self._metrics.flush()
 
 
+def _has_other_steps(folder: str, begins: Stretch) -> bool:
+    """Whether there are steps after it with other settings than its own."""
+    before = [one for one in read_stretches(folder) if one.step == begins.step]
+    if before and before[-1].changed == begins.changed:
+        return False
+    return any(line["step"] > begins.step for line in read_metrics(folder))
+
+
+def _copy(metrics: str) -> None:
+    number = 1
+    while not storage.create(
+        f"{metrics.removesuffix('.jsonl')}.replaced-{number}.jsonl", storage.read_bytes(metrics)
+    ):
+        number += 1
+
+
 def read_metrics(folder: str) -> list[dict[str, Any]]:
     """Returns the steps' figures; a torn last line is left out."""
-    return [line for line, _ in _lines(storage.join(folder, METRICS))]
+    return [line for line, _ in _lines(storage.join(folder, METRICS)) if "event" not in line]
+
+
+def read_stretches(folder: str) -> list[Stretch]:
+    """Returns where the run went on with other settings, in order."""
+    return [
+        stretch_of(line) for line, _ in _lines(storage.join(folder, METRICS)) if "event" in line
+    ]
+
+
+def stretch_of(line: Mapping[str, Any]) -> Stretch:
+    """Returns what a line of metrics.jsonl with an `event` tells."""
+    changed = {key: (old, new) for key, (old, new) in line["changed"].items()}
+    return Stretch(line["step"], changed, line["dataset_version"], line["time"])
 
 
 def last_loss(folder: str) -> float:

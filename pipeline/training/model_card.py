@@ -46,6 +46,7 @@ class ModelCard:
             f"## Metrics\n{self._metrics()}",
             f"## Data\n{_table(self._data())}",
             f"## Training\n{_table(self._settings())}",
+            *([f"## Initial weights\n{self._initial()}"] if "initial" in self.made else []),
             f"## Limits\n{limits}",
         ]
         if self.recipe:
@@ -137,6 +138,18 @@ class ModelCard:
             **{name.replace("_", " "): value for name, value in found.items()},
             **{name: version for name, version in versions.items() if version},
         }
+
+    def _initial(self) -> str:
+        """Says what was taken over from another model, what was not, and what is new."""
+        initial = self.made["initial"]
+        rows = {
+            "from": initial["initial"],
+            "parameters taken over": initial["taken"],
+            f"new ({initial['new']})": ", ".join(initial["new_parameters"]) or "none",
+            f"left out ({initial['left_out']})": ", ".join(initial["left_out_tensors"]) or "none",
+            "of another size, and so new": ", ".join(initial["misshaped"]) or "none",
+        }
+        return _table(rows)
 
     def _limits(self) -> Sequence[str]:
         limits = [

@@ -1,6 +1,7 @@
 """A trained model as others open it: a folder in the Hugging Face layout.
 
     config.json  model.safetensors  tokenizer.json …   what `transformers` reads
+    generation_config.json                             how it writes, as it was scored
     backbone.safetensors                               the network that it sees with, if its own
     sightline.json                                     answers, extractor card, data version
     README.md                                          the model card
@@ -10,25 +11,32 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from pipeline import __version__, storage
 from pipeline.data.vocabulary import load_tokenizer
+from pipeline.errors import ConfigError, ModelError, StorageError
 from pipeline.model_files import (
     CONFIG,
     OWN,
     WEIGHTS,
+    is_model,
     is_original,
+    read_json,
     read_original,
     read_own,
     read_weights,
+    require_unchanged,
+    with_digests,
 )
 from pipeline.models import families
 from pipeline.models.base import ModelConfig, VisionLanguageModel
+from pipeline.models.generation import Decoding
 from pipeline.models.layouts import LoadReport
 from pipeline.models.live import BACKBONE, LiveModel
 from pipeline.training.model_card import ModelCard
@@ -40,6 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PAGE = "README.md"
+GENERATION = "generation_config.json"
 # A state dict with torchvision's names: `weights` of a grid extractor, whose features are the same.
 BACKBONE_WEIGHTS = "backbone.safetensors"
 _NETWORK = f"{BACKBONE}.{NETWORK}."  # before its names, in those of the whole model
@@ -47,12 +56,16 @@ _NETWORK = f"{BACKBONE}.{NETWORK}."  # before its names, in those of the whole m
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model with all that is needed to use it. `card` is what `sightline.json` records."""
+    """A model with all that is needed to use it. `card` is what `sightline.json` records.
+
+    `decoding` is how the texts were written that it was scored by; None if it was not scored.
+    """
 
     model: VisionLanguageModel
     tokenizer: "PreTrainedTokenizerFast"
     answers: tuple[str, ...]
     card: Mapping[str, Any]
+    decoding: Decoding | None
 
 
 def save_model(
@@ -63,53 +76,157 @@ def save_model(
     tokenizer: str,
     answers: Sequence[str],
     card: ModelCard,
+    decoding: Decoding | None = None,
 ) -> None:
     """Writes a model folder. `tokenizer` is the folder or vocab.txt whose files are copied."""
     document, tensors = families.to_saved(config, parameters, answers)
-    storage.write_bytes(storage.join(folder, CONFIG), _json(document))
-    storage.write_bytes(storage.join(folder, WEIGHTS), _safetensors(tensors))
     network = {
         name.removeprefix(_NETWORK): parameter.detach().contiguous()
         for name, parameter in parameters.items()
         if name.startswith(_NETWORK)
     }
-    if network:
-        storage.write_bytes(storage.join(folder, BACKBONE_WEIGHTS), _safetensors(network))
-    for name, payload in _tokenizer_files(tokenizer).items():
+    files = {
+        CONFIG: _json(document),
+        WEIGHTS: _safetensors(tensors),
+        **({BACKBONE_WEIGHTS: _safetensors(network)} if network else {}),
+        **_tokenizer_files(tokenizer),
+    }
+    for name, payload in files.items():
         storage.write_bytes(storage.join(folder, name), payload)
+    if decoding is not None:
+        save_decoding(folder, decoding)
     storage.write_bytes(storage.join(folder, PAGE), card.page().encode())
     own = {**card.made, "answers": list(answers), "sightline": __version__}
-    storage.write_bytes(storage.join(folder, OWN), _json(own))
+    storage.write_bytes(storage.join(folder, OWN), _json(with_digests(own, files)))
+
+
+def save_decoding(folder: str, decoding: Decoding) -> None:
+    """Notes beside a model how it wrote the texts that it is scored by, as transformers reads it.
+
+    Not among the files with a digest: a later evaluation may write in another way.
+    """
+    renamed = {_NAMES.get(key, key): value for key, value in asdict(decoding).items()}
+    storage.write_bytes(storage.join(folder, GENERATION), _json({"do_sample": False, **renamed}))
+
+
+def _read_decoding(folder: str) -> Decoding | None:
+    location = storage.join(folder, GENERATION)
+    if not storage.exists(location):
+        return None
+    document = read_json(location)
+    given = {name: document.get(_NAMES.get(name, name)) for name in asdict(Decoding(1))}
+    try:
+        return _DECODING.validate_json(json.dumps(given), strict=True)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = str(fault["loc"][0]) if fault["loc"] else next(iter(given))
+        raise ModelError(
+            f"{location}: {_NAMES.get(name, name)} is {str(given[name])[:60]!r}; {fault['msg']}"
+        ) from None
+
+
+_NAMES = {"beams": "num_beams"}  # our setting to transformers'
+_DECODING = TypeAdapter(Decoding)
 
 
 def load_model(folder: str) -> ModelFolder:
     """Opens a model folder of ours, or raises ModelError saying what is missing or damaged."""
-    document, tensors = read_weights(folder)
     card = read_own(folder)
-    model, _ = families.from_saved(document, tensors, backbone=_backbone(folder, card))
+    decoding = _read_decoding(folder)
+    document, tensors = read_weights(folder)
+    try:
+        families.check_document(document)
+        require_unchanged(folder, card)
+        backbone = _backbone(folder, card)
+    except ModelError as error:
+        raise ModelError(_placed(folder, error)) from error
+    try:
+        model, _ = families.from_saved(document, tensors, backbone=backbone)
+    except ModelError as error:
+        raise ModelError(
+            f"{folder}: {CONFIG} or {WEIGHTS} is not of this model: {error}"
+        ) from error
+    seen = (card.get("extractor") or {}).get("dim", model.config.feature_dim)
+    if seen != model.config.feature_dim:
+        raise ModelError(
+            f"{folder}: {CONFIG} describes a model of features with {model.config.feature_dim} "
+            f"values, and the extractor of {OWN} gives {seen!r}"
+        )
+    try:
+        tokenizer = load_tokenizer(folder)
+    except ConfigError as error:
+        raise ModelError(str(error)) from error
+    if len(tokenizer) > model.config.vocab_size:
+        raise ModelError(
+            f"{folder}: its tokenizer has {len(tokenizer)} words and its model "
+            f"{model.config.vocab_size}: tokenizer.json or vocab.txt is another model's"
+        )
     answers = tuple(card.pop("answers"))
-    return ModelFolder(model.eval(), load_tokenizer(folder), answers, card)
+    if len(answers) != model.config.num_answers:
+        raise ModelError(
+            f"{storage.join(folder, OWN)}: answers: {len(answers)} of them, and the model gives "
+            f"{model.config.num_answers}"
+        )
+    return ModelFolder(model.eval(), tokenizer, answers, card, decoding)
+
+
+def _placed(folder: str, error: ModelError) -> str:
+    """Returns a message that names the folder."""
+    said = str(error)
+    return said if said.startswith(folder) else f"{folder}: {said}"
 
 
 def initialise(model: VisionLanguageModel, location: str, fresh: Sequence[str] = ()) -> LoadReport:
-    """Takes over weights, and raises ModelError naming each that is missing or does not fit.
+    """Takes over what fits of other weights, and tells what does not.
 
     From a folder: ours, BERT's, a decoder's, or another in the HF layout; or from one file of a
     family's authors. `fresh` names modules that keep their initialisation whatever is there. A
-    folder's backbone is taken over by a model that has one.
+    folder's backbone is taken over by a model that has one. Raises ModelError for what would be a
+    surprise; see layouts.take_over.
     """
-    backbone = storage.join(location, BACKBONE_WEIGHTS)
-    if isinstance(model, LiveModel) and storage.exists(backbone):
-        assign(model.backbone.get_submodule(NETWORK), load(backbone), backbone)
+    try:
+        backbone = storage.join(location, BACKBONE_WEIGHTS)
+        if isinstance(model, LiveModel) and storage.exists(backbone):
+            assign(model.backbone.get_submodule(NETWORK), load(backbone), backbone)
+        if is_original(location):
+            return families.take_over(model, read_original(location), "original", fresh)
+        if is_model(location):
+            require_unchanged(location, read_own(location))
+        document, tensors = read_weights(location)
+        families.require_same_computation(model, document)
+        layout = families.layout_of(model, document)
+        return families.take_over(model, tensors, layout, fresh)
+    except ModelError as error:
+        raise ModelError(_placed(location, error)) from error
+
+
+def require_same_words(tokenizer: str, location: str) -> None:
+    """Raises ConfigError if a folder to start from has a tokenizer, and this is another one.
+
+    A number of a word would mean another word, and no shape would tell.
+    """
     if is_original(location):
-        return families.load_weights(model, read_original(location), "original", fresh)
-    document, tensors = read_weights(location)
-    return families.load_weights(model, tensors, families.layout_of(model, document), fresh)
+        return
+    try:
+        theirs = load_tokenizer(location).get_vocab()
+    except (ConfigError, StorageError):  # it has none: only the number of words can be compared
+        return
+    ours = load_tokenizer(tokenizer).get_vocab()
+    moved = [word for word, number in theirs.items() if ours.get(word) != number]
+    if moved:
+        raise ConfigError(
+            f"model.initial: {location}: {len(moved):,} of its {len(theirs):,} words are not those "
+            f"of this run's tokenizer, such as {moved[0]!r}; set model.tokenizer={location}"
+        )
 
 
 def _backbone(folder: str, card: Mapping[str, Any]) -> nn.Module | None:
     """Returns the network that a model sees with, if it has one of its own."""
-    network = backbone_config(card.get("extractor") or {})
+    try:
+        network = backbone_config(card.get("extractor") or {})
+    except (KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{OWN}: extractor: not the card of an extractor: {reason}") from error
     if network is None:
         return None
     weights = storage.join(folder, BACKBONE_WEIGHTS)

@@ -10,6 +10,10 @@ def rate_factor(config: TrainingConfig, step: int) -> float:
 
     The warm-up rises linearly and reaches 1 at update `warmup_steps - 1`; no update is wasted on
     a rate of 0. The decay then falls, and would reach 0 one update after the last.
+
+    A run that goes on with other settings has at each step the rate that an unbroken run with them
+    would have there: no warm-up of its own, and a rate that may jump. A linear decay that had come
+    to its end starts again from half of the peak if there are to be twice the steps.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

@@ -6,10 +6,11 @@ from typing import Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from pipeline import storage
-from pipeline.config import Config
+from pipeline.config import Change, Config, Fixed, Free, OnRequest, change_of
 from pipeline.data.images import LiveConfig
 from pipeline.data.loader import BatchConfig
 from pipeline.errors import ConfigError
+from pipeline.models.generation import Decoding
 from pipeline.vision.grid import GridConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -31,55 +32,61 @@ _OWN_DEEPSPEED_KEYS = {  # DeepSpeed's name -> the key of ours that decides it
 class TrainingConfig(BatchConfig):
     """How one phase is trained. Counts are optimizer steps."""
 
-    steps: PositiveInt
-    learning_rate: PositiveFloat = 1e-4  # the peak, reached at the end of the warm-up
+    steps: OnRequest[PositiveInt]
+    learning_rate: OnRequest[PositiveFloat] = 1e-4  # the peak, reached at the end of the warm-up
     # Patterns of parameter names, as of files (`*.answer_head.*`). A name that several match takes
     # the factor of the last of them.
-    learning_rate_factors: dict[str, PositiveFloat] = Field(default_factory=dict)
-    freeze: tuple[str, ...] = ()  # patterns of parameters that are not trained
+    learning_rate_factors: OnRequest[dict[str, PositiveFloat]] = Field(default_factory=dict)
+    freeze: Fixed[tuple[str, ...]] = ()  # patterns of parameters that are not trained
     # Micro-batches are cut by what they take: at most so many tokens and regions with their
     # padding, of texts of like length, and at most `micro_batch_size` samples. A sample that takes
     # more is one by itself. None: they have as many samples each, or one less.
-    tokens_per_micro_batch: PositiveInt | None = None
-    warmup_steps: int = Field(default=0, ge=0)
-    decay: Literal["linear", "cosine", "constant"] = "linear"
-    weight_decay: float = Field(default=0.01, ge=0)  # not applied to norms and biases
-    betas: tuple[float, float] = (0.9, 0.999)
-    epsilon: PositiveFloat = 1e-8
-    clip_norm: float = Field(default=1.0, ge=0)  # 0: gradients are not clipped
+    tokens_per_micro_batch: Free[PositiveInt | None] = None
+    warmup_steps: OnRequest[int] = Field(default=0, ge=0)
+    decay: OnRequest[Literal["linear", "cosine", "constant"]] = "linear"
+    weight_decay: OnRequest[float] = Field(default=0.01, ge=0)  # not applied to norms and biases
+    betas: OnRequest[tuple[float, float]] = (0.9, 0.999)
+    epsilon: OnRequest[PositiveFloat] = 1e-8
+    clip_norm: OnRequest[float] = Field(default=1.0, ge=0)  # 0: gradients are not clipped
     # auto: bf16 on a GPU, fp32 on a CPU
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    ema_decay: float | None = Field(default=None, gt=0, lt=1)  # per step; None: no moving average
+    precision: OnRequest[Literal["auto", "fp32", "bf16", "fp16"]] = "auto"
+    # per step; None: no moving average
+    ema_decay: Fixed[float | None] = Field(default=None, gt=0, lt=1)
     # What a step does whose loss or gradient is not a finite number: `stop` ends the run, `skip`
     # makes no update, `roll_back` returns to the last checkpoint and trains on without any of the
     # batches since.
-    not_finite: Literal["stop", "skip", "roll_back"] = "stop"
-    max_skips_in_a_row: PositiveInt = 5
-    max_roll_backs: PositiveInt = 3
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    recompute_layers: bool = False  # in the backward pass: less memory for a third more arithmetic
-    evaluate_every_steps: PositiveInt | None = None  # on the held-out data; None: never
-    evaluate_batches: PositiveInt = 50  # at most so many global batches of it, always the same
-    best_by: str = "loss"  # the evaluated figure that tells a better model
-    best_is: Literal["lowest", "highest"] = "lowest"
-    patience: PositiveInt | None = None  # evaluations without a better one that end the run
+    not_finite: Free[Literal["stop", "skip", "roll_back"]] = "stop"
+    max_skips_in_a_row: Free[PositiveInt] = 5
+    max_roll_backs: Free[PositiveInt] = 3
+    zero_stage: Free[Literal[0, 1, 2, 3]] = 1
+    # in the backward pass: less memory for a third more arithmetic
+    recompute_layers: Free[bool] = False
+    evaluate_every_steps: OnRequest[PositiveInt | None] = None  # on the held-out data; None: never
+    # At most so many of its captions and of its questions, always the same; None: each once.
+    evaluate_examples: OnRequest[PositiveInt | None] = None
+    best_by: OnRequest[str] = "loss"  # the evaluated figure that tells a better model
+    best_is: OnRequest[Literal["lowest", "highest"]] = "lowest"
+    # evaluations without a better one that end the run
+    patience: OnRequest[PositiveInt | None] = None
     # The weights of the model folder: of the last step or of the best evaluation; as trained, or
     # their moving average. What is evaluated is the same as what is written.
-    keep_best: bool = False
-    model_weights: Literal["trained", "average"] = "trained"
-    checkpoint_every_steps: PositiveInt = 500
+    keep_best: OnRequest[bool] = False
+    model_weights: OnRequest[Literal["trained", "average"]] = "trained"
+    checkpoint_every_steps: Free[PositiveInt] = 500
     # A checkpoint is removed when none of these wants it.
-    keep_checkpoints: int = Field(default=2, ge=2)  # two: a damaged one needs one to fall back to
-    keep_best_checkpoints: int = Field(default=0, ge=0)  # by `best_by`, of those evaluated
-    keep_every_steps: PositiveInt | None = None  # those at multiples of it
-    keep_every_hours: PositiveFloat | None = None  # the first, and each so long after one kept
-    log_every_steps: PositiveInt = 1
-    loader_threads: PositiveInt = 2
-    prefetch_steps: PositiveInt = 4  # steps collated ahead of the one that trains
-    shuffle_window_shards: PositiveInt = 8
-    timeout_seconds: PositiveInt = 300  # a rank that waits longer for the others ends the run
+    # two: a damaged one needs one to fall back to
+    keep_checkpoints: Free[int] = Field(default=2, ge=2)
+    keep_best_checkpoints: Free[int] = Field(default=0, ge=0)  # by `best_by`, of those evaluated
+    keep_every_steps: Free[PositiveInt | None] = None  # those at multiples of it
+    # the first, and each so long after one kept
+    keep_every_hours: Free[PositiveFloat | None] = None
+    log_every_steps: Free[PositiveInt] = 1
+    loader_threads: Free[PositiveInt] = 2
+    prefetch_steps: Free[PositiveInt] = 4  # steps collated ahead of the one that trains
+    shuffle_window_shards: Fixed[PositiveInt] = 8
+    timeout_seconds: Free[PositiveInt] = 300  # a rank that waits longer for the others ends the run
     # further DeepSpeed keys, merged into the ones built here
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    deepspeed: Free[dict[str, Any]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -99,8 +106,15 @@ class TrainingConfig(BatchConfig):
         for key in ("patience", "keep_best", "keep_best_checkpoints"):
             if getattr(self, key) and self.evaluate_every_steps is None:
                 raise ValueError(f"{key} goes by evaluations: set evaluate_every_steps")
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(f"deepspeed.zero_optimization: expected a mapping, found {zero!r}")
         for key, stage in (("offload_optimizer", 1), ("offload_param", 3)):
-            if key in self.deepspeed.get("zero_optimization", {}) and self.zero_stage < stage:
+            if not isinstance(zero.get(key, {}), dict | None):
+                raise ValueError(
+                    f"deepspeed.zero_optimization.{key}: expected a mapping, found {zero[key]!r}"
+                )
+            if key in zero and self.zero_stage < stage:
                 raise ValueError(
                     f"deepspeed.zero_optimization.{key} has no effect with "
                     f"zero_stage={self.zero_stage}; use {stage} or more"
@@ -116,29 +130,12 @@ class TrainingConfig(BatchConfig):
     def sequence(self) -> dict[str, Any]:
         """Returns the settings that the loss curve is a function of, but for rounding.
 
-        Absent is how a run is spread over ranks, how often it saves and logs, and what it does if
-        a loss is not finite.
+        Absent is how a run is spread over ranks, how often it saves and logs, what it does if a
+        loss is not finite, and how it is evaluated if it is not.
         """
-        absent = {
-            "micro_batch_size",
-            "tokens_per_micro_batch",
-            "precision",
-            "zero_stage",
-            "recompute_layers",
-            "not_finite",
-            "max_skips_in_a_row",
-            "max_roll_backs",
-            "checkpoint_every_steps",
-            "keep_checkpoints",
-            "keep_best_checkpoints",
-            "keep_every_steps",
-            "keep_every_hours",
-            "log_every_steps",
-            "loader_threads",
-            "prefetch_steps",
-            "timeout_seconds",
-            "deepspeed",
-        }
+        absent = _free(type(self))
+        if self.evaluate_every_steps is None:
+            absent |= {"evaluate_examples", "best_by", "best_is"}
         return self.model_dump(mode="json", exclude=absent)
 
     def resolved_precision(self, device: str) -> Precision:
@@ -179,34 +176,46 @@ class TrainingSpec(Config):
     """One phase of training, as every rank receives it: plain values, no objects.
 
     Folders and the dataset are locations (local paths or URLs). `model` is the config of the
-    family `family`, `objectives` maps an objective's name to its config.
+    family `family`, `objectives` maps an objective's name to its config. A field's title is the
+    recipe's key for it, where it is not `training.<phase>`.
     """
 
-    phase: str  # pretrain, finetune, blind
-    folder: str  # RUN/<phase>: checkpoints/, metrics.jsonl, events.jsonl, model/, result.json
-    dataset: str
-    dataset_version: int
-    split: str = "train"
-    mixed_in: tuple[MixedIn, ...] = ()
-    held_out_split: str | None = None  # what is evaluated on while training
-    features: str | None  # the extractor's folder name; None: live features, or text only
-    live: LiveConfig | None = None  # pictures instead of stored features
-    backbone: GridConfig | None = None  # the network that makes features of them in the model
-    family: str
-    model: dict[str, Any]
-    initial: str | None = None  # a model folder whose weights are taken over
-    tokenizer: str
-    max_tokens: PositiveInt
-    answers: tuple[str, ...] = ()
-    objectives: dict[str, dict[str, Any]]
-    blind: bool = False  # the twin that never sees an image
-    seed: int = Field(default=0, ge=0)
+    phase: Free[str]  # pretrain, finetune, blind
+    # RUN/<phase>: checkpoints/, metrics.jsonl, events.jsonl, model/, result.json
+    folder: Free[str]
+    dataset: OnRequest[str] = Field(title="dataset.path")
+    dataset_version: Fixed[int] = Field(title="dataset.path: version")
+    split: Fixed[str] = Field(default="train", title="dataset.train_split")
+    mixed_in: Fixed[tuple[MixedIn, ...]] = Field(default=(), title="dataset.mixed_in")
+    # what is evaluated on while training
+    held_out_split: OnRequest[str | None] = Field(default=None, title="dataset.validation_split")
+    # the extractor's folder name; None: live features, or text only
+    features: Fixed[str | None] = Field(title="features.extractor")
+    # pictures instead of stored features
+    live: Fixed[LiveConfig | None] = Field(default=None, title="features.extractor")
+    # the network that makes features of them in the model
+    backbone: Fixed[GridConfig | None] = Field(default=None, title="features.extractor")
+    family: Fixed[str] = Field(title="model.family")
+    model: Fixed[dict[str, Any]] = Field(title="model.sizes")
+    initial: Free[str | None] = None  # a model folder whose weights are taken over
+    tokenizer: Free[str]
+    max_tokens: Fixed[PositiveInt] = Field(title="model.max_tokens")
+    answers: Fixed[tuple[str, ...]] = Field(default=(), title="benchmarks.vqa: answers")
+    objectives: Fixed[dict[str, dict[str, Any]]] = Field(title="objectives")
+    # the twin that never sees an image
+    blind: Fixed[bool] = Field(default=False, title="training.blind_twin")
+    seed: Fixed[int] = Field(default=0, ge=0, title="training.seed")
     training: TrainingConfig
+    # The content of what the locations name, as a digest by the recipe's key: locations may be
+    # moved or copied, or hold something else by now. None: nobody has looked.
+    contents: Fixed[dict[str, str] | None] = Field(default=None, title="content")
     # Operations that one rank's device can make in a second, for the share that the model makes use
     # of (MFU); None: those of a GPU that is known.
-    device_flops: PositiveFloat | None = None
+    device_flops: Free[PositiveFloat | None] = None
+    # how the model will write what it is scored by
+    decoding: Free[Decoding | None] = None
     # what the model folder records beside the weights
-    card: dict[str, Any] = Field(default_factory=dict)
+    card: Free[dict[str, Any]] = Field(default_factory=dict)
 
     @field_validator("folder", "dataset", "initial", "tokenizer")
     @classmethod
@@ -217,21 +226,18 @@ class TrainingSpec(Config):
     def sequence(self) -> dict[str, Any]:
         """Returns what the loss curve is a function of, for comparing two runs.
 
-        Absent are the settings that may change between a run and its continuation: where it
-        lies, and those that `TrainingConfig.sequence` leaves out.
+        Absent are the settings that are free to change: where the run lies, and those that
+        `TrainingConfig.sequence` leaves out.
         """
-        spec = self.model_dump(mode="json")
-        for name in (
-            "phase",
-            "folder",
-            "tokenizer",
-            "initial",
-            "card",
-            "device_flops",
-        ):
-            del spec[name]
+        spec = self.model_dump(mode="json", exclude=_free(type(self)))
         spec["training"] = self.training.sequence()
         return spec
+
+
+def _free(config: type[Config]) -> set[str]:
+    """Names the settings of a config that may change with no word said."""
+    fields = (name for name in config.model_fields if name != "training")
+    return {name for name in fields if change_of(config, name) is Change.FREELY}
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,16 @@ class Tally:
         """Returns the tally after a step that made no update since it was not finite."""
         return replace(self, skips_in_a_row=self.skips_in_a_row + 1, evaluation={})
 
+    def in_new_stretch(self, is_comparable: bool) -> Self:
+        """Returns the tally with which a run goes on with other settings.
+
+        Waiting for a better evaluation begins anew; and so does looking for the best, unless later
+        figures can be compared with earlier ones.
+        """
+        if is_comparable:
+            return replace(self, evaluations_since_best=0)
+        return replace(self, evaluations_since_best=0, best=None, best_step=None)
+
     def after_evaluation(
         self, step: int, found: Mapping[str, float], config: TrainingConfig
     ) -> Self:

@@ -3,6 +3,9 @@
 The work is shard by shard on a pool of Ray actors, each of which holds the network once. A sidecar
 is listed in the manifest when it is whole, so that a run that is killed loses the shards in
 flight and the next one does the rest. A sidecar that was never listed does not exist.
+
+An image of which the extractor can make nothing costs that sample: it is listed with the reason,
+counted, and left alone until it is another image. Splits opened with these features pass over it.
 """
 
 import contextlib
@@ -11,8 +14,8 @@ import json
 import math
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,17 +28,18 @@ from pipeline.config import Config
 from pipeline.data.foreign_tar import ForeignTar
 from pipeline.data.manifest import Manifest
 from pipeline.data.shard_files import ShardFiles, default_cache
-from pipeline.errors import ConfigError, FeatureError, PipelineError
+from pipeline.errors import ClusterError, ConfigError, FeatureError, PipelineError, RejectError
+from pipeline.room import Waiting, require_cluster, wait
 from pipeline.vision.extractor import AnyExtractor, from_card
 from pipeline.vision.feature import Extractor, measure_invariance
 from pipeline.vision.network import NetworkConfig, fit_if_absent
 from pipeline.vision.packing import measure_packing
-from pipeline.vision.sidecar import Sidecar, SidecarPlan, first_images, write_sidecar
+from pipeline.vision.sidecar import Sidecar, SidecarPlan, prepared_images, write_sidecar
 
 COMMIT_SECONDS = 1.0  # the most work a kill can cost beyond the shards in flight
 MEASURED_IMAGES = 5
+MEASURED_SHARDS = 8  # that are looked at until there are as many images
 SHARD_RETRIES = 3  # for a lost actor or node; an error is not retried
-START_TIMEOUT_SECONDS = 300.0  # for the first actor, which may wait for a node to be started
 
 
 class ExtractConfig(Config):
@@ -45,6 +49,8 @@ class ExtractConfig(Config):
     cpus_per_actor: float = Field(default=1, gt=0)
     gpus_per_actor: float = Field(default=0, ge=0)  # 0.25: four actors share a GPU; 0: CPU only
     batch_size: int = Field(default=32, ge=1)  # images the network takes at once
+    # Stops the run when no feature can be made of more of the live samples than this.
+    max_reject_fraction: float = Field(default=0.01, ge=0, le=1)
 
     def device(self) -> str:
         """Where the network computes."""
@@ -72,8 +78,9 @@ class ExtractReport:
     extractor: str  # the folder under features/, by which a split is opened with them
     card: dict[str, Any]
     num_shards: int  # computed by this run
-    num_images: int  # computed by this run
-    num_unchanged: int  # live samples that had their features before
+    num_images: int  # looked at by this run, rejects included
+    num_unchanged: int  # live samples that had their features, or were rejects, before
+    rejects: Mapping[str, int]  # live samples without a feature, by reason
     seconds: float
     images_per_second: float
     waited_fraction: float
@@ -96,8 +103,8 @@ def extract(
     """Gives every live sample of the newest version its features; see the module.
 
     `start_ray` is called before the first actor, if there is any work and `config.actors` is not 0.
-    Raises FeatureError if weights are missing, a live image cannot be decoded, or a feature
-    depends on what shares its batch; what was listed before stays.
+    Raises RejectError if no feature can be made of too many live samples, and FeatureError if
+    weights are missing or a feature depends on what shares its batch; what was listed stays.
     """
     url = storage.absolute(url)
     started = time.perf_counter()
@@ -108,6 +115,7 @@ def extract(
     # The actors say what they compute on; here only the identity is needed.
     extractor = extractor_config.build(_usable(config.device()) if in_process else "cpu")
     plans, num_unchanged = plan_sidecars(manifest, extractor.name)
+    rejects = _Rejects(manifest, extractor.name, config.max_reject_fraction)
     card = _Card(url, extractor)
     if in_process:
         work = _in_process(extractor, card.known, plans, config)
@@ -127,6 +135,7 @@ def extract(
                 continue
             unlisted.append(result.rows)
             meter.add(result)
+            rejects.add(result)
             if time.monotonic() - listed_at >= COMMIT_SECONDS:
                 listed.commit(pa.concat_tables(unlisted))
                 unlisted.clear()
@@ -142,6 +151,7 @@ def extract(
         num_shards=meter.num_shards,
         num_images=progress.num_done,
         num_unchanged=num_unchanged,
+        rejects=rejects.counts,
         seconds=time.perf_counter() - started,
         images_per_second=progress.images_per_second,
         waited_fraction=progress.waited_fraction,
@@ -203,14 +213,16 @@ class _Card:
 
 
 def _environment(
-    extractor: Extractor, card: dict[str, Any], plan: SidecarPlan, files: ShardFiles
+    extractor: Extractor, card: dict[str, Any], plans: Sequence[SidecarPlan], files: ShardFiles
 ) -> Environment:
     """Returns the environment of this process, as the card has it or measured now."""
     (entry,) = extractor.card()["environments"]
     for known in card["environments"]:
         if entry.items() <= known.items():
             return Environment(known)
-    prepared = [extractor.prepare(image) for image in first_images(plan, files, MEASURED_IMAGES)]
+    prepared = prepared_images(extractor, plans, files, MEASURED_IMAGES)
+    if not prepared:  # nothing to measure on: what there is to do will be listed as rejects
+        return Environment(entry)
     exact = extractor.exact()
     measured = {
         "batch_invariance": measure_invariance(exact, prepared),
@@ -225,7 +237,7 @@ def _in_process(
     files = ShardFiles(default_cache())
     with _torch_threads(config.threads()):
         if plans:
-            yield _environment(extractor, card, plans[0], files)
+            yield _environment(extractor, card, plans[:MEASURED_SHARDS], files)
         for plan in plans:
             yield write_sidecar(extractor, plan, files, config.batch_size, config.threads())
 
@@ -241,6 +253,8 @@ def _on_actors(
         return
     import ray
 
+    asked = {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}
+    waiting = Waiting("extract", 1, asked)
     worker = ray.remote(
         num_cpus=config.cpus_per_actor,
         num_gpus=config.gpus_per_actor,
@@ -248,25 +262,21 @@ def _on_actors(
         max_task_retries=SHARD_RETRIES,
     )(_Worker)
     actors = [worker.remote(card, config) for _ in range(min(config.actors, len(plans)))]
-    running = {actor.environment.remote(plans[0]): actor for actor in actors}
+    running = {
+        actor.environment.remote(plans[:MEASURED_SHARDS]): (actor, plans[0]) for actor in actors
+    }
     to_do = deque(plans)
-    num_left, any_started = len(plans), False
+    num_left, has_begun = len(plans), False
     try:
+        waiting.require_room()
         while num_left:
-            timeout = None if any_started else START_TIMEOUT_SECONDS
-            done, _ = ray.wait(list(running), timeout=timeout)
-            if not done:
-                found = ray.cluster_resources()
-                raise FeatureError(
-                    f"extract: no actor could be started in {START_TIMEOUT_SECONDS:.0f} s; each "
-                    f"asks for {config.cpus_per_actor:g} CPUs and {config.gpus_per_actor:g} GPUs, "
-                    f"and the cluster has {found.get('CPU', 0):g} and {found.get('GPU', 0):g}"
-                )
-            any_started = True
-            actor = running.pop(done[0])
-            result = _result(done[0])
+            done = wait(list(running), waiting, has_begun)
+            has_begun = True
+            actor, plan = running.pop(done[0])
+            result = _result(done[0], plan)
             if to_do:
-                running[actor.write.remote(to_do.popleft())] = actor
+                plan = to_do.popleft()
+                running[actor.write.remote(plan)] = (actor, plan)
             num_left -= isinstance(result, Sidecar)
             yield result
     finally:
@@ -286,10 +296,10 @@ class _Worker:
     def _extractor(self) -> Extractor:  # not in __init__, whose errors Ray wraps up in a lost actor
         return from_card(self._card, _usable(self._config.device()))
 
-    def environment(self, plan: SidecarPlan) -> Environment:
+    def environment(self, plans: Sequence[SidecarPlan]) -> Environment:
         extractor = self._extractor
         with _torch_threads(self._config.threads()):
-            return _environment(extractor, self._card, plan, self._files)
+            return _environment(extractor, self._card, plans, self._files)
 
     def write(self, plan: SidecarPlan) -> Sidecar:
         extractor, threads = self._extractor, self._config.threads()
@@ -297,7 +307,7 @@ class _Worker:
             return write_sidecar(extractor, plan, self._files, self._config.batch_size, threads)
 
 
-def _result(reference: Any) -> Environment | Sidecar:
+def _result(reference: Any, plan: SidecarPlan) -> Environment | Sidecar:
     """Returns what an actor returned; raises its error without Ray's traceback in its message."""
     import ray
 
@@ -306,11 +316,18 @@ def _result(reference: Any) -> Environment | Sidecar:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, PipelineError):
             raise error.cause from error
+        if isinstance(error.cause, ModuleNotFoundError):
+            raise ClusterError(
+                f"extract: {error.cause} on a node of the cluster; install Sightline and what it "
+                "needs on every node"
+            ) from error
         raise
-    except ray.exceptions.RayActorError as error:
-        raise FeatureError(
-            f"extract: an actor was lost {SHARD_RETRIES + 1} times over one shard; if it ran out "
-            f"of memory, lower features.extract.batch_size ({error})"
+    except ray.exceptions.RayError as error:
+        require_cluster()
+        raise ClusterError(
+            f"extract: an actor was lost {SHARD_RETRIES + 1} times, with its node or by itself, "
+            f"over shard {plan.shard} of split {plan.split}; if memory ran out, lower "
+            "features.extract.batch_size or actors"
         ) from error
     return result
 
@@ -342,6 +359,51 @@ def _usable(device: str) -> str:
                 "extract.gpus_per_actor is above 0, but torch finds no GPU here; set it to 0"
             )
     return device
+
+
+class _Rejects:
+    """Counts the live samples of which no feature can be made, against the limit.
+
+    Those of earlier runs count too: the limit is of the dataset, not of a night's work.
+    """
+
+    def __init__(self, manifest: Manifest, extractor: str, max_fraction: float) -> None:
+        samples = manifest.samples(["key", "shard"])
+        self.counts: Counter[str] = Counter()
+        self._url = manifest.url
+        self._extractor = extractor
+        self._num_live = samples.num_rows
+        self._max_fraction = max_fraction
+        self._examples: dict[str, str] = {}
+        self._counted: set[str] = set()
+        listed = manifest.features(extractor).rejects()
+        self._count(samples.join(listed, ["key", "shard"], join_type="inner"))
+
+    def add(self, sidecar: Sidecar) -> None:
+        """Counts those of a sidecar; raises RejectError beyond the limit."""
+        rows = sidecar.rows.filter(pc.is_valid(sidecar.rows["reason"]))
+        self._count(rows.filter(pc.is_in(rows["key"], pa.array(sorted(sidecar.plan.live)))))
+
+    def _count(self, rows: pa.Table) -> None:
+        for row in rows.select(["key", "reason", "detail"]).to_pylist():
+            if row["key"] in self._counted:  # of a shard that was listed in part
+                continue
+            self._counted.add(row["key"])
+            self.counts[row["reason"]] += 1
+            self._examples.setdefault(row["reason"], f"{row['key']!r}: {row['detail']}")
+        number = len(self._counted)
+        if number <= self._max_fraction * self._num_live:
+            return
+        reasons = "\n".join(
+            f"  {reason}: {count}, for example {self._examples[reason]}"
+            for reason, count in self.counts.most_common()
+        )
+        raise RejectError(
+            f"{self._url}: {self._extractor} can make nothing of {number} of {self._num_live} "
+            f"samples, more than features.extract.max_reject_fraction={self._max_fraction:g} "
+            "allows; what was listed stays. Mend or remove these images, or raise the limit\n"
+            f"{reasons}"
+        )
 
 
 class _Meter:

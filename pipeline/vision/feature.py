@@ -103,7 +103,10 @@ class Extractor(Protocol):
         ...
 
     def prepare(self, image: bytes) -> Prepared:
-        """Decodes and preprocesses one image on the CPU; FeatureError if it is no image."""
+        """Decodes and preprocesses one image on the CPU.
+
+        FeatureError is of this image, of which no feature can be made; ConfigError of any.
+        """
         ...
 
     def extract(self, prepared: Sequence[Prepared]) -> list[Feature]:

@@ -76,11 +76,15 @@ class FramesExtractor:
     def card(self) -> dict[str, Any]:
         card = self._extractor.card()
         rule = self._config.rule()
-        windowed = {"windowed": True} if self._window else {}  # as they were not always
+        method: dict[str, Any] = (
+            {"windowed": True} if self._window else {}
+        )  # as they were not always
+        if self._config.folder_rate is not None:  # by their names as text, before
+            method |= {"folder_order": "as people count"}
         (entry,) = card["environments"]
         parts = {name: part for name, part in card["parts"].items() if name != "scales"}
         return card | {
-            "identity": wrapped_identity(card["identity"], "frames", rule | windowed),
+            "identity": wrapped_identity(card["identity"], "frames", rule | method),
             "selection": card["selection"] | {"frames": rule},
             "num_regions": card["num_regions"] * self._config.largest(),
             "grid": None,

@@ -13,10 +13,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipeline.data.decoding import Picture
-from pipeline.data.image_check import BadImageError
+from pipeline.data.image_file import BadImageError, max_pixels
 from pipeline.data.image_pixels import DECODING, Pixels, scaled
 from pipeline.data.kind import is_dicom, is_video
-from pipeline.errors import FeatureError
+from pipeline.errors import FeatureError, UnusableImageError
 from pipeline.vision.window import (
     AnyWindow,
     Window,
@@ -31,22 +31,20 @@ View = tuple[float, float, float, float]  # x1, y1, x2, y2 as fractions of width
 def decode(payload: bytes, window: AnyWindow = None) -> Pixels:
     """Returns the picture as a viewer would show it, or raises FeatureError saying why not.
 
+    ConfigError is for a library that is not installed.
+
     The rules are those of `data.image_pixels`; a window is for DICOM and for 16-bit pictures.
     """
     if is_dicom(payload):
-        images, _ = decode_dicom(payload, window)
-        if len(images) > 1:
-            raise FeatureError(
-                f"a DICOM of {len(images)} images; set extractor.frames, as for a video"
-            )
-        return images[0]
+        ((_, pixels),) = decode_dicom(payload, window)
+        return pixels
     if is_video(payload):
         raise FeatureError("a video; set extractor.frames to {count: 8}, or to {rate: 1} a second")
     to_eight_bits = partial(apply_window, window=window) if isinstance(window, Window) else scaled
     try:
         return Picture(payload, to_eight_bits).pixels().copy()  # from memory that is used again
     except BadImageError as error:
-        raise FeatureError(f"not a readable image: {error}") from error
+        raise UnusableImageError(error.reason, error.detail) from error
 
 
 @dataclass(frozen=True)
@@ -98,18 +96,6 @@ class ResizeBicubic:
 
 
 @dataclass(frozen=True)
-class ResizeShortSideBicubic:
-    """Scales the shorter side to `size`, as `ResizeShortSide`, by the cubic filter."""
-
-    name: ClassVar[str] = "resize the short side, antialiased bicubic"
-    size: int
-
-    def __call__(self, pixels: Pixels, view: View) -> tuple[Pixels, View]:
-        width, height = _short_side(pixels, self.size)
-        return _resize(pixels, width, height, Image.Resampling.BICUBIC), view
-
-
-@dataclass(frozen=True)
 class CentreCrop:
     """Keeps the middle size × size pixels (torchvision's `CenterCrop`)."""
 
@@ -132,7 +118,71 @@ class CentreCrop:
         return pixels[top : top + self.size, left : left + self.size], kept
 
 
-Step = Resize | ResizeShortSide | ResizeWithin | ResizeBicubic | ResizeShortSideBicubic | CentreCrop
+@dataclass(frozen=True)
+class ResizeTo:
+    """Scales to exactly width × height by one of Pillow's filters, all of them antialiased."""
+
+    name: ClassVar[str] = "resize"
+    width: int
+    height: int
+    filter: str  # Pillow's name
+
+    def __call__(self, pixels: Pixels, view: View) -> tuple[Pixels, View]:
+        resampling = Image.Resampling[self.filter]
+        return _resize(pixels, self.width, self.height, resampling), view
+
+
+@dataclass(frozen=True)
+class ResizeShortSideTo:
+    """Scales the shorter side to `size` and keeps the proportions, by one of Pillow's filters."""
+
+    name: ClassVar[str] = "resize the short side"
+    size: int
+    filter: str  # Pillow's name
+
+    def __call__(self, pixels: Pixels, view: View) -> tuple[Pixels, View]:
+        width, height = _short_side(pixels, self.size)
+        return _resize(pixels, width, height, Image.Resampling[self.filter]), view
+
+
+@dataclass(frozen=True)
+class PaddedCentreCrop:
+    """Keeps the middle size × size pixels, amid black where there are fewer (transformers').
+
+    Of an odd number of pixels to leave out, one more goes on the right and below, where
+    torchvision's `CenterCrop` rounds half to even.
+    """
+
+    name: ClassVar[str] = "centre crop, rounded down, padded"
+    size: int
+
+    def __call__(self, pixels: Pixels, view: View) -> tuple[Pixels, View]:
+        height, width = pixels.shape[:2]
+        top, left = (height - self.size) // 2, (width - self.size) // 2
+        kept = np.zeros((self.size, self.size, 3), np.uint8)
+        inner = pixels[max(top, 0) : top + self.size, max(left, 0) : left + self.size]
+        y, x = max(-top, 0), max(-left, 0)
+        kept[y : y + inner.shape[0], x : x + inner.shape[1]] = inner
+        x1, y1, x2, y2 = view
+        scale_x, scale_y = (x2 - x1) / width, (y2 - y1) / height
+        return kept, (
+            x1 + left * scale_x,
+            y1 + top * scale_y,
+            x1 + (left + self.size) * scale_x,
+            y1 + (top + self.size) * scale_y,
+        )
+
+
+Step = (
+    Resize
+    | ResizeShortSide
+    | ResizeWithin
+    | ResizeBicubic
+    | CentreCrop
+    | ResizeTo
+    | ResizeShortSideTo
+    | PaddedCentreCrop
+)
 
 
 @dataclass(frozen=True)
@@ -188,5 +238,8 @@ def _resize(
 ) -> Pixels:
     if pixels.shape[:2] == (height, width):
         return pixels
+    if width * height > max_pixels():
+        found = f"{pixels.shape[1]} × {pixels.shape[0]} pixels"
+        raise UnusableImageError("oversized-image", f"{found} would become {width} × {height}")
     picture = Image.fromarray(pixels)
     return np.asarray(picture.resize((width, height), resampling))

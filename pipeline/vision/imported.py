@@ -14,7 +14,7 @@ from pipeline.config import Config
 from pipeline.data.manifest import FEATURES, Manifest
 from pipeline.data.sample import safe_key
 from pipeline.data.shard import ShardWriter
-from pipeline.errors import FeatureError
+from pipeline.errors import ConfigError, FeatureError
 from pipeline.vision.feature import (
     Feature,
     environment,
@@ -74,7 +74,7 @@ class ImportedExtractor:
         }
 
     def prepare(self, image: bytes) -> Prepared:  # noqa: ARG002
-        raise FeatureError(
+        raise ConfigError(
             f"{self.name}: these features were imported, and cannot be computed for a picture that "
             "is not among the published ones; use an extractor such as `regions`"
         )

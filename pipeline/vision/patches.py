@@ -5,11 +5,12 @@ import inspect
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
+from PIL import Image
 from pydantic import Field
 
 from pipeline import storage
@@ -18,12 +19,12 @@ from pipeline.vision import weights
 from pipeline.vision.arithmetic import exact_arithmetic
 from pipeline.vision.feature import Feature, environment, extractor_name, identity
 from pipeline.vision.image import (
-    CentreCrop,
+    PaddedCentreCrop,
     Prepared,
     Resize,
     ResizeBicubic,
-    ResizeShortSide,
-    ResizeShortSideBicubic,
+    ResizeShortSideTo,
+    ResizeTo,
     Step,
     cell_boxes,
     describe,
@@ -31,8 +32,6 @@ from pipeline.vision.image import (
 )
 from pipeline.vision.network import NetworkConfig
 from pipeline.vision.packing import describe_storage, pack, packing_parts
-
-_BILINEAR, _BICUBIC = 2, 3  # Pillow's numbers, which preprocessor_config.json uses
 
 # Layers that make one vector of all tokens. Published weights often lack them; no feature is
 # computed by them.
@@ -60,18 +59,22 @@ class PatchesConfig(NetworkConfig):
     weights: Literal["default", "random"] = "default"
     layer: int | None = None
     class_token: bool = False  # put first, with the whole picture as its box
-    image_size: int | None = Field(default=None, ge=16, le=4096)  # null: the network's own
-    # stretch: the whole picture; crop: the short side to image_size, then its middle
-    fit: Literal["stretch", "crop"] = "stretch"
+    # Pixels a side that the network takes; null: what the processor's file says, or the network's
+    # own. The file's sizes are scaled by as much.
+    image_size: int | None = Field(default=None, ge=16, le=4096)
+    # processor: as preprocessor_config.json says, the whole picture if it states no size. stretch:
+    # the whole picture; crop: the short side to image_size, then its middle
+    fit: Literal["processor", "stretch", "crop"] = "processor"
 
     def check(self) -> None:
         import torch
 
         super().check()
-        _preprocessing(self)
+        processor = _processor(self.network)
         with torch.device("meta"):
             tower = _vision_tower(_random_model(self))
         _layer(self, tower)
+        _steps(self, processor, int(tower.config.image_size))
         if self.weights == "default" and Path(self.network).is_dir():
             found = [path.name for path in Path(self.network).iterdir()]
             if not any(name.endswith((".safetensors", ".bin")) for name in found):
@@ -95,7 +98,7 @@ class PatchesExtractor:
 
         self._config = config
         self._device = device
-        self._preprocessing = _preprocessing(config)
+        self._processor = _processor(config.network)
         absent: set[str] = set()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(weights.RANDOM_SEED)
@@ -106,14 +109,13 @@ class PatchesExtractor:
         tower = _vision_tower(model)
         self._digest = weights.digest(tower, absent)
         self._layer = _layer(config, tower)
-        self._image_size = config.image_size or int(tower.config.image_size)
+        self.steps, self._image_size = _steps(config, self._processor, int(tower.config.image_size))
         patch_size = int(tower.config.patch_size)
         if self._image_size % patch_size:
             raise ConfigError(
                 f"extractor.image_size={self._image_size} is not a multiple of the network's "
                 f"patches of {patch_size} pixels"
             )
-        self.steps = _steps(config.fit, self._image_size, self._preprocessing["resample"])
         self._per_side = self._image_size // patch_size
         self._options = {"output_hidden_states": True} if self._layer is not None else {}
         if "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
@@ -121,8 +123,8 @@ class PatchesExtractor:
             self._options["interpolate_pos_encoding"] = not own_size
         self._tower = tower.to(device).eval()
         self._mean, self._std = (
-            torch.tensor(self._preprocessing[name], device=device).view(1, 3, 1, 1)
-            for name in ("image_mean", "image_std")
+            torch.tensor(values, device=device).view(1, 3, 1, 1)
+            for values in (self._processor.mean, self._processor.std)
         )
         self._dim = int(tower.config.hidden_size)
         self._num_prefix = self._count_prefix()
@@ -135,8 +137,9 @@ class PatchesExtractor:
         config = self._config
         normalize = {
             "step": "normalize",
-            "mean": self._preprocessing["image_mean"],
-            "std": self._preprocessing["image_std"],
+            "mean": self._processor.mean,
+            "std": self._processor.std,
+            "divided_by": self._processor.divisor,
         }
         preprocessing = [*describe(self.steps, config.window), normalize]
         selection = {
@@ -172,7 +175,8 @@ class PatchesExtractor:
         import torch
 
         pixels = torch.from_numpy(np.stack([image.pixels for image in prepared]))
-        images = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
+        images = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float()
+        images.div_(self._processor.divisor)
         with exact_arithmetic():
             tokens = self._tokens(images.sub_(self._mean).div_(self._std))
             patches = tokens[:, self._num_prefix :]
@@ -221,38 +225,128 @@ class PatchesExtractor:
         return prefix
 
     def _boxes_implied(self) -> bool:
-        return self._config.fit == "stretch" and not self._config.class_token
+        whole = not any(isinstance(step, PaddedCentreCrop) for step in self.steps)
+        return whole and not self._config.class_token
 
     def _boxes(self, image: Prepared) -> np.ndarray:
-        cells = cell_boxes((self._per_side, self._per_side), image.view)
+        cells = cell_boxes((self._per_side, self._per_side), image.view).clip(0, 1)
         if not self._config.class_token:
             return cells
-        return np.concatenate([np.array([image.view], np.float32), cells])
+        return np.concatenate([np.array([image.view], np.float32).clip(0, 1), cells])
 
 
-def _preprocessing(config: PatchesConfig) -> dict[str, Any]:
-    """Returns mean, deviation and filter of preprocessor_config.json."""
+_KINDS = frozenset({"image_processor_type", "feature_extractor_type"})
+
+
+@dataclass(frozen=True)
+class _Processor:
+    """What a preprocessor_config.json says, with transformers' defaults for its kind."""
+
+    filter: str  # Pillow's name
+    short_side: int | None  # to which the shorter side is scaled
+    square: int | None  # or to which both are; None for both: the file states no size
+    crop: int | None  # pixels a side of the middle that is kept
+    divisor: float  # of pixels, before mean and deviation
+    mean: list[float]
+    std: list[float]
+
+    def final_size(self) -> int | None:
+        """Returns the pixels a side that the network is given; None if the file does not say."""
+        return self.crop or self.square
+
+
+def _processor(network: str) -> _Processor:
+    """Reads what transformers would do to a picture; FeatureError for what is not done here."""
+    from transformers import AutoImageProcessor, ViTImageProcessorPil
     from transformers.image_processing_base import ImageProcessingMixin
 
-    _check_reachable(config.network)
+    _check_reachable(network)
     try:
-        found, _ = ImageProcessingMixin.get_image_processor_dict(config.network)
-    except OSError as error:
-        raise _not_found(config.network, "preprocessor_config.json", error) from error
-    wanted = {name: found.get(name) for name in ("image_mean", "image_std", "resample")}
-    if None in wanted.values() or wanted["resample"] not in (_BILINEAR, _BICUBIC):
+        stated, _ = ImageProcessingMixin.get_image_processor_dict(network)
+        if "size" in stated or not _KINDS.isdisjoint(stated):
+            found = AutoImageProcessor.from_pretrained(network, backend="pil")
+        else:  # mean, deviation and filter alone, which are read alike of all kinds
+            found = ViTImageProcessorPil.from_dict(stated)
+    except (OSError, ValueError) as error:  # ValueError: a kind that transformers lacks
+        raise _not_found(network, "preprocessor_config.json", error) from error
+    where = f"{network}: preprocessor_config.json"
+    names = ["resample"] if found.do_resize else []
+    names += ["image_mean", "image_std"] if found.do_normalize else []
+    absent = [name for name in names if stated.get(name) is None]
+    if absent:
+        raise FeatureError(f"{where}: does not say {', '.join(absent)}")
+    if found.do_resize and found.resample not in list(Image.Resampling):
+        numbers = ", ".join(f"{each.value} ({each.name})" for each in Image.Resampling)
+        raise FeatureError(f"{where}: resample {found.resample}: expected {numbers}")
+    if found.do_pad:
+        raise FeatureError(f"{where}: do_pad is true, and pictures are not padded here")
+    short_side, square = _sizes(found.size, where) if found.do_resize else (None, None)
+    crop = _square(found.crop_size, f"{where}: crop_size") if found.do_center_crop else None
+    if "size" not in stated:  # transformers' default is of its first model, not of this one
+        short_side = square = crop = None
+    elif (crop or square) is None:
         raise FeatureError(
-            f"{config.network}: preprocessor_config.json: expected image_mean, image_std and "
-            f"resample {_BILINEAR} or {_BICUBIC}, found {wanted}"
+            f"{where}: pictures keep their proportions or their size, and networks are given "
+            "squares here; set extractor.fit to stretch or crop"
         )
-    return wanted
+    return _Processor(
+        filter=Image.Resampling(found.resample).name if found.do_resize else "BILINEAR",
+        short_side=short_side,
+        square=square,
+        crop=crop,
+        divisor=1 / found.rescale_factor if found.do_rescale else 1.0,
+        mean=_three(found.image_mean) if found.do_normalize else [0.0] * 3,
+        std=_three(found.image_std) if found.do_normalize else [1.0] * 3,
+    )
 
 
-def _steps(fit: str, size: int, resample: int) -> tuple[Step, ...]:
-    if fit == "stretch":
-        return (Resize(size) if resample == _BILINEAR else ResizeBicubic(size),)
-    short = ResizeShortSide(size) if resample == _BILINEAR else ResizeShortSideBicubic(size)
-    return (short, CentreCrop(size))
+def _sizes(size: Any, where: str) -> tuple[int | None, int | None]:
+    """Returns the shorter side, or the side of a square, that pictures are scaled to."""
+    if size.shortest_edge and not size.longest_edge:
+        return int(size.shortest_edge), None
+    return None, _square(size, f"{where}: size")
+
+
+def _square(size: Any, where: str) -> int:
+    if not size.height or size.height != size.width:
+        known = {name: value for name, value in dict(size).items() if value}
+        raise FeatureError(f"{where}: expected shortest_edge, or height = width, found {known}")
+    return int(size.height)
+
+
+def _three(values: Any) -> list[float]:
+    return [
+        float(value) for value in (values if isinstance(values, list | tuple) else [values] * 3)
+    ]
+
+
+def _steps(
+    config: PatchesConfig, processor: _Processor, network_size: int
+) -> tuple[tuple[Step, ...], int]:
+    """Returns what happens to the pixels, and how many a side there are in the end."""
+    stated = processor.final_size() if config.fit == "processor" else None
+    size = config.image_size or stated or network_size
+    if config.fit == "crop":
+        return (ResizeShortSideTo(size, processor.filter), PaddedCentreCrop(size)), size
+    if stated is None:
+        return (_whole(size, processor.filter),), size
+
+    def scaled(side: int) -> int:
+        return round(side * size / stated)
+
+    steps: list[Step] = []
+    if processor.short_side is not None:
+        steps.append(ResizeShortSideTo(scaled(processor.short_side), processor.filter))
+    if processor.square is not None:
+        steps.append(_whole(scaled(processor.square), processor.filter))
+    if processor.crop is not None:
+        steps.append(PaddedCentreCrop(size))
+    return tuple(steps), size
+
+
+def _whole(size: int, filter_name: str) -> Step:
+    known: dict[str, Step] = {"BILINEAR": Resize(size), "BICUBIC": ResizeBicubic(size)}
+    return known.get(filter_name) or ResizeTo(size, size, filter_name)
 
 
 def _random_model(config: PatchesConfig) -> Any:
@@ -350,7 +444,8 @@ def _check_reachable(network: str) -> None:
 
 
 def _not_found(network: str, file: str, error: Exception) -> FeatureError:
-    what = str(error).splitlines()[0]
+    # transformers lists all it knows
+    what = str(error).splitlines()[0].partition(". Should have")[0]
     return FeatureError(
         f"extractor.network: {file} of {network!r} cannot be had ({what}). Give a folder with "
         "config.json, preprocessor_config.json and model.safetensors, fetched where the Hugging "

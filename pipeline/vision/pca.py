@@ -4,6 +4,7 @@ The components are fitted once and kept in a file of their own. Its digest is pa
 extractor's identity, so that a feature stays a function of the image and the extractor.
 """
 
+import contextlib
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -184,7 +185,8 @@ def digest(projection: Projection) -> str:
 def _values(exact: Extractor, images: Iterable[bytes]) -> Iterator[npt.NDArray[Any]]:
     batch: list[Prepared] = []
     for image in images:
-        batch.append(exact.prepare(image))
+        with contextlib.suppress(FeatureError):  # `extract` lists it as a reject
+            batch.append(exact.prepare(image))
         if len(batch) == FITTED_BATCH:
             yield from (feature.values for feature in exact.extract(batch))
             batch = []

@@ -1,15 +1,16 @@
-"""The images of one shard to their features in one sidecar."""
+"""The images of one shard to their features in one sidecar.
 
+An image of which the extractor can make nothing has none, and is listed with the reason instead.
+"""
+
+import contextlib
 import io
 import json
-import os
-import tarfile
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,9 @@ from pipeline import storage
 from pipeline.data.foreign_tar import ForeignTar, ImageReference
 from pipeline.data.manifest import FEATURES
 from pipeline.data.sample import Sample
-from pipeline.data.shard import ShardWriter, shard_location
+from pipeline.data.shard import ShardWriter, list_members, read_member, shard_location
 from pipeline.data.shard_files import ShardFiles
-from pipeline.errors import FeatureError, ShardError
+from pipeline.errors import FeatureError, ShardError, UnusableImageError
 from pipeline.vision.ahead import run_ahead
 from pipeline.vision.feature import Extractor, Feature, Mask
 from pipeline.vision.image import Prepared
@@ -49,7 +50,7 @@ class Sidecar:
     """A published sidecar, not listed yet, with the rows that list it."""
 
     plan: SidecarPlan
-    rows: pa.Table  # schema FEATURES but for `sequence`
+    rows: pa.Table  # schema FEATURES but for `sequence`; those with a reason are rejects
     size_bytes: int
     seconds: float
     network_seconds: float  # of `seconds`, those in which the network had work
@@ -59,12 +60,14 @@ class Sidecar:
 class _Batch:
     keys: list[str]
     prepared: list[Prepared]
+    rejects: list[tuple[str, FeatureError]]  # met since the batch before
 
 
 @dataclass(frozen=True)
 class _Computed:
     keys: list[str]
     features: list[Feature]
+    rejects: list[tuple[str, FeatureError]]
     seconds: float
 
 
@@ -78,19 +81,21 @@ def write_sidecar(
     samples that are no longer live, and two runs at once do no harm. `threads` decode ahead of the
     network, and writing goes on beside it.
 
-    Raises FeatureError naming the shard and the sample if a live one cannot be decoded (others
-    have no feature then), and ShardError if one is missing.
+    Raises ShardError if a live sample is missing, and FeatureError naming samples if the network
+    fails on images that could be prepared.
     """
     started = time.perf_counter()
     batches = run_ahead(_batches(extractor, plan, files, batch_size, threads), BATCHES_AHEAD)
     computed = run_ahead(_compute(extractor, plan, batches), BATCHES_AHEAD)
     rows: list[dict[str, Any]] = []
-    network_seconds = 0.0
+    num_features, network_seconds = 0, 0.0
     with ShardWriter(storage.join(plan.url, "features", extractor.name), plan.shard) as writer:
         for batch in computed:
             network_seconds += batch.seconds
+            num_features += len(batch.features)
             for key, feature in zip(batch.keys, batch.features, strict=True):
                 rows.append(write_feature(writer, plan.shard, key, feature))
+            rows += [_reject(plan.shard, key, error) for key, error in batch.rejects]
         absent = sorted(plan.live.difference(row["key"] for row in rows))
         if absent:
             raise ShardError(
@@ -100,7 +105,7 @@ def write_sidecar(
     return Sidecar(
         plan,
         pa.Table.from_pylist(rows, FEATURES.remove(FEATURES.get_field_index("sequence"))),
-        writer.shard.size_bytes,
+        writer.shard.size_bytes if num_features else 0,  # an empty one is not published
         time.perf_counter() - started,
         network_seconds,
     )
@@ -114,34 +119,34 @@ def shard_images(plan: SidecarPlan, files: ShardFiles) -> Generator[tuple[str, b
     """
     file = files.open(plan.location())
     images = None if plan.tar is None else files.open(plan.tar)
-    with os.fdopen(os.dup(file.descriptor), "rb") as stream:
-        stream.seek(0)
-        try:
-            with tarfile.open(fileobj=stream, mode="r:") as tar:
-                for member in tar:
-                    key, _, suffix = member.name.partition(".")
-                    if suffix == "json":
-                        continue
-                    stored = tar.extractfile(member)
-                    assert stored is not None, member.name  # we write plain files only
-                    image = stored.read()
-                    if images is not None:
-                        try:
-                            image = ImageReference.from_json(image).read(images.descriptor)
-                        except ShardError as error:
-                            if key in plan.live:
-                                raise ShardError(f"{plan.tar}: sample {key!r}: {error}") from error
-                            continue
-                    yield key, image
-        except (tarfile.TarError, OSError) as error:
-            raise ShardError(f"{plan.location()}: cannot be read ({error})") from error
+    for name, image in _parts(plan.location(), file.descriptor):
+        key, _, suffix = name.partition(".")
+        if suffix == "json":
+            continue
+        if images is not None:
+            try:
+                image = ImageReference.from_json(image).read(images.descriptor)
+            except ShardError as error:
+                if key in plan.live:
+                    raise ShardError(f"{plan.tar}: sample {key!r}: {error}") from error
+                continue
+        yield key, image
+
+
+def _parts(location: str, descriptor: int) -> Generator[tuple[str, bytes], None, None]:
+    """Yields name and payload of every part of a shard of ours, which must be whole."""
+    try:
+        for name, member in list_members(descriptor):
+            yield name, read_member(descriptor, name, member.offset, member.size)
+    except (ShardError, OSError) as error:
+        raise ShardError(f"{location}: cannot be read ({error})") from error
 
 
 def _batches(
     extractor: Extractor, plan: SidecarPlan, files: ShardFiles, batch_size: int, threads: int
 ) -> Generator[_Batch, None, None]:
     """Yields decoded batches in the shard's order; a pool decodes one batch beyond each."""
-    batch = _Batch([], [])
+    batch = _Batch([], [], [])
     waiting: deque[tuple[str, Future[Prepared]]] = deque()
 
     def take() -> None:
@@ -150,8 +155,7 @@ def _batches(
             batch.prepared.append(future.result())
             batch.keys.append(key)
         except FeatureError as error:
-            if key in plan.live:
-                raise FeatureError(f"{plan.location()}: sample {key!r}: {error}") from error
+            batch.rejects.append((key, error))
 
     with ThreadPoolExecutor(threads) as pool:
         for key, image in shard_images(plan, files):
@@ -160,12 +164,14 @@ def _batches(
                 take()
             if len(batch.keys) == batch_size:
                 yield batch
-                batch = _Batch([], [])
+                batch = _Batch([], [], [])
         while waiting:
             take()
-            if len(batch.keys) == batch_size or (batch.keys and not waiting):
+            if len(batch.keys) == batch_size:
                 yield batch
-                batch = _Batch([], [])
+                batch = _Batch([], [], [])
+        if batch.keys or batch.rejects:
+            yield batch
 
 
 def _compute(
@@ -174,12 +180,12 @@ def _compute(
     for batch in batches:
         started = time.perf_counter()
         try:
-            features = extractor.extract(batch.prepared)
+            features = extractor.extract(batch.prepared) if batch.keys else []
         except FeatureError as error:
             raise FeatureError(
                 f"{plan.location()}: samples {batch.keys[0]!r} to {batch.keys[-1]!r}: {error}"
             ) from error
-        yield _Computed(batch.keys, features, time.perf_counter() - started)
+        yield _Computed(batch.keys, features, batch.rejects, time.perf_counter() - started)
 
 
 def write_feature(writer: ShardWriter, shard: str, key: str, feature: Feature) -> dict[str, Any]:
@@ -206,6 +212,24 @@ def write_feature(writer: ShardWriter, shard: str, key: str, feature: Feature) -
     }
 
 
+def _reject(shard: str, key: str, error: FeatureError) -> dict[str, Any]:
+    """Returns the row that lists an image without a feature."""
+    reason, detail = "unusable-image", str(error)
+    if isinstance(error, UnusableImageError):
+        reason, detail = error.reason, error.detail
+    return {
+        "key": key,
+        "shard": shard,
+        "values_offset": -1,
+        "values_size": 0,
+        "boxes_offset": -1,
+        "boxes_size": 0,
+        "num_regions": 0,
+        "reason": reason,
+        "detail": detail,
+    }
+
+
 def _npy(array: np.ndarray) -> bytes:
     payload = io.BytesIO()
     np.lib.format.write_array(payload, np.ascontiguousarray(array), allow_pickle=False)
@@ -218,7 +242,16 @@ def _segments(masks: Sequence[Mask]) -> bytes:
     return json.dumps(document, separators=(",", ":")).encode()
 
 
-def first_images(plan: SidecarPlan, files: ShardFiles, count: int) -> list[bytes]:
-    """Returns at most `count` live images of a shard."""
-    live = (image for key, image in shard_images(plan, files) if key in plan.live)
-    return list(islice(live, count))
+def prepared_images(
+    extractor: Extractor, plans: Iterable[SidecarPlan], files: ShardFiles, count: int
+) -> list[Prepared]:
+    """Returns at most `count` live images of some shards that the extractor can use, prepared."""
+    found: list[Prepared] = []
+    for plan in plans:
+        for key, image in shard_images(plan, files):
+            if len(found) == count:
+                return found
+            if key in plan.live:
+                with contextlib.suppress(FeatureError):  # listed when its shard is written
+                    found.append(extractor.prepare(image))
+    return found

@@ -5,8 +5,6 @@ nearest key frame before a wanted one, or goes on where it is if that is nearer.
 """
 
 import bisect
-import io
-import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
@@ -14,9 +12,12 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pipeline.config import Config
+from pipeline.data.frame_zip import FrameZip
+from pipeline.data.image_file import BadImageError
 from pipeline.data.image_pixels import Pixels
 from pipeline.data.kind import is_dicom, is_video, is_zip
-from pipeline.errors import FeatureError
+from pipeline.data.video_file import opened_video, upright
+from pipeline.errors import ConfigError, FeatureError, UnusableImageError
 from pipeline.vision.image import decode
 from pipeline.vision.window import AnyWindow, decode_dicom, num_images
 
@@ -29,8 +30,8 @@ class FramesConfig(Config):
     count: int | None = Field(default=None, ge=1, le=4096)  # in the middle of as many equal parts
     rate: float | None = Field(default=None, gt=0)  # frames a second, from the first one on
     most: int = Field(default=256, ge=1)  # a video with more at this rate is refused
-    # Frames a second of a video that comes as a folder of pictures (a ZIP of them, by name), or
-    # as a DICOM that does not say.
+    # Frames a second of a video that comes as a folder of pictures (a ZIP of them, by name, 2
+    # before 10), or as a DICOM that does not say.
     folder_rate: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
@@ -59,23 +60,18 @@ def read_frames(payload: bytes, config: FramesConfig, window: AnyWindow = None) 
     The window is for DICOM and for 16-bit pictures. Raises FeatureError if the video cannot be read
     or has more frames than `most`.
     """
-    if is_zip(payload):
-        return _folder_frames(payload, config, window)
-    if is_dicom(payload):
-        return _dicom_frames(payload, config, window)
     try:
-        import av
+        if is_zip(payload):
+            return _folder_frames(payload, config, window)
+        if is_dicom(payload):
+            return _dicom_frames(payload, config, window)
+        with opened_video(payload) as (container, stream):
+            return list(_video_frames(container, stream, config))
     except ImportError as error:
-        raise FeatureError("a video, which needs PyAV: pip install 'sightline[video]'") from error
-    try:
-        with av.open(io.BytesIO(payload)) as container:
-            if not container.streams.video:
-                raise FeatureError("a file without a video stream")
-            return list(_video_frames(container, config))
-    except av.error.FFmpegError as error:
-        raise FeatureError(
-            f"not a readable video ({type(error).__name__}: {error}); {len(payload)} bytes"
-        ) from error
+        raise ConfigError("a video, which needs PyAV: pip install 'sightline[video]'") from error
+    except BadImageError as error:
+        what = "folder of frames" if is_zip(payload) else "video"
+        raise UnusableImageError(error.reason, f"a {what}: {error.detail}") from error
 
 
 def choose(times: Sequence[float], config: FramesConfig) -> list[int]:
@@ -99,8 +95,7 @@ def choose(times: Sequence[float], config: FramesConfig) -> list[int]:
     return list(dict.fromkeys(shown))
 
 
-def _video_frames(container: Any, config: FramesConfig) -> Iterator[Frame]:
-    stream = container.streams.video[0]
+def _video_frames(container: Any, stream: Any, config: FramesConfig) -> Iterator[Frame]:
     packets = [packet for packet in container.demux(stream) if packet.pts is not None]
     stamps = sorted(packet.pts for packet in packets if not packet.is_discard)
     keys = sorted(packet.pts for packet in packets if packet.is_keyframe)
@@ -118,16 +113,18 @@ def _video_frames(container: Any, config: FramesConfig) -> Iterator[Frame]:
         if frame is None:
             raise FeatureError(f"a video whose frame at {seconds[place]:.3f} s cannot be decoded")
         decoded = place
-        turned = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-        yield seconds[place], np.ascontiguousarray(turned)
+        yield seconds[place], upright(frame)
 
 
 def _dicom_frames(payload: bytes, config: FramesConfig, window: AnyWindow) -> list[Frame]:
-    pictures, seconds = decode_dicom(payload, window)
-    if seconds is None and len(pictures) > 1:
-        seconds = 1 / _folder_rate("a DICOM of several images", config)
-    times = [place * (seconds or 0) for place in range(len(pictures))]
-    return [(times[place], pictures[place]) for place in choose(times, config)]
+    def wanted(stated: list[float] | None, number: int) -> tuple[list[float], list[int]]:
+        times = stated or [0.0]
+        if stated is None and number > 1:
+            rate = _folder_rate("a DICOM of several images", config)
+            times = [place / rate for place in range(number)]
+        return times, choose(times, config)
+
+    return decode_dicom(payload, window, wanted)
 
 
 def _folder_rate(what: str, config: FramesConfig) -> float:
@@ -141,15 +138,12 @@ def _folder_rate(what: str, config: FramesConfig) -> float:
 
 def _folder_frames(payload: bytes, config: FramesConfig, window: AnyWindow) -> list[Frame]:
     rate = _folder_rate("a folder of frames", config)
-    try:
-        with zipfile.ZipFile(io.BytesIO(payload)) as folder:
-            names = sorted(name for name in folder.namelist() if not name.endswith("/"))
-            if not names:
-                raise FeatureError("a folder of frames without any")
-            times = [place / rate for place in range(len(names))]
-            return [
-                (times[place], decode(folder.read(names[place]), window))
-                for place in choose(times, config)
-            ]
-    except (zipfile.BadZipFile, OSError) as error:
-        raise FeatureError(f"a folder of frames that cannot be read: {error}") from error
+    with FrameZip(payload) as frames:
+        times = [place / rate for place in range(len(frames))]
+        found = []
+        for place in choose(times, config):
+            try:
+                found.append((times[place], decode(frames.read(place), window)))
+            except FeatureError as error:
+                raise FeatureError(f"a folder of frames: {frames.name(place)}: {error}") from error
+        return found

@@ -5,8 +5,7 @@ those of the modality (Hounsfield units of a CT) where the file says how to get 
 """
 
 import contextlib
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +13,13 @@ import numpy.typing as npt
 from pydantic import Field
 
 from pipeline.config import Config
-from pipeline.errors import FeatureError
+from pipeline.data.dicom_file import DicomFile
+from pipeline.data.image_file import BadImageError
+from pipeline.errors import ConfigError, FeatureError, UnusableImageError
+
+Pixels = npt.NDArray[np.uint8]
+# From the times of images, or None, and their number, to times and the places that are wanted.
+Choice = Callable[[list[float] | None, int], tuple[Sequence[float], Sequence[int]]]
 
 
 class Window(Config):
@@ -34,7 +39,10 @@ def describe_window(window: AnyWindow) -> list[dict[str, Any]]:
     if window is None:
         return []
     settings = {"window": window} if window == "stored" else window.model_dump(mode="json")
-    return [{"step": "window of DICOM and 16-bit values, linear"} | settings]
+    return [
+        {"step": "window of DICOM and 16-bit values, linear, each image by its own units"}
+        | settings
+    ]
 
 
 def apply_window(values: npt.NDArray[Any], window: Window) -> npt.NDArray[np.uint8]:
@@ -45,86 +53,58 @@ def apply_window(values: npt.NDArray[Any], window: Window) -> npt.NDArray[np.uin
 
 
 def decode_dicom(
-    payload: bytes, window: AnyWindow
-) -> tuple[list[npt.NDArray[np.uint8]], float | None]:
-    """Returns a DICOM's images as RGB (height, width, 3), and the seconds from one to the next.
+    payload: bytes, window: AnyWindow, choose: Choice | None = None
+) -> list[tuple[float, Pixels]]:
+    """Returns a DICOM's images as RGB (height, width, 3), each with its time in seconds.
 
-    Grey values are rescaled as the file says and windowed; MONOCHROME1, whose least value is
-    white, is turned over. Colours of eight bits are left as they are. The seconds are None if the
-    file does not say. Raises FeatureError saying why it cannot be shown.
+    Grey values are rescaled as the file says of each and windowed; MONOCHROME1, whose least value
+    is white, is turned over. Colours, and those that a palette has, are left as they are. `choose`
+    is given the times, or how many images there are if it does not say any, and returns the times
+    with the places of the images that are wanted; without it there must be one. Raises FeatureError
+    saying why it cannot be shown.
     """
-    with _faults_told(payload):
-        from pydicom.pixels.processing import apply_rescale
-        from pydicom.pixels.utils import pixel_array
-
-        dataset = _read(payload)
-        values = pixel_array(dataset)
-        images = values if _num_images(dataset) > 1 else values[None]
+    with _faults_told():
+        file = DicomFile(payload)
+        if choose is None and file.num_images > 1:
+            raise FeatureError(
+                f"a DICOM of {file.num_images} images; set extractor.frames, as for a video"
+            )
+        times, places = choose(file.times(), file.num_images) if choose else ([0.0], [0])
+        images = zip(places, file.images(places), strict=True)
         return [
-            _colours(image)
-            if image.ndim == 3
-            else _grey(apply_rescale(image, dataset), dataset, window)
-            for image in images
-        ], _seconds(dataset)
+            (times[place], values if values.ndim == 3 else _grey(values, file, place, window))
+            for place, values in images
+        ]
 
 
 def num_images(payload: bytes) -> int:
     """Returns how many images a DICOM holds, from its header; raises FeatureError."""
-    with _faults_told(payload):
-        return _num_images(_read(payload, stop_before_pixels=True))
+    with _faults_told():
+        return DicomFile(payload, header_only=True).num_images
 
 
 @contextlib.contextmanager
-def _faults_told(payload: bytes) -> Iterator[None]:
+def _faults_told() -> Iterator[None]:
     try:
         yield
-    except FeatureError:
-        raise
     except ImportError as error:
-        raise FeatureError(
+        raise ConfigError(
             "a DICOM image, which needs pydicom: pip install 'sightline[dicom]'"
         ) from error
-    except Exception as error:  # readers let many kinds through on damaged files
-        raise FeatureError(
-            f"not a readable DICOM image ({type(error).__name__}: {error}); {len(payload)} bytes"
-        ) from error
+    except BadImageError as error:
+        raise UnusableImageError(error.reason, f"a DICOM image: {error.detail}") from error
 
 
-def _read(payload: bytes, **options: bool) -> Any:
-    import pydicom
-
-    return pydicom.dcmread(io.BytesIO(payload), **options)
-
-
-def _num_images(dataset: Any) -> int:
-    return int(dataset.get("NumberOfFrames") or 1)
-
-
-def _seconds(dataset: Any) -> float | None:
-    """Returns the time from one image to the next: FrameTime is in milliseconds."""
-    if dataset.get("FrameTime"):
-        return float(dataset.FrameTime) / 1000
-    rate = dataset.get("CineRate") or dataset.get("RecommendedDisplayFrameRate")
-    return 1 / float(rate) if rate else None
-
-
-def _grey(values: npt.NDArray[Any], dataset: Any, window: AnyWindow) -> npt.NDArray[np.uint8]:
-    grey = apply_window(values, _window(dataset, window))
-    if dataset.PhotometricInterpretation == "MONOCHROME1":
+def _grey(
+    values: npt.NDArray[Any], file: DicomFile, place: int, window: AnyWindow
+) -> npt.NDArray[np.uint8]:
+    grey = apply_window(values, _window(file, place, window))
+    if file.photometry == "MONOCHROME1":
         grey = 255 - grey
     return np.repeat(grey[:, :, None], 3, axis=2)
 
 
-def _colours(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    if values.dtype != np.uint8 or values.shape[2] != 3:
-        raise FeatureError(
-            f"a DICOM image in colour of {values.dtype} {values.shape}; expected eight bits of "
-            "red, green and blue"
-        )
-    return values
-
-
-def _window(dataset: Any, window: AnyWindow) -> Window:
+def _window(file: DicomFile, place: int, window: AnyWindow) -> Window:
     if isinstance(window, Window):
         return window
     if window is None:
@@ -132,16 +112,10 @@ def _window(dataset: Any, window: AnyWindow) -> Window:
             "a DICOM image, and extractor.window is not given; set it to {center, width}, or to "
             "`stored` for the window that each file states"
         )
-    function = dataset.get("VOILUTFunction") or "LINEAR"
-    stated = [_first(dataset.get(name)) for name in ("WindowCenter", "WindowWidth")]
-    if None in stated or function != "LINEAR":
+    center, width, function = file.stated_window(place)
+    if center is None or width is None or not width > 1 or function != "LINEAR":
         raise FeatureError(
-            f"a DICOM image without a linear window of its own (center {stated[0]}, width "
-            f"{stated[1]}, function {function}); set extractor.window to {{center, width}}"
+            f"a DICOM image without a linear window of its own (center {center}, width {width}, "
+            f"function {function}); set extractor.window to {{center, width}}"
         )
-    return Window(center=float(stated[0]), width=float(stated[1]))
-
-
-def _first(value: Any) -> Any:
-    """Returns the first of several values: files may state one window for bone, one for tissue."""
-    return value[0] if isinstance(value, Sequence) and not isinstance(value, str) else value
+    return Window(center=center, width=width)

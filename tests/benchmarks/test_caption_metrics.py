@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.benchmarks.caption_metrics import caption_scores, unavailable
 from pipeline.errors import MetricError
+from tests.benchmarks.excerpts import read_excerpt
 
 OFFICIAL_NAMES = {
     "bleu1": "Bleu_1",
@@ -28,7 +29,38 @@ def read_references(file: Path) -> dict[int | str, list[str]]:
     return references
 
 
-@pytest.mark.parametrize("name", ["fakecap_excerpt", "human", "shuffled"])
+def require_equal_scores(
+    results: list[Any],
+    references: dict[int | str, list[str]],
+    official: dict[str, float],
+    per_image: list[Any],
+) -> None:
+    scores = caption_scores(
+        results, {row["image_id"]: references[row["image_id"]] for row in results}
+    )
+
+    expected = set(OFFICIAL_NAMES) if shutil.which("java") else set(OFFICIAL_NAMES) - {"meteor"}
+    assert set(scores.corpus) == expected
+    for ours in expected:
+        theirs = OFFICIAL_NAMES[ours]
+        assert scores.corpus[ours] == pytest.approx(official[theirs], rel=1e-12), ours
+        for image in per_image:
+            found = scores.per_image[image["image_id"]][ours]
+            assert found == pytest.approx(image[theirs], rel=1e-12, abs=1e-15), (ours, image)
+    assert len(per_image) == len(scores.per_image) == len(results)
+
+
+def test_scores_of_an_excerpt_equal_the_official_evaluator() -> None:
+    excerpt = read_excerpt("coco-captions")
+    references: dict[int | str, list[str]] = {
+        int(image): captions for image, captions in excerpt["references"].items()
+    }
+    require_equal_scores(
+        excerpt["results"], references, excerpt["official"], excerpt["official_per_image"]
+    )
+
+
+@pytest.mark.parametrize("name", ["human", "shuffled"])
 def test_scores_equal_the_official_evaluator(shared_data: Path, name: str) -> None:
     official: Any = json.loads((shared_data / "coco/results/official_scores.json").read_text())
     official = official[name]
@@ -40,19 +72,8 @@ def test_scores_equal_the_official_evaluator(shared_data: Path, name: str) -> No
         ).read_text()
     )
 
-    scores = caption_scores(
-        results, {row["image_id"]: references[row["image_id"]] for row in results}
-    )
-
-    expected = set(OFFICIAL_NAMES) if shutil.which("java") else set(OFFICIAL_NAMES) - {"meteor"}
-    assert set(scores.corpus) == expected
-    for ours in expected:
-        theirs = OFFICIAL_NAMES[ours]
-        assert scores.corpus[ours] == pytest.approx(official["scores"][theirs], rel=1e-12), ours
-        for image in per_image:
-            found = scores.per_image[image["image_id"]][ours]
-            assert found == pytest.approx(image[theirs], rel=1e-12, abs=1e-15), (ours, image)
-    assert len(per_image) == len(scores.per_image) == official["images"]
+    require_equal_scores(results, references, official["scores"], per_image)
+    assert len(results) == official["images"]
 
 
 WITHOUT_JAVA: Any = ("bleu", "rouge-l", "cider")

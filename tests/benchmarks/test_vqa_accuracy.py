@@ -1,8 +1,5 @@
 """The VQA accuracy against the official evaluator's figures, and its rules one by one."""
 
-import gzip
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,41 +7,42 @@ import pytest
 from pipeline.benchmarks.vqa_accuracy import answer_accuracy, normalise, vqa_accuracy
 from pipeline.data.sample import Question
 from pipeline.errors import MetricError
+from tests.benchmarks.excerpts import read_excerpt
 
 
 @pytest.fixture(scope="module")
-def questions(shared_data: Path) -> dict[int, Question]:
-    with gzip.open(shared_data / "vqa_v2" / "v2_mscoco_train2014_annotations.json.gz") as file:
-        annotations = json.load(file)["annotations"]
-    return {
-        one["question_id"]: Question(
-            question_id=one["question_id"],
-            question="",
-            answers=tuple(answer["answer"] for answer in one["answers"]),
-            question_type=one["question_type"],
-            answer_type=one["answer_type"],
-        )
-        for one in annotations
-    }
+def excerpt() -> Any:
+    return read_excerpt("vqa-v2")
 
 
 @pytest.mark.parametrize("name", ["prior", "annotator1", "annotator1_decorated"])
-def test_accuracy_equals_the_official_evaluator(
-    shared_data: Path, questions: dict[int, Question], name: str
-) -> None:
-    folder = shared_data / "vqa_v2" / "results"
-    official = json.loads((folder / "official_accuracy.json").read_text())[name]
-    results = json.loads((folder / official["results"]).read_text())
-    per_question = json.loads(
-        (folder / official["results"].replace("_results", "_evalQA")).read_text()
+def test_accuracy_equals_the_official_evaluator(excerpt: Any, name: str) -> None:
+    asked = [
+        Question(
+            question_id=question_id,
+            question="",
+            answers=tuple(answers),
+            question_type=question_type,
+            answer_type=answer_type,
+        )
+        for question_id, question_type, answer_type, answers in excerpt["questions"]
+    ]
+    results = excerpt["results"][name]
+    official = results["official"]
+
+    scores = vqa_accuracy(
+        [
+            {"question_id": question.question_id, "answer": answer}
+            for question, answer in zip(asked, results["answers"], strict=True)
+        ],
+        asked,
     )
 
-    scores = vqa_accuracy(results, [questions[row["question_id"]] for row in results])
-
-    assert scores.overall == official["accuracy"]["overall"]
-    assert scores.per_answer_type == official["accuracy"]["perAnswerType"]
-    assert scores.per_question_type == official["accuracy"]["perQuestionType"]
-    assert {str(key): value for key, value in scores.per_question.items()} == per_question
+    assert scores.overall == official["overall"]
+    assert scores.per_answer_type == official["perAnswerType"]
+    assert scores.per_question_type == official["perQuestionType"]
+    assert list(scores.per_question.values()) == results["official_per_question"]
+    assert len(asked) == 4000
 
 
 @pytest.mark.parametrize(

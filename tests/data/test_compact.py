@@ -36,7 +36,10 @@ CARD = b'{"grid": [2, 3], "parts": {"scores": {"dtype": "float16", "shape": ["R"
 
 def config(samples_per_shard: int = 4) -> IngestConfig:
     return IngestConfig(
-        samples_per_shard=samples_per_shard, max_reject_fraction=0.9, shards_in_flight=0
+        samples_per_shard=samples_per_shard,
+        max_reject_fraction=0.9,
+        max_removed_fraction=1.0,
+        shards_in_flight=0,
     )
 
 

@@ -11,7 +11,9 @@ from pipeline.data.retention import Retention
 from pipeline.errors import ManifestError
 from tests.data.world import Item, World, disturb, make_world
 
-CONFIG = IngestConfig(samples_per_shard=4, max_reject_fraction=0.9, shards_in_flight=0)
+CONFIG = IngestConfig(
+    samples_per_shard=4, max_reject_fraction=0.9, max_removed_fraction=1.0, shards_in_flight=0
+)
 
 
 def test_each_kind_of_change_is_told(tmp_path: Path) -> None:

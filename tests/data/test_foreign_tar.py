@@ -35,7 +35,7 @@ from pipeline.errors import ConfigError, ManifestError, ShardError, SourceError
 from tests.data.sources.built import build
 from tests.data.world import Killed
 
-CONFIG = IngestConfig(shards_in_flight=0, max_reject_fraction=0.9)
+CONFIG = IngestConfig(shards_in_flight=0, max_reject_fraction=0.9, max_removed_fraction=1.0)
 
 
 def picture(number: int) -> bytes:

@@ -5,9 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
-from pipeline.data.image_check import BadImageError
+from pipeline.data.decoding import Picture
+from pipeline.data.image_check import BadImageError, check_image
 from pipeline.data.image_pixels import is_animated, upright_srgb
+from pipeline.data.reencode import ReencodeConfig, reencode
+from pipeline.vision.image import decode
 from tests.data.album import encoded, picture
 
 WIDTH, HEIGHT = 37, 23
@@ -32,6 +36,132 @@ def test_a_camera_may_be_held_in_any_way(form: str, orientation: int) -> None:
     payload = encoded(picture(1, WIDTH, HEIGHT), form, exif=exif)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(payload))).convert("RGB")
     assert np.array_equal(upright_srgb(payload), np.asarray(upright))
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+def inserted(payload: bytes, *segments: bytes, behind: int = 2) -> bytes:
+    return payload[:behind] + b"".join(segments) + payload[behind:]
+
+
+XMP = b"http://ns.adobe.com/xap/1.0/\0"
+XMP_FORMS = {
+    "attribute": b'<rdf:Description tiff:Orientation="%d"/>',
+    "single quotes": b"<rdf:Description tiff:Orientation = '%d' />",
+    "element": b"<tiff:Orientation>%d</tiff:Orientation>",
+    "element on lines": b"<tiff:Orientation>\n  %d\n</tiff:Orientation>",
+}
+
+
+def xmp_of(form: str, orientation: int) -> bytes:
+    return b"<x:xmpmeta>" + XMP_FORMS[form] % orientation + b"</x:xmpmeta>"
+
+
+def seen_everywhere(payload: bytes) -> np.ndarray:
+    """Returns the picture as each way of reading sees it: one array, or the test fails."""
+    pixels = upright_srgb(payload)
+    found = Picture(payload)
+    assert (found.height, found.width) == pixels.shape[:2]
+    assert np.array_equal(found.pixels(), pixels)
+    assert np.array_equal(decode(payload), pixels)
+    stored = reencode(payload, ReencodeConfig(quality=100))
+    assert (stored.height, stored.width) == pixels.shape[:2]
+    assert np.abs(upright_srgb(stored.payload).astype(int) - pixels).mean() < 6
+    return pixels
+
+
+@pytest.mark.parametrize("xmp_form", XMP_FORMS)
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_xmp_turns_a_picture_of_which_exif_says_nothing(
+    form: str, xmp_form: str, orientation: int
+) -> None:
+    xmp, exif = xmp_of(xmp_form, orientation), Image.Exif()
+    exif[0x0112] = orientation
+    if form == "PNG":
+        text = PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        payload = encoded(picture(1, WIDTH, HEIGHT), form, pnginfo=text)
+    elif form == "WEBP":
+        payload = encoded(picture(1, WIDTH, HEIGHT), form, xmp=xmp)
+    else:
+        payload = inserted(encoded(picture(1, WIDTH, HEIGHT), form), segment(0xE1, XMP + xmp))
+    wanted = upright_srgb(encoded(picture(1, WIDTH, HEIGHT), form, exif=exif))
+    assert np.array_equal(seen_everywhere(payload), wanted)
+
+
+@pytest.mark.parametrize("exif_orientation", [1, 8])
+def test_exif_wins_over_xmp_in_either_order(exif_orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = exif_orientation
+    payload = encoded(picture(1, WIDTH, HEIGHT), "JPEG", exif=exif)
+    xmp = segment(0xE1, XMP + xmp_of("attribute", 3))
+    behind = payload.index(b"\xff\xdb")
+    for both in (inserted(payload, xmp), inserted(payload, xmp, behind=behind)):
+        assert np.array_equal(seen_everywhere(both), upright_srgb(payload))
+
+
+def test_a_tiff_is_turned_once_whatever_says_so() -> None:
+    file = io.BytesIO()
+    tags = {0x0112: 6, 700: xmp_of("attribute", 6)}
+    picture(1, WIDTH, HEIGHT).save(file, "TIFF", tiffinfo=tags)
+    assert upright_srgb(file.getvalue()).shape == (WIDTH, HEIGHT, 3)
+    assert check_image(file.getvalue(), "decode") == check_image(file.getvalue(), "header")
+
+
+def test_of_an_avif_the_container_says_how_it_lies() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying, upright = (
+        encoded(picture(1, WIDTH, HEIGHT), "AVIF", quality=100, **options)
+        for options in ({"exif": exif}, {})
+    )
+    assert seen_everywhere(lying).shape == (WIDTH, HEIGHT, 3)
+    ignored = encoded(picture(1, WIDTH, HEIGHT), "AVIF", quality=100, xmp=xmp_of("element", 6))
+    assert np.array_equal(seen_everywhere(ignored), upright_srgb(upright))
+
+
+@pytest.mark.parametrize("number", [0, 9, 255])
+def test_a_number_that_is_no_orientation_turns_nothing(number: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = number
+    payload = encoded(picture(1, WIDTH, HEIGHT), "JPEG", exif=exif)
+    assert seen_everywhere(payload).shape == (HEIGHT, WIDTH, 3)
+
+
+def photoshop_thumbnail() -> bytes:
+    """An APP13 with a JPEG inside it, whose scan is not the picture's."""
+    thumbnail = encoded(picture(2, 16, 8), "JPEG")
+    described = struct.pack(">IIIIIIHH", 1, 16, 8, 48, 48 * 8, len(thumbnail), 24, 1)
+    size = struct.pack(">HHI", 0x040C, 0, len(described + thumbnail))
+    return segment(0xED, b"Photoshop 3.0\0" + b"8BIM" + size + described + thumbnail)
+
+
+def pieces_of(profile: bytes, count: int) -> list[bytes]:
+    size = -(-len(profile) // count)
+    return [
+        segment(0xE2, b"ICC_PROFILE\0" + bytes([i + 1, count]) + profile[i * size : (i + 1) * size])
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
+def test_a_profile_is_found_in_pieces_out_of_order_and_behind_anything(order: list[int]) -> None:
+    red = encoded(of_one_colour("RGB", (250, 10, 10)), "JPEG", quality=100, subsampling=0)
+    pieces = pieces_of(swapped_profile(), 3)
+    payload = inserted(red, photoshop_thumbnail(), *(pieces[i] for i in order))
+    assert np.allclose(colour_of(seen_everywhere(payload)), (10, 250, 10), atol=6)
+
+
+def test_exif_is_found_behind_a_photoshop_thumbnail() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    payload = encoded(picture(1, WIDTH, HEIGHT), "JPEG")
+    described = segment(0xE1, b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0"))
+    payload = inserted(payload, photoshop_thumbnail(), described)
+    assert seen_everywhere(payload).shape == (WIDTH, HEIGHT, 3)
 
 
 def test_damaged_metadata_turns_nothing() -> None:

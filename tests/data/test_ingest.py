@@ -27,10 +27,13 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.reencode import ReencodeConfig
 from pipeline.data.shard import shard_location
 from pipeline.data.sources.base import Record, Reject
+from pipeline.data.sources.folder import FolderSource, FolderSourceConfig
+from pipeline.data.sources.merged import MergedSourceConfig
 from pipeline.data.treatment import Treatment
 from pipeline.data.verify import verify
-from pipeline.errors import RejectError, SourceError, StorageError
+from pipeline.errors import ManifestError, RejectError, RemovalError, SourceError, StorageError
 from tests.data.album import Album, encoded, picture
+from tests.data.sources.built import draw
 from tests.data.world import Item, Killed, World, check_dataset, disturb, make_world
 
 
@@ -239,6 +242,80 @@ def test_an_empty_listing_removes_nothing(tmp_path: Path) -> None:
     assert Manifest.open(str(tmp_path)).samples().num_rows == 3
 
 
+def without(world: World, *keys: str) -> World:
+    return World({key: item for key, item in world.items.items() if key not in keys})
+
+
+def test_a_listing_that_lacks_half_of_the_samples_is_refused_before_anything_changes(
+    tmp_path: Path,
+) -> None:
+    url = str(tmp_path)
+    world = good_world(8)
+    before = ingest(world, url, config()).version
+    half = without(world, *(f"key-{n}" for n in range(4)))
+    half.items["key-new"] = Item(99, "a new one")
+    half.items["key-7"] = Item(98, "an edited one")
+
+    with pytest.raises(
+        RemovalError, match=r"4 of 8 samples would be removed.*key-[0-3]"
+    ) as refusal:
+        ingest(half, url, config())
+
+    assert "4 are not in the source any more" in str(refusal.value)
+    assert "--allow-removals" in str(refusal.value)
+    assert Manifest.open(url).version == before
+    check_dataset(url, world)
+    allowed = config().model_copy(update={"max_removed_fraction": 0.5})
+    report = ingest(half, url, allowed)
+    assert (report.num_added, report.num_edited, report.num_removed) == (1, 1, 4)
+    assert report.num_unchanged == 3
+    check_dataset(url, half)
+
+
+@pytest.mark.parametrize("num_live", [1, 2, 3, 5, 9])
+def test_a_single_sample_may_always_go_unless_none_may(tmp_path: Path, num_live: int) -> None:
+    url = str(tmp_path)
+    world = good_world(num_live + 1)
+    ingest(world, url, config())
+    none = config().model_copy(update={"max_removed_fraction": 0.0})
+    with pytest.raises(RemovalError, match=f"1 of {num_live + 1} samples"):
+        ingest(without(world, "key-0"), url, none)
+    assert ingest(without(world, "key-0"), url, config()).num_removed == 1
+    check_dataset(url, without(world, "key-0"))
+
+
+def test_samples_whose_images_are_gone_count_as_removed(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    world = good_world(6)
+    world.items["key-0"] = Item(0, "a reject already", fault="missing-image")
+    ingest(world, url, config())
+    unmounted = World(
+        {key: replace(item, fault="missing-image") for key, item in world.items.items()}
+    )
+    unmounted.items["key-5"] = world.items["key-5"]
+    with pytest.raises(RemovalError, match=r"4 of 5 samples.*4 are rejected as missing-image"):
+        ingest(unmounted, url, config())
+    check_dataset(url, world)
+
+
+def test_rejects_may_go_and_come_in_any_number(tmp_path: Path) -> None:
+    world = good_world(3)
+    world.items |= {f"bad-{n}": Item(n, "gone", fault="missing-image") for n in range(20)}
+    ingest(world, str(tmp_path), config())
+    assert ingest(good_world(3), str(tmp_path), config()).num_removed == 20
+    ingest(world, str(tmp_path), config())
+    check_dataset(str(tmp_path), world)
+
+
+def test_what_a_filter_newly_leaves_out_is_no_removal(tmp_path: Path) -> None:
+    world = good_world(4)
+    ingest(world, str(tmp_path), config())
+    world.items["key-0"] = Item(0, "the only one of many words")
+    wordy = config().model_copy(update={"filters": FilterConfig(min_caption_words=4)})
+    report = ingest(world, str(tmp_path), wordy)
+    assert (report.num_live, report.rejects) == (1, {"caption-length": 3})
+
+
 def test_a_full_disk_leaves_a_valid_dataset_and_the_next_run_finishes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,6 +446,95 @@ def test_overlapping_runs_of_different_listings_agree_after_one_more(
         list(pool.map(lambda world: ingest(world, str(tmp_path), config(3)), worlds))
     ingest(worlds[1], str(tmp_path), config())
     check_dataset(str(tmp_path), worlds[1])
+
+
+_INGEST_FOLDER = """
+import sys
+from pipeline.data import ingest as module
+from pipeline.data.ingest import IngestConfig, ingest
+from pipeline.data.sources.folder import FolderSourceConfig
+from pipeline.errors import PipelineError
+
+module.COMMIT_SECONDS = 0.0  # as if each shard took a second to write
+folder, url = sys.argv[1:]
+source = FolderSourceConfig(type="folder", folder=folder).build()
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    report = ingest(source, url, IngestConfig(samples_per_shard=1, shards_in_flight=0))
+except PipelineError as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+def ingest_two_sources_at_once(folder: Path, url: str) -> None:
+    """Asserts that of two sources in two processes one makes the dataset, the other is refused."""
+    for source in ("a", "b"):
+        (folder / source).mkdir()
+        for n in range(25):
+            (folder / source / f"{source}-{n}.jpg").write_bytes(Item(n, "").image())
+            (folder / source / f"{source}-{n}.txt").write_text(f"{source} {n}")
+    root = Path(__file__).resolve().parents[2]
+    processes = {
+        source: subprocess.Popen(
+            [sys.executable, "-c", _INGEST_FOLDER, str(folder / source), url],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, cwd=root,
+        )
+        for source in ("a", "b")
+    }  # fmt: skip
+    for process in processes.values():
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes.values():
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = {source: process.communicate()[1] for source, process in processes.items()}
+    (winner,) = (source for source, process in processes.items() if process.returncode == 0)
+    (refused,) = (text for source, text in said.items() if source != winner)
+    assert refused.startswith(("ManifestError: ", "RemovalError: ")), refused
+    keys = Manifest.open(url).samples(["key"])["key"].to_pylist()
+    assert sorted(keys) == sorted(f"{winner}-{n}" for n in range(25))
+    assert Manifest.open(url).rows(["key"]).num_rows == 25
+
+
+def test_of_two_sources_ingested_at_once_one_is_refused(tmp_path: Path) -> None:
+    ingest_two_sources_at_once(tmp_path, str(tmp_path / "data"))
+
+
+def test_of_two_sources_ingested_at_once_one_is_refused_on_an_object_store(
+    tmp_path: Path, object_store: str
+) -> None:
+    ingest_two_sources_at_once(tmp_path, object_store)
+
+
+def test_a_run_stops_once_another_source_has_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest_module, "COMMIT_SECONDS", 0.0)
+    url = str(tmp_path / "data")
+    sources = {}
+    for name in ("a", "b"):
+        draw(*(tmp_path / name / f"{name}{n}.png" for n in range(6)))
+        for n in range(6):
+            (tmp_path / name / f"{name}{n}.txt").write_text(name)
+        sources[name] = FolderSourceConfig(type="folder", folder=str(tmp_path / name))
+    both = MergedSourceConfig(type="merged", sources=[*sources.values()])
+
+    class Interrupted(FolderSource):
+        num_read = 0
+
+        def read(self, record: Record) -> bytes:
+            self.num_read += 1
+            if self.num_read == 4:
+                ingest(both.build(), url, config(2))
+            return super().read(record)
+
+    with pytest.raises(ManifestError, match=r"version \d+, of 2.*by another ingest"):
+        ingest(Interrupted(sources["a"]), url, config(1))
+    assert Manifest.open(url).samples().num_rows == 12
+    assert ingest(both.build(), url, config(2)).num_unchanged == 12
 
 
 def test_an_overlapping_run_does_not_list_again_what_another_has(tmp_path: Path) -> None:

@@ -126,6 +126,20 @@ def test_a_run_that_resumes_sees_what_the_unbroken_run_sees(split: Split) -> Non
         assert seen(make_loader(split, 8), step, 12, world_size=1, micro=4) == unbroken[step:]
 
 
+def test_examples_are_the_same_however_their_places_are_cut(split: Split) -> None:
+    loader = make_loader(split, 8)
+    assert loader.num_examples == 33
+
+    def found(*places: range) -> list[object]:
+        return [example for batch in loader.at(places, step=4) for example in fingerprints(batch)]
+
+    whole = found(range(33))
+    assert found(range(5), range(5, 6), range(6, 31), range(31, 33)) == whole
+    keys_and_texts = [(example[2], example[5]) for example in whole]  # type: ignore[index]
+    assert len(set(keys_and_texts)) == 33
+    assert {example[0] for example in whole} == {4}  # type: ignore[index]
+
+
 def test_batches_hold_the_texts_and_features_of_their_rows(split: Split) -> None:
     for (batch,) in make_loader(split, 7).batches(0, 9, 0, 1, 7):
         assert batch.features is not None

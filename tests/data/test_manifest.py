@@ -1,8 +1,10 @@
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from deltalake import DeltaTable, write_deltalake
 
 from pipeline.data.manifest import FEATURES, SAMPLES, Manifest
 from pipeline.errors import ManifestError
@@ -172,6 +174,28 @@ def test_a_sample_keeps_the_features_of_its_older_shard(tmp_path: Path) -> None:
         ("s1", 512),
         ("s2", 1024),
     ]
+
+
+def test_a_list_made_before_there_were_rejects_is_read_and_added_to(tmp_path: Path) -> None:
+    manifest = Manifest.create(str(tmp_path))
+    features = manifest.features("grid-1")
+    location = str(tmp_path / "manifest" / "features" / "grid-1")
+    names = [name for name in FEATURES.names if name not in ("reason", "detail")]
+    old = pa.schema([FEATURES.field(name) for name in names])
+    DeltaTable.create(location, old)
+    rows = feature_rows("s1", "a", "b").select(names)
+    sequence = pa.array([1, 1], pa.int64())
+    rows = rows.set_column(names.index("sequence"), "sequence", sequence)
+    write_deltalake(location, rows, mode="append")
+    assert features.rejects().num_rows == 0
+    assert features.rows(["key", "reason"])["reason"].null_count == 2
+
+    reject = {"key": "c", "shard": "s2", "reason": "truncated-image", "detail": "9 bytes"}
+    features.commit(pa.Table.from_pylist([reject], FEATURES))
+    assert features.rejects().to_pylist() == [reject]
+    assert features.rows().num_rows == 3
+    features.shrink({"s2"}, datetime.now(UTC) + timedelta(days=1))
+    assert features.rows(["key"])["key"].to_pylist() == ["c"]
 
 
 def test_features_listed_twice_at_once_are_kept_once(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pipeline.data.perceptual_hash import perceptual_hash
 from pipeline.data.reencode import ReencodeConfig
 from pipeline.data.treatment import Treatment
 from tests.vision.photo_dataset import picture
-from tests.vision.video_files import HEIGHT, WIDTH, dicom, folder, video
+from tests.vision.video_files import HEIGHT, WIDTH, dicom, folder, video, with_cover
 
 SCAN = dicom(np.arange(60).reshape(6, 10))
 SCANS = dicom(np.zeros((6, 10)), NumberOfFrames=3, PixelData=np.arange(180, dtype="<i2").tobytes())
@@ -35,6 +35,11 @@ def zipped(**files: bytes) -> bytes:
         (zipped(a=SCAN, b=SCAN), (10, 6)),
         (SCAN, (10, 6)),
         (SCANS, (10, 6)),
+        (with_cover(video(12)), (WIDTH, HEIGHT)),
+        (
+            zipped(**{"a/1.png": picture(1), "__MACOSX/a/._1.png": b"no", ".DS_Store": b"no"}),
+            (32, 23),
+        ),
         (picture(1), (32, 23)),
     ],
 )
@@ -54,6 +59,11 @@ def test_whole_files_have_a_size(payload: bytes, size: tuple[int, int], verify: 
         (zipped(a=picture(1), b=picture(2)[:-80]), "truncated-image"),
         (zipped(a=video(2)), "undecodable-frames"),
         (zipped(a=b"words"), "not-an-image"),
+        (zipped(a=picture(1), b=folder(2)), "undecodable-frames"),
+        (zipped(a=SCANS), "undecodable-frames"),
+        (with_cover(video(2), only=True), "undecodable-video"),
+        (dicom(np.zeros((2, 3)), PhotometricInterpretation="HSV"), "unsupported-pixels"),
+        (dicom(np.zeros((2, 3)), PhotometricInterpretation="PALETTE COLOR"), "undecodable-dicom"),
         (SCAN[:-20], "undecodable-dicom"),
         (SCAN[:200], "undecodable-dicom"),
         (b"", "not-an-image"),

@@ -1,3 +1,5 @@
+import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -5,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.data import shard_tasks
 from pipeline.data.ingest_plan import ShardPlan, plan_ingest
 from pipeline.data.manifest import Manifest
 from pipeline.data.shard_tasks import run_tasks
 from pipeline.data.sources.base import Source
 from pipeline.data.treatment import Treatment
-from pipeline.errors import ShardError
+from pipeline.errors import ClusterError, ShardError
 from tests.data.world import Item, World
 
 NUM_PLANS = 7
@@ -37,6 +40,11 @@ def place_of(plan: ShardPlan, _: Source) -> int:
 
 def fail(plan: ShardPlan, _: Source) -> int:
     raise ShardError(f"{plan.split} is broken")
+
+
+def die(plan: ShardPlan, _: Source) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return int(plan.split)
 
 
 def test_without_ray_plans_are_worked_on_one_after_the_other(
@@ -75,3 +83,13 @@ def test_an_error_of_ours_is_raised_as_itself(
 ) -> None:
     with pytest.raises(ShardError, match=r"is broken$"):
         list(run_tasks(fail, iter(plans), world, bound))
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_worker_that_dies_again_and_again_names_what_it_was_on(
+    plans: list[ShardPlan], world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_tasks, "_RETRIES", 1)
+    key = plans[0].records["key"][0].as_py()
+    with pytest.raises(ClusterError, match=rf"was lost 2 times, .* \(key {key}\); if memory"):
+        list(run_tasks(die, iter(plans[:1]), world, bound=2))

@@ -160,3 +160,30 @@ def test_a_tokenizer_of_a_language_model_answers_to_the_names_of_berts_tokens(
     assert [getattr(tokenizer, f"{name}_token_id") for name in names] == [end] * 4
     assert tokenizer.decode([end, 31373, 995, end], skip_special_tokens=True) == "hello world"
     assert len(tokenizer) == 50257
+
+
+@pytest.mark.parametrize(
+    ("name", "payload", "said"),
+    [
+        ("tokenizer.json", b"{", "tokenizer.json: damaged: not JSON"),
+        ("tokenizer.json", b"[" * 100_000, "tokenizer.json: damaged: not JSON"),
+        ("tokenizer.json", b"3", "tokenizer.json: expected an object, found int"),
+        ("tokenizer.json", b"{}", "cannot read it"),
+        ("tokenizer.json", None, "no words but 5 special tokens; tokenizer.json"),
+        ("tokenizer_config.json", b"\xff", "tokenizer_config.json: damaged: not JSON"),
+        ("tokenizer_config.json", b'{"tokenizer_class": 3}', "tokenizer: "),
+    ],
+)
+def test_a_damaged_tokenizer_is_named_by_its_file(
+    name: str, payload: bytes | None, said: str, tmp_path: Path
+) -> None:
+    build_tokenizer(["a red circle and a blue square"] * 3, 60).save_pretrained(str(tmp_path))
+    (tmp_path / name).unlink() if payload is None else (tmp_path / name).write_bytes(payload)
+    with pytest.raises(ConfigError, match=said):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_vocabulary_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_bytes(b"[PAD]\n\xff\xfe\n")
+    with pytest.raises(ConfigError, match=r"vocab\.txt: not UTF-8"):
+        load_tokenizer(str(tmp_path))

@@ -202,3 +202,15 @@ def test_a_browser_draws_the_page_without_an_error(run_folder: Path, tmp_path: P
     assert re.search(r'class="looked" data-unit="share">\d+(\.\d)?% on the picture', done.stdout)
     assert re.search(r'<canvas aria-hidden="true" width="5" height="4"', done.stdout)
     assert len(re.findall(r'class="word" aria-pressed="true"', done.stdout)) == 1
+
+
+def test_a_run_that_went_on_with_other_settings_shows_where_and_which(run_folder: Path) -> None:
+    log = run_folder / "finetune" / "metrics.jsonl"
+    changed = {"training.finetune.steps": [200, 300], HOSTILE: [1, 2]}
+    begun = {"event": "stretch", "step": 200, "changed": changed, "dataset_version": 3, "time": 1.0}
+    log.write_text(log.read_text() + json.dumps(begun) + "\n")
+    page = Page(report(run_folder))
+    assert page.faults == []
+    marks = [path for path in page.all("path") if path.get("class") == "stretch"]
+    assert len(marks) == 5  # in fine-tuning's loss and its four small curves
+    assert "after step 200 training.finetune.steps: 200 → 300" in page.words()

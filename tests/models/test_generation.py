@@ -1,13 +1,17 @@
 """Decoding with a cache equals decoding without, and rows do not see each other."""
 
-from collections.abc import Callable
-from dataclasses import replace
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
+import transformers
+from torch import Tensor
 
 from pipeline.errors import ModelError
-from pipeline.models.generation import generate, sample
+from pipeline.models.generation import EarlyStopping, generate, sample
 from pipeline.models.inputs import Inputs
 from pipeline.models.single_stream import SingleStream
 from pipeline.models.uniter import Uniter
@@ -100,6 +104,179 @@ def test_beams_find_the_likeliest_text_when_they_hold_every_candidate(model: Sin
     best = max(texts, key=score)
     found = generate(model, inputs, eos=EOS, max_new_tokens=2, beams=WORDS)[0]
     assert found == [token for token in best if token != EOS]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A model of B rows whose next token is a function of all it has read, by a table."""
+
+    logits: dict[tuple[int, ...], Tensor]  # by what was written, (V,)
+    texts: tuple[tuple[int, ...], ...] = ((),)  # what each sequence has read
+
+    training = False
+    config = visualbert_config()
+
+    def start(self, inputs: Inputs) -> tuple[Tensor, Any]:  # noqa: ARG002
+        return self.logits[()][None], self
+
+    def extend(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        texts = tuple(
+            (*text, token) for text, token in zip(cache.texts, tokens.tolist(), strict=True)
+        )
+        return torch.stack([self.logits[text] for text in texts]), replace(self, texts=texts)
+
+    def select(self, rows: Tensor) -> "Table":
+        return replace(self, texts=tuple(self.texts[index] for index in rows.tolist()))
+
+    def score(self, text: Sequence[int], most: int, penalty: float) -> float:
+        """What a text comes to, with its end if it has one within `most` tokens."""
+        whole = tuple(text) if len(text) == most else (*text, 0)
+        total: float = sum(
+            float(self.logits[whole[:index]].log_softmax(-1)[token])
+            for index, token in enumerate(whole)
+        )
+        scored: float = total / len(whole) ** penalty
+        return scored
+
+
+def random_table(seed: int, words: int, most: int) -> Table:
+    """A model whose token 0 ends a text."""
+    generator = torch.Generator().manual_seed(seed)
+    return Table(
+        {
+            text: 2 * torch.randn(words, generator=generator)
+            for length in range(most)
+            for text in itertools.product(range(1, words), repeat=length)
+        }
+    )
+
+
+NO_INPUTS = row(batch(), 0)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.6, 1.0, 2.0])
+def test_a_beam_that_holds_everything_finds_the_best_text_of_all(penalty: float) -> None:
+    words, most = 4, 4
+    texts = [
+        text for length in range(most + 1) for text in itertools.product((1, 2, 3), repeat=length)
+    ]
+    for seed in range(30):
+        model = random_table(seed, words, most)
+        settings: Any = {"eos": 0, "max_new_tokens": most, "length_penalty": penalty}
+        (found,) = generate(model, NO_INPUTS, **settings, beams=81, early_stopping="never")
+        best = max(texts, key=lambda text: model.score(text, most, penalty))
+        assert model.score(found, most, penalty) == pytest.approx(model.score(best, most, penalty))
+
+
+def test_a_beam_is_worse_than_greedy_only_where_it_has_dropped_what_greedy_wrote() -> None:
+    words, most, num_models = 4, 5, 100
+    worse = 0
+    for seed in range(num_models):
+        model = random_table(seed, words, most)
+        settings: Any = {"eos": 0, "max_new_tokens": most}
+        (greedy,) = generate(model, NO_INPUTS, **settings)
+        (found,) = generate(model, NO_INPUTS, **settings, beams=2, early_stopping="never")
+        if model.score(found, most, 1.0) < model.score(greedy, most, 1.0) - 1e-6:
+            assert not _kept(model, greedy, beams=2, most=most)
+            worse += 1
+    assert worse <= num_models // 50
+
+
+def _kept(model: Table, text: Sequence[int], beams: int, most: int) -> bool:
+    """Whether a text was among the best open beams at each of its lengths, and at its end."""
+    whole = (*text, 0)[:most]
+    beam: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    for length in range(1, len(whole) + 1):
+        told = sorted(
+            (
+                (score + float(logit), (*written, token))
+                for score, written in beam
+                for token, logit in enumerate(model.logits[written].log_softmax(-1))
+            ),
+            reverse=True,
+        )
+        if length == len(whole):
+            return whole in [written for _, written in told[:beams]]
+        beam = [one for one in told if one[1][-1] != 0][:beams]
+        if whole[:length] not in [written for _, written in beam]:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("beams", [1, 2, 3, 5])
+@pytest.mark.parametrize("early_stopping", [True, False, "never"])
+@pytest.mark.parametrize("penalty", [0.0, 0.7, 1.0, 2.5, -1.0])
+def test_beams_write_what_transformers_writes(
+    beams: int, early_stopping: EarlyStopping, penalty: float
+) -> None:
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(
+        vocab_size=10,
+        n_embd=24,
+        n_head=4,
+        n_layer=2,
+        n_positions=64,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    theirs: Any = transformers.GPT2LMHeadModel(config).eval()
+    for name, parameter in theirs.named_parameters():  # wide: texts end at different lengths
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=2.0 if "wpe" in name else 0.4)
+    ours = _Gpt2(theirs)
+    prefixes = torch.randint(10, (12, 2))
+    inputs = replace(NO_INPUTS, tokens=prefixes)
+    written = generate(
+        ours,
+        inputs,
+        eos=EOS,
+        max_new_tokens=9,
+        beams=beams,
+        length_penalty=penalty,
+        early_stopping=early_stopping,
+    )
+    expected = theirs.generate(
+        prefixes,
+        attention_mask=torch.ones_like(prefixes),
+        do_sample=False,
+        num_beams=beams,
+        length_penalty=penalty,
+        early_stopping=early_stopping,
+        max_new_tokens=9,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )
+    assert written == [
+        list(itertools.takewhile(lambda token: token != EOS, text))
+        for text in expected[:, 2:].tolist()
+    ]
+    assert penalty > 1 or len({len(text) for text in written}) > 1
+
+
+@dataclass
+class _Gpt2:
+    """transformers' own model, driven one token at a time without a cache."""
+
+    model: Any
+    training = False
+    config = visualbert_config(max_positions=64)
+
+    @torch.no_grad()
+    def start(self, inputs: Inputs) -> tuple[Tensor, Any]:
+        return self.model(inputs.tokens).logits[:, -1], _Read(inputs.tokens)
+
+    @torch.no_grad()
+    def extend(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        read = torch.cat([cache.tokens, tokens[:, None]], dim=1)
+        return self.model(read).logits[:, -1], _Read(read)
+
+
+@dataclass
+class _Read:
+    tokens: Tensor
+
+    def select(self, rows: Tensor) -> "_Read":
+        return _Read(self.tokens[rows])
 
 
 def test_sampling_repeats_itself_and_rows_do_not_see_each_other(model: SingleStream) -> None:

@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from pipeline.models import blocks
 from pipeline.models.families import build, from_saved, load_weights, to_saved
 from pipeline.models.inputs import Encoded, Inputs
 from pipeline.models.lxmert import Lxmert, LxmertConfig
@@ -176,3 +177,25 @@ def test_the_published_size_has_the_published_tensors() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == 228_051_752
     _, tensors = to_saved(model.config, dict(model.named_parameters()))
     assert len(tensors) == 473 - 1  # transformers counts the decoder's second name too
+
+
+def test_the_first_rows_of_positions_and_segments_learn_nothing_as_in_the_reference() -> None:
+    theirs = randomise(transformers.LxmertModel(transformers_config()))
+    ours = randomise(build(lxmert_config()))
+    inputs = batch()
+    text = ours.text_embeddings
+    assert isinstance(text, blocks.TextEmbeddings)
+    torch.autograd.backward(ours.encode(inputs).pooled.square().sum())
+    torch.autograd.backward(theirs(**transformers_inputs(inputs)).pooled_output.square().sum())
+    embeddings = theirs.embeddings
+    for table, reference in (
+        (text.word, embeddings.word_embeddings),
+        (text.position, embeddings.position_embeddings),
+        (text.token_type, embeddings.token_type_embeddings),
+    ):
+        assert table.padding_idx == reference.padding_idx == 0
+        assert table.weight.grad is not None
+        assert not table.weight.grad[0].any()
+    learned = text.position.weight.grad
+    assert learned is not None
+    assert learned[1].any()

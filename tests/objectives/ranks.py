@@ -40,11 +40,34 @@ def contrast_on(num_ranks: int, folder: Path) -> tuple[Tensor, dict[str, Tensor]
     return torch.stack([loss for loss, _ in ranks]).mean(), gradients
 
 
-def _of_rank(rank: int, num_ranks: int, folder: str) -> None:
+@torch.no_grad()
+def judged(size: int, first: int) -> Tensor:
+    """Returns the contrastive loss of each of a rank's samples, without a gradient."""
+    tokenizer: Any = make_tokenizer()
+    objectives = make_objectives(itc={})
+    model = make_family("late_fusion", len(tokenizer))
+    batch = collated(objectives, tokenizer, make_batch(size, first=first))
+    stream = batch.streams["captions-full-intact"]
+    encoded = model.encode(stream.inputs)
+    return objectives[0].loss(model, encoded, stream.inputs, stream.targets["itc"])
+
+
+def judge_on(rank: int, sizes: tuple[int, ...], folder: str) -> None:
+    """Leaves what a rank finds of its samples, which are as many as `sizes` says."""
+    _join(rank, len(sizes), folder)
+    torch.save(judged(sizes[rank], sum(sizes[:rank])), Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _join(rank: int, num_ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks
     )
+
+
+def _of_rank(rank: int, num_ranks: int, folder: str) -> None:
+    _join(rank, num_ranks, folder)
     size = NUM_SAMPLES // num_ranks
     torch.save(contrast(size, rank * size), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -7,15 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.spawn import start_processes
 from torch.nn import functional as F  # noqa: N812
 
-from pipeline.errors import ConfigError, ModelError
-from pipeline.objectives.itc import ImageTextContrast, ItcConfig
+from pipeline.errors import ModelError
 from pipeline.objectives.stream import ObjectiveModel
 from tests.objectives import ranks
 from tests.objectives.tiny import collated, make_batch, make_family, make_objectives, make_tokenizer
-
-NOTHING: Any = None
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +67,12 @@ def test_its_stream_is_neither_masked_nor_mismatched(tokenizer: Any) -> None:
     assert not batch.streams["captions-full"].is_matched.any()
 
 
-def test_micro_batches_after_one_another_are_refused() -> None:
-    objective = ImageTextContrast(ItcConfig())
-    with pytest.raises(ConfigError, match="global_batch_size = micro_batch_size x ranks"):
-        objective.prepare(make_batch(2, first=2), NOTHING, NOTHING)
+def test_ranks_of_other_sizes_judge_as_one_does(tmp_path: Path) -> None:
+    figures = ranks.judged(ranks.NUM_SAMPLES, first=0)
+    sizes = (1, 3, 2)
+    start_processes(ranks.judge_on, (sizes, str(tmp_path)), nprocs=3)  # type: ignore[no-untyped-call]
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
+    torch.testing.assert_close(torch.cat(parts), figures)
 
 
 def test_a_model_without_two_encoders_is_refused(tokenizer: Any) -> None:

@@ -190,8 +190,8 @@ def test_the_likeliest_class_is_the_detectors_label_where_it_gives_no_probabilit
     given = replace(
         batch.features,
         classes=None,
-        labels=classes.argmax(-1).astype(np.int32),
-        scores=classes.max(-1),
+        labels=classes[..., 1:].argmax(-1).astype(np.int32) + 1,  # never background
+        scores=classes[..., 1:].max(-1),
     )
     losses, found = [], []
     for features in (batch.features, given):
@@ -205,6 +205,20 @@ def test_the_likeliest_class_is_the_detectors_label_where_it_gives_no_probabilit
     assert found[0] == pytest.approx(found[1])
     with pytest.raises(FeatureError, match="they have labels, for distance: label"):
         hidden(replace(batch, features=given), tokenizer, classes={})
+
+
+def test_background_is_never_what_a_region_is(tokenizer: Any) -> None:
+    batch = make_batch(3)
+    assert batch.features is not None
+    assert batch.features.classes is not None
+    classes = 0.1 * batch.features.classes
+    classes[..., 0] = 0.9  # the likeliest everywhere
+    features = replace(batch.features, classes=classes)
+    target = hidden(replace(batch, features=features), tokenizer, classes={"distance": "label"})[2]
+    named = torch.from_numpy(classes[..., 1:])[target.chosen].max(-1)
+    assert isinstance(target.classes, Labels)
+    assert torch.equal(target.classes.label, named.indices + 1)
+    torch.testing.assert_close(target.classes.confidence, named.values.float())
 
 
 def test_a_label_beyond_the_models_classes_is_refused(tokenizer: Any) -> None:

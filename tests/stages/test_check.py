@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 from pipeline.stages import check as checking
 from pipeline.stages.check import Report, activation_bytes, check
+from pipeline.stages.preflight import small_validation
 from pipeline.stages.run import run_stages
+from pipeline.stages.train import DataInputs
 from tests.stages.test_run import small
 
 QUIET = Console(stderr=True, quiet=True)
@@ -136,6 +139,44 @@ def test_gpus_that_are_not_here_are_refused(tmp_path: Path) -> None:
             "cluster={workers: 64, gpus_per_worker: 1}",
             *(f"training.{phase}.global_batch_size=256" for phase in ("pretrain", "finetune")),
         )
+
+
+def test_a_split_or_texts_that_are_not_there_are_refused_with_those_that_are(
+    extracted: Path, tmp_path: Path
+) -> None:
+    splits = r"its splits are train \(40 samples\), validation \(12 samples\)"
+    wrong = {"dataset.train_split": "training", "dataset.validation_split": "val"}
+    expected = r"dataset.train_split: found 'training'.*\n.*dataset.validation_split: found 'val'"
+    with pytest.raises(ConfigError, match=expected):
+        looked_at(extracted, *(f"{key}={name}" for key, name in wrong.items()))
+    for key, name in wrong.items():
+        for stage in ("extract", "pretrain"):
+            recipe = small(extracted, f"{key}={name}", f"run={tmp_path / 'run'}")
+            with pytest.raises(ConfigError, match=rf"{key}: found '{name}', .*{splits}"):
+                run_stages(recipe, [stage], QUIET)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "recipe.yaml"}
+
+
+def test_a_benchmark_without_texts_is_refused_before_training(tmp_path: Path) -> None:
+    captioned = tmp_path / "source"
+    captioned.mkdir()
+    for number in range(12):
+        Image.new("RGB", (64, 64), (20 * number, 9, 9)).save(captioned / f"{number}.png")
+        (captioned / f"{number}.txt").write_text("a dark square")
+    source = {"type": "folder", "folder": str(captioned), "validation_fraction": 0.5}
+    recipe = small(tmp_path, f"dataset.source={json.dumps(source)}")
+    with pytest.raises(ConfigError, match=r"validation_split: .* samples and no questions.*vqa"):
+        run_stages(recipe, ["ingest", "extract", "pretrain"], QUIET)
+
+
+def test_few_held_out_samples_are_warned_of(extracted: Path, report: Report) -> None:
+    warning = "dataset.validation_split: split 'validation' has 12 samples; figures of so few"
+    assert any(line.startswith(warning) for line in report.advice)
+    inputs = DataInputs.open(small(extracted))
+    assert small_validation(small(extracted), inputs.dataset)
+    assert (
+        small_validation(small(extracted, "dataset.validation_split=train"), inputs.dataset) is None
+    )
 
 
 def test_swap_files_that_this_machine_cannot_have_are_refused(extracted: Path) -> None:

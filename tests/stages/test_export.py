@@ -114,7 +114,7 @@ def test_any_checkpoint_gives_its_own_state(finished: Path, tmp_path: Path, phot
     for step, folder in folders.items():
         done = export(str(phase / "checkpoints" / f"step-{step:08d}"), str(folder))
         assert done.step == step
-        assert predict(str(folder), photo, "")["image"] == photo
+        assert predict(str(folder), photo)["image"] == photo
     last = weights(phase / "model")
     assert all(torch.equal(last[name], tensor) for name, tensor in weights(folders[3]).items())
     assert any(not torch.equal(last[name], one) for name, one in weights(folders[2]).items())
@@ -149,8 +149,33 @@ def test_a_checkpoint_of_another_run_is_refused(finished: Path, tmp_path: Path) 
     shutil.copytree(finished / "run" / "finetune", run / "finetune")
     spec = run / "finetune" / "spec.json"
     spec.write_text(spec.read_text().replace('"seed": 0', '"seed": 1'))
-    with pytest.raises(CheckpointError, match="differs in seed: 0 then, 1 now"):
+    with pytest.raises(CheckpointError, match=r"differs in training\.seed: 0 then, 1 now"):
         export(str(run / "finetune" / "checkpoints" / "step-00000003"), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "sightline.json", "model.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_damaged_model_is_not_exported(
+    finished: Path, tmp_path: Path, name: str, damage: str
+) -> None:
+    model = Path(shutil.copytree(finished / "run" / "model", tmp_path / "model"))
+    payload = (model / name).read_bytes()
+    place = payload.rindex(b'"') - 1 if name.endswith(".json") else len(payload) - 3
+    flipped = payload[:place] + bytes([payload[place] ^ 1]) + payload[place + 1 :]
+    (model / name).write_bytes(payload[:-9] if damage == "cut" else flipped)
+    with pytest.raises(ModelError, match=name.replace(".", r"\.")):
+        export(str(model), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_lacks_what_its_page_tells_is_not_exported(
+    finished: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(finished / "run" / "model", tmp_path / "model"))
+    own = json.loads((model / "sightline.json").read_text())
+    (model / "sightline.json").write_text(json.dumps({"answers": own["answers"]}))
+    with pytest.raises(ModelError, match=r"sightline\.json .*lacks"):
+        export(str(model), str(tmp_path / "out"))
 
 
 def test_a_folder_with_something_in_it_is_left_alone(finished: Path, tmp_path: Path) -> None:

@@ -28,6 +28,12 @@ BACKBONE = (
     "training.finetune.evaluate_every_steps=3",
 )
 PIXELS = ("features={live: true, extractor: {type: pixels, image_size: 32, patch_size: 16}}",)
+LXMERT = [  # which predicts regions, and writes no captions
+    "model.family=lxmert",
+    "model.sizes={width: 16, num_heads: 2, intermediate_size: 24, text_layers: 1, "
+    "region_layers: 1, cross_layers: 1, max_positions: 32}",
+    "benchmarks.caption=null",
+]
 QUIET = Console(stderr=True, quiet=True)
 
 
@@ -111,7 +117,7 @@ def test_live_pixels_go_through_every_stage(finished: Path, tmp_path: Path) -> N
     [
         (["features.augment={}"], "stored features are always the same"),
         (["features={live: true, extractor: {type: regions}}"], "has no gradient"),
-        ([*BACKBONE, "objectives.mrm={features: {}}"], "no region of it can be hidden"),
+        ([*BACKBONE, *LXMERT, "objectives={mrm: {features: {}}}"], "no region of it can be hidden"),
         ([*BACKBONE, "benchmarks.distill={teacher: m, match: {}}"], "give distill.features"),
     ],
 )

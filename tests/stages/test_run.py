@@ -1,7 +1,9 @@
 """A recipe's stages on one process: small, but every part of it real."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from rich.console import Console
@@ -11,10 +13,13 @@ from pipeline.cli import run_job
 from pipeline.data.compact import compact
 from pipeline.data.dataset import Dataset
 from pipeline.data.retention import Retention
-from pipeline.errors import StageError
+from pipeline.errors import ConfigError, StageError
+from pipeline.model_files import is_model
 from pipeline.recipe import Recipe
+from pipeline.stages.changed import OnChange
 from pipeline.stages.run import STAGES, run_stages
 from pipeline.training.launch import read_spec
+from pipeline.training.metrics_log import read_metrics
 
 QUICKSTART = str(Path(__file__).resolve().parents[2] / "jobs" / "recipes" / "quickstart.yaml")
 SMALL = [
@@ -45,9 +50,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def states(folder: Path, *overrides: str) -> dict[str, str]:
+def states(
+    folder: Path, *overrides: str, decision: Literal["refuse", "continue", "restart"] = "refuse"
+) -> dict[str, str]:
     recipe = small(folder, *overrides)
-    summary = run_stages(recipe, list(STAGES), Console(stderr=True, quiet=True))
+    console = Console(stderr=True, quiet=True)
+    summary = run_stages(recipe, list(STAGES), console, OnChange(decision))
     return {name: stage["state"] for name, stage in summary["stages"].items()}
 
 
@@ -78,14 +86,70 @@ def test_predict_answers_and_captions(
     asked = ["--question", "Is there a circle?", "--json"]
     assert run_job(["predict", run, "--image", str(image), *asked]) == 0
     answers = json.loads(capsys.readouterr().out)["answers"]
-    assert answers[0]["probability"] >= answers[1]["probability"]
+    assert answers[0]["score"] >= answers[1]["score"]
     image.write_bytes(b"not an image")
     assert run_job(["predict", run, "--image", str(image)]) == 1
     assert "photo.jpg" in capsys.readouterr().err
 
 
-def test_another_learning_rate_runs_only_what_depends_on_it(finished: Path) -> None:
-    assert states(finished, "training.finetune.learning_rate=1e-4") == {
+def files(folder: Path) -> dict[str, int]:
+    """All that training has left in a run, by path, with when it was written."""
+    found = (path for phase in folder.iterdir() for path in phase.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in found}
+
+
+def test_what_only_an_evaluation_depends_on_trains_nothing(finished: Path) -> None:
+    trained = files(finished / "run" / "finetune")
+    caption = ["benchmarks.caption.beams=2", "benchmarks.caption.max_tokens=9"]
+    for overrides in (
+        [*caption, "benchmarks.caption.metrics=[bleu, cider]"],
+        ["training.blind_twin=false"],
+        [],
+    ):
+        assert states(finished, *overrides) == {
+            "ingest": "up to date",
+            "extract": "up to date",
+            "pretrain": "up to date",
+            "finetune": "up to date",
+            "evaluate": "done",
+            "report": "done",
+        }
+    assert files(finished / "run" / "finetune") == trained
+
+
+def test_a_blind_twin_that_is_wished_for_later_is_trained_alone_wherever_all_lies_by_then(
+    finished: Path, tmp_path: Path
+) -> None:
+    for name in ("run", "data"):
+        shutil.copytree(finished / name, tmp_path / name)
+    shutil.rmtree(tmp_path / "run" / "blind")
+    trained = files(tmp_path / "run" / "finetune")
+    assert states(tmp_path)["pretrain"] == "up to date"
+    assert files(tmp_path / "run" / "finetune") == trained
+    assert is_model(str(tmp_path / "run" / "blind" / "model"))
+
+
+def test_another_learning_rate_is_refused_and_trained_anew_only_if_asked(finished: Path) -> None:
+    run, rate = finished / "run", "training.finetune.learning_rate=1e-4"
+    before, recipe = files(run), (run / "recipe.yaml").read_bytes()
+    with pytest.raises(ConfigError) as refusal:
+        states(finished, rate)
+    told = str(refusal.value).splitlines()
+    assert told == [
+        f"finetune in {run} is finished, with 3 steps, and was begun with other settings:",
+        "  training.finetune.learning_rate: 0.002 then, 0.0001 now",
+        "It has made all of its steps, so that the new settings would have none to act on; with a "
+        "larger training.finetune.steps and --from-checkpoint it goes on.",
+        "To train finetune anew (what is there is moved to finetune.replaced-1, nothing is "
+        "deleted):",
+        "  sightline run RECIPE --restart",
+        "To start another run from its weights:",
+        f"  sightline run RECIPE run={run}-2 model.initial={run}/finetune/model "
+        f"model.tokenizer={run}/finetune/model training.pretrain=null objectives=null",
+    ]
+    assert files(run) == before
+    assert (run / "recipe.yaml").read_bytes() == recipe
+    assert states(finished, rate, decision="restart") == {
         "ingest": "up to date",
         "extract": "up to date",
         "pretrain": "up to date",
@@ -93,6 +157,60 @@ def test_another_learning_rate_runs_only_what_depends_on_it(finished: Path) -> N
         "evaluate": "done",
         "report": "done",
     }
+    kept = {name: time for name, time in before.items() if name.startswith("finetune/")}
+    moved = {f"finetune.replaced-1/{name.split('/', 1)[1]}": kept[name] for name in kept}
+    assert moved.items() <= files(run).items()
+    assert set(states(finished, rate, decision="restart").values()) == {"up to date"}
+
+
+def test_a_finished_run_is_trained_on_to_more_steps(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    more = [
+        f"dataset.path={finished / 'data'}",
+        "training.finetune.learning_rate=1e-4",
+        "training.finetune.steps=5",
+    ]
+    with pytest.raises(ConfigError, match=r"To go on from step 3 .*\n  .* --from-checkpoint\n"):
+        states(tmp_path, *more)
+    assert states(tmp_path, *more, decision="continue")["finetune"] == "done"
+    run = tmp_path / "run"
+    assert [line["step"] for line in read_metrics(str(run / "finetune"))][-1] == 5
+    environment = json.loads((run / "environment.json").read_text())
+    (stretch,) = environment["stretches"]["finetune"]
+    assert stretch["after_step"] == 3
+    assert stretch["changed"] == {"training.finetune.steps": {"then": 3, "now": 5}}
+    assert list(environment["stretches"]) == ["finetune", "blind"]
+    assert "after step 3" in (run / "report.html").read_text()
+    assert json.loads((run / "model" / "sightline.json").read_text())["step"] == 5
+    for phase in ("finetune", "blind"):
+        assert is_model(str(run / phase / "model.step-00000003"))
+    assert set(states(tmp_path, *more).values()) == {"up to date"}
+    with pytest.raises(ConfigError, match="at step 5, is past the new steps=3"):
+        states(tmp_path, *more[:2], "training.finetune.steps=3", decision="continue")
+
+
+def test_an_unfinished_run_goes_on_with_the_data_that_it_began_with(
+    finished: Path, tmp_path: Path
+) -> None:
+    for name in ("run", "data"):
+        shutil.copytree(finished / name, tmp_path / name)
+    pretrain = tmp_path / "run" / "pretrain"
+    began = read_spec(str(pretrain)).dataset_version
+    (pretrain / "result.json").unlink()
+    shutil.rmtree(pretrain / "model")
+    rate = "training.finetune.learning_rate=1e-4"
+    places = [rate, f"dataset.path={tmp_path / 'data'}"]
+    # the spec names the dataset that it was begun with: here it is a copy
+    spec = json.loads((pretrain / "spec.json").read_text()) | {"dataset": str(tmp_path / "data")}
+    (pretrain / "spec.json").write_text(json.dumps(spec))
+    console = Console(stderr=True, quiet=True)
+    recipe = small(tmp_path, *places, "dataset.source.scenes=44")
+    run_stages(recipe, ["ingest", "extract", "pretrain"], console)
+    assert Dataset.open(str(tmp_path / "data")).version > began
+    assert read_spec(str(pretrain)).dataset_version == began
+    with pytest.raises(ConfigError) as refusal:  # what is finished would have to be trained anew
+        run_stages(recipe, ["pretrain"], console, OnChange("continue"))
+    assert "dataset.path: split train: what is there has changed" in str(refusal.value)
 
 
 def test_what_changes_no_training_sample_trains_nothing_again(finished: Path) -> None:
@@ -121,7 +239,7 @@ def test_a_dataset_that_another_recipe_made_is_mixed_in(finished: Path, tmp_path
     for weight, state in ((1, "done"), (1, "up to date"), (3, "done")):
         part = f"dataset.mixed_in=[{{path: {other.dataset.path}, weight: {weight}}}]"
         recipe = config.load(Recipe, QUICKSTART, [*SMALL, *mixed, part])
-        summary = run_stages(recipe, ["pretrain"], console)
+        summary = run_stages(recipe, ["pretrain"], console, OnChange("restart"))
         assert summary["stages"]["pretrain"]["state"] == state
     spec = read_spec(str(tmp_path / "mixed" / "pretrain"))
     assert [part.weight for part in spec.mixed_in] == [3]

@@ -32,16 +32,12 @@ def test_a_half_done_stage_is_never_taken_for_done(tmp_path: Path) -> None:
     assert once(str(tmp_path), "pretrain", {"step": 1}, lambda: {}).state == "done"
 
 
-def test_leftovers_are_cleared_only_for_another_identity(tmp_path: Path) -> None:
-    cleared: list[int] = []
-
-    def broken() -> dict[str, int]:
-        raise KeyboardInterrupt
-
-    for parts in ({"lr": 1}, {"lr": 1}, {"lr": 2}):
-        with pytest.raises(KeyboardInterrupt):
-            once(str(tmp_path), "pretrain", parts, broken, clear=lambda: cleared.append(1))
-    assert len(cleared) == 1
+def test_a_record_that_nobody_can_read_is_none(tmp_path: Path) -> None:
+    once(str(tmp_path), "ingest", {"lr": 1}, lambda: {})
+    record = tmp_path / "stages" / "ingest.json"
+    for damaged in (b"", b"{", b"[1]", b'{"state": "done"}'):
+        record.write_bytes(damaged)
+        assert Record.read(str(tmp_path), "ingest") is None
 
 
 def test_identity_does_not_depend_on_key_order() -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from pipeline.cluster import ClusterConfig, start_ray
+from pipeline.errors import PipelineError
 from pipeline.training import launch
 from pipeline.training.assembly import Assembly
 from pipeline.training.metrics_log import read_metrics
@@ -39,8 +41,11 @@ def main(folder: str, address: str | None = None) -> None:
         train_while_nodes_go_and_come(make_spec(folder, steps=ELASTIC_STEPS))
         return
     launch._on_ray_worker = ray_worker
-    cluster = launch.ClusterConfig(workers=2, address=address)
-    print(launch.launch(spec, cluster, print).state)
+    cluster = ClusterConfig(workers=2, address=address)
+    try:
+        print(launch.launch(spec, cluster, print).state)
+    except PipelineError as error:
+        sys.exit(str(error))
 
 
 def unhurried(spec: TrainingSpec) -> Assembly:
@@ -57,7 +62,7 @@ def unhurried(spec: TrainingSpec) -> Assembly:
 def train_and_lose_a_node(spec: TrainingSpec) -> None:
     """Prints how the run ended, the nodes that ranks were on, and the one that was lost."""
     with nodes_of_one_rank(3) as (cluster, nodes):
-        config = launch.ClusterConfig(workers=2, address=cluster.address)
+        config = ClusterConfig(workers=2, address=cluster.address)
         training = Training(spec, config, unhurried)
         training.wait_for(lambda: len(read_metrics(spec.folder)) >= 14)
         before = [node_of(spec, rank, nodes) for rank in range(2)]
@@ -70,7 +75,7 @@ def train_while_nodes_go_and_come(spec: TrainingSpec) -> None:
     """Prints how the run ended, and the seconds that it took to go on without and with a node."""
     launch.SECONDS_BETWEEN_RESIZES = 2.0
     with nodes_of_one_rank(2) as (cluster, nodes):
-        config = launch.ClusterConfig(workers=2, min_workers=1, address=cluster.address)
+        config = ClusterConfig(workers=2, min_workers=1, address=cluster.address)
         training = Training(spec, config, waiting_for_nodes)
         training.wait_for(lambda: len(read_metrics(spec.folder)) >= 4)
         cluster.remove_node(nodes[node_of(spec, 1, nodes)], allow_graceful=False)
@@ -104,7 +109,7 @@ class Training:
     """A run in a thread beside those who change its cluster."""
 
     def __init__(
-        self, spec: TrainingSpec, config: launch.ClusterConfig, assembled: launch.Assembled
+        self, spec: TrainingSpec, config: ClusterConfig, assembled: launch.Assembled
     ) -> None:
         self._states: list[str] = []
 
@@ -139,7 +144,7 @@ def nodes_of_one_rank(count: int) -> Iterator[tuple[Any, list[Any]]]:
         head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": temp}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         nodes = [cluster.add_node(num_cpus=1) for _ in range(count)]
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+        start_ray(ClusterConfig(address=cluster.address))
         yield cluster, nodes
         ray.shutdown()
         cluster.shutdown()

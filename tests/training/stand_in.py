@@ -269,13 +269,21 @@ def wait_for_writers() -> None:
             thread.join()
 
 
-def train_until(rank: int, spec: TrainingSpec, seconds: float) -> None:
-    """Kills the process of rank 1 so many seconds after its first step, wherever it is then."""
-    timer = threading.Timer(seconds, os.kill, (os.getpid(), 9))
-    timer.daemon = True
+def train_until(rank: int, spec: TrainingSpec, steps: int, seconds: float) -> None:
+    """Kills the process of rank 1 so many steps and seconds after it began, wherever it is then.
+
+    However slow the machine, the steps before leave checkpoints.
+    """
+    begun = 0
 
     def on_step(_: int, rank: int) -> None:
-        if rank == 1 and not timer.ident:
+        nonlocal begun
+        begun += 1
+        if begun <= steps:
+            wait_for_writers()
+        if rank == 1 and begun == steps:
+            timer = threading.Timer(seconds, os.kill, (os.getpid(), 9))
+            timer.daemon = True
             timer.start()
         time.sleep(0.01)
 

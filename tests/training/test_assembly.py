@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.vocabulary import build_tokenizer
+from pipeline.data.dataset import Dataset
+from pipeline.data.loader import eval_batches
+from pipeline.data.vocabulary import build_tokenizer, load_tokenizer
+from pipeline.errors import ConfigError
 from pipeline.models.flops import EncodingFlops
+from pipeline.objectives.objective import ObjectivesConfig
+from pipeline.objectives.stream import MicroBatch, StreamCollator
 from pipeline.training.assembly import Assembly, assemble
 from pipeline.training.loop import train
-from pipeline.training.metrics_log import read_metrics
+from pipeline.training.metrics_log import read_events, read_metrics
 from pipeline.training.model_folder import load_model
 from pipeline.training.spec import Environment, TrainingConfig, TrainingSpec
 from tests.data.tiny_dataset import EXTRACTOR, make_dataset, make_texts
@@ -28,6 +33,12 @@ SIZES = {
     "num_heads": 3,
     "intermediate_size": 20,
     "max_positions": 16,
+}
+TOWERS = {name: size for name, size in SIZES.items() if name != "num_layers"}
+DUAL: dict[str, Any] = {
+    "family": "late_fusion",
+    "model": TOWERS | {"text_layers": 2, "region_layers": 1, "vocab_size": 90, "num_answers": 3},
+    "answers": ANSWERS,
 }
 
 
@@ -72,8 +83,6 @@ def make_spec(data: Path, folder: Path, **changes: Any) -> TrainingSpec:
 
 
 def newest_version(data: Path) -> int:
-    from pipeline.data.dataset import Dataset
-
     return Dataset.open(str(data / "dataset")).version
 
 
@@ -231,6 +240,108 @@ def test_held_out_losses_are_found_while_training(data: Path, tmp_path: Path) ->
     assert read_metrics(plain.folder)[-1]["loss"] == read_metrics(spec.folder)[-1]["loss"]
 
 
+def held_out(data: Path, folder: Path, sizes: tuple[int, int], **changes: Any) -> TrainingSpec:
+    """A run that evaluates on the tiny dataset's training split."""
+    training = TRAINING | {"evaluate_every_steps": 3} | changes.pop("training", {})
+    training |= dict(zip(("global_batch_size", "micro_batch_size"), sizes, strict=True))
+    return make_spec(data, folder, held_out_split="train", training=training, **changes)
+
+
+@torch.no_grad()
+def figures(spec: TrainingSpec, environment: Environment = HERE) -> dict[str, float]:
+    assembly = assemble(spec)
+    assert assembly.evaluate is not None
+    return dict(assembly.evaluate(assembly.module.eval(), environment))
+
+
+def figures_of_rank(rank: int, spec: TrainingSpec, expected: dict[str, float]) -> None:
+    here = Environment(rank, torch.distributed.get_world_size(), rank, "cpu")
+    assert figures(spec, here) == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def by_hand(spec: TrainingSpec) -> dict[str, float]:
+    """The mean of each objective over every example of the split, one at a time, in row order."""
+    module: Any = assemble(spec).module.eval()
+    split = Dataset.open(spec.dataset).split("train", EXTRACTOR)
+    objectives = ObjectivesConfig.model_validate(spec.objectives).build()
+    means = {}
+    for objective in objectives:
+        kind = objective.stream.kind
+        collate = StreamCollator([objective], load_tokenizer(spec.tokenizer), 9, ANSWERS)
+        found = [
+            float(module(MicroBatch({objective.stream.name: collate(batch)}))[1][objective.name])
+            for batch in eval_batches(split, kind, 1)
+        ]
+        assert len(found) == split.counts(kind).sum()
+        means[objective.name] = float(np.mean(found))
+    total = sum(objective.weight * means[objective.name] for objective in objectives)
+    return {"loss": total, **means}
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("sizes", [(12, 3), (7, 7), (50, 5)])
+def test_held_out_figures_are_means_over_every_example_once(
+    data: Path, tmp_path: Path, sizes: tuple[int, int]
+) -> None:
+    objectives: dict[str, Any] = {"answer": {"weight": 2.0}, "lm": {}}
+    spec = held_out(data, tmp_path, sizes, objectives=objectives, answers=ANSWERS)
+    assert figures(spec) == pytest.approx(by_hand(spec), rel=1e-5)
+
+
+@pytest.mark.usefixtures("alone")
+def test_held_out_figures_know_neither_batch_size_nor_ranks(data: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "objectives": {"answer": {}, "lm": {}, "itm": {}, "mlm": {"texts": ["captions"]}},
+        "answers": ANSWERS,
+    }
+    shares = {"answer": 1.0, "lm": 2.0, "itm": 3.0, "mlm": 1.0}
+    for turns in ({}, {"one_per_step": shares}):  # all in a step, one in each
+        changes["objectives"] |= turns
+        expected = figures(held_out(data, tmp_path, (12, 3), **changes))
+        assert set(expected) == {"loss", "answer", "lm", "itm", "mlm"}
+        for sizes in ((8, 8), (5, 2)):
+            spec = held_out(data, tmp_path, sizes, **changes)
+            assert figures(spec) == pytest.approx(expected, rel=1e-5)
+            for world_size in (2, 3):
+                exits = in_processes(world_size, figures_of_rank, spec, expected)
+                assert exits == [0] * world_size
+    parts = sum(expected[name] * share / 7 for name, share in shares.items())
+    assert expected["loss"] == pytest.approx(parts, rel=1e-6)
+
+
+@pytest.mark.usefixtures("alone")
+def test_at_most_so_many_examples_are_held_out(data: Path, tmp_path: Path) -> None:
+    few, many = (
+        held_out(data, tmp_path, (12, 3), training={"evaluate_examples": count})
+        for count in (5, 1000)
+    )
+    assert figures(few) == pytest.approx(
+        figures(held_out(data, tmp_path, (4, 4), training={"evaluate_examples": 5})), rel=1e-5
+    )
+    assert figures(few) != pytest.approx(figures(many), rel=1e-3)
+    assert figures(many) == figures(held_out(data, tmp_path, (12, 3)))
+
+
+@pytest.mark.usefixtures("alone")
+def test_contrast_is_held_out_in_global_batches_of_like_size(data: Path, tmp_path: Path) -> None:
+    """33 captions in global batches of 12: three of 11, of which each of two ranks has a part."""
+    changes: dict[str, Any] = {"objectives": {"itc": {}, "answer": {}}, **DUAL}
+    expected = figures(held_out(data, tmp_path, (12, 12), **changes))
+    spec = held_out(data, tmp_path, (12, 6), **changes)
+    assert in_processes(2, figures_of_rank, spec, expected) == [0, 0]
+    uncut = held_out(data, tmp_path, (33, 33), **changes)
+    assert figures(uncut)["itc"] > expected["itc"]
+    assert figures(uncut)["answer"] == pytest.approx(expected["answer"], rel=1e-5)
+
+
+def test_a_global_batch_that_is_needed_whole_may_not_be_cut(data: Path, tmp_path: Path) -> None:
+    assembly = assemble(make_spec(data, tmp_path, objectives={"itc": {}}, **DUAL))
+    with pytest.raises(ConfigError, match="global_batch_size = micro_batch_size x ranks"):
+        next(assembly.batches(0, 0, 1))
+    assert next(assembly.batches(0, 0, 4))
+
+
 @pytest.mark.usefixtures("alone")
 def test_a_model_is_pretrained_saved_and_fine_tuned(data: Path, tmp_path: Path) -> None:
     pretrain = make_spec(
@@ -283,6 +394,32 @@ def test_an_answer_head_is_taken_over_only_for_the_same_answers(data: Path, tmp_
     differing = {name for name, tensor in trained.items() if not equal(fresh[name], tensor)}
     assert differing
     assert all(name.startswith("answer_head") for name in differing)
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_was_taken_over_is_told_in_the_log_and_on_the_models_card(
+    data: Path, tmp_path: Path
+) -> None:
+    first = make_spec(data, tmp_path / "first", objectives={"answer": {}}, answers=ANSWERS)
+    train(first, HERE)
+    initial = str(tmp_path / "first" / "model")
+    second = make_spec(
+        data,
+        tmp_path / "second",
+        model=SIZES | {"vocab_size": 90, "num_layers": 3},
+        initial=initial,
+    )
+    train(second, HERE)
+    told = read_events(second.folder)[0]
+    assert told["event"] == "initialised"
+    assert told["initial"] == initial
+    assert told["new_parameters"] == ["layers.2 (12)"]
+    assert told["left_out_tensors"] == ["cls (2)"]
+    assert "12 new: layers.2 (12); 2 left out: cls (2)" in told["summary"]
+    page = (tmp_path / "second" / "model" / "README.md").read_text()
+    assert f"| from | {initial} |" in page
+    assert "| new (12) | layers.2 (12) |" in page
+    assert load_model(str(tmp_path / "second" / "model")).card["initial"]["left_out"] == 2
 
 
 def equal(one: torch.Tensor, other: torch.Tensor) -> bool:

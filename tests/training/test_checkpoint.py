@@ -1,12 +1,15 @@
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from pipeline import storage
 from pipeline.errors import CheckpointError
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Saving, Writer
@@ -104,6 +107,75 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert "step-000000" in reason
 
 
+def test_any_bit_that_flips_in_a_manifest_is_found(tmp_path: Path) -> None:
+    save(tmp_path, 3, 9)
+    path = tmp_path / "step-00000009" / checkpoint.MANIFEST
+    whole = path.read_bytes()
+    bits = np.random.default_rng(5).integers(8, size=len(whole))
+    flips = [(place, 1 << bit) for place, bit in enumerate(bits.tolist())]
+    format_digit = whole.index(b'"format": 3') + len(b'"format": ')
+    for place, flip in [*flips, (format_digit, 1)]:  # of 3 that makes 2, which has no digest
+        damaged = bytearray(whole)
+        damaged[place] ^= flip
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"step-00000009/manifest\.json"):
+            checkpoint.read_manifest(str(path.parent))
+    assert newest(tmp_path)[0] == 3
+    path.write_bytes(whole)
+    assert newest(tmp_path) == (9, [])
+
+
+def test_any_bit_that_flips_in_a_part_is_found(tmp_path: Path) -> None:
+    save(tmp_path, 9)
+    path = tmp_path / "step-00000009" / "rank-00000.safetensors"
+    whole = path.read_bytes()
+    bits = np.random.default_rng(6).integers(8, size=len(whole))
+    for place, bit in enumerate(bits.tolist()):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << bit
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors is damaged"):
+            checkpoint.verify(str(path.parent), tmp_path)
+
+
+def test_a_checkpoint_from_before_manifests_had_a_digest_is_read(tmp_path: Path) -> None:
+    save(tmp_path, 9)
+    path = tmp_path / "step-00000009" / checkpoint.MANIFEST
+    document = json.loads(path.read_bytes())
+    del document["digest"]
+    path.write_text(json.dumps(document | {"format": 2}, indent=1))
+    assert newest(tmp_path) == (9, [])
+    path.write_text(json.dumps(document, indent=1))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        newest(tmp_path)
+
+
+def test_no_whole_checkpoint_is_an_error_that_says_why_and_how_to_start_over(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "run" / "pretrain" / "checkpoints"
+    save(folder, 3, 6)
+    flip_a_bit(folder / "step-00000003" / "rank-00000.safetensors")
+    (folder / "step-00000006" / checkpoint.MANIFEST).unlink()
+    expected = (
+        f"{folder}: none of the checkpoints is whole:\n"
+        f"  {folder}/step-00000006/manifest.json cannot be read: .*\n"
+        f"  {folder}/step-00000003: rank-00000.safetensors is damaged: .*\n"
+        f".* --restart, which moves {tmp_path}/run/pretrain aside"
+    )
+    damaged: list[str] = []
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.newest(str(folder), tmp_path, damaged.append)
+    assert re.match(expected, str(error.value)), error.value
+    assert len(damaged) == 2
+
+
+def test_what_an_object_store_holds_of_a_killed_writer_is_no_checkpoint(object_store: str) -> None:
+    Saving(object_store, 3, states(3), Tally(), WRITER).finish()
+    storage.write_bytes(f"{object_store}/step-00000006/rank-00000.safetensors", b"half")
+    assert checkpoint.steps_in(object_store) == [3]
+
+
 def test_a_failed_write_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,13 +242,6 @@ def test_the_weights_are_read_with_the_average_where_there_is_one(tmp_path: Path
             "n": 3,
             "frozen": 1,
         }
-
-
-def test_two_runs_are_told_apart_by_the_keys_they_differ_in() -> None:
-    mine = {"seed": 1, "training": {"learning_rate": 0.1, "steps": 5}}
-    other = {"seed": 1, "training": {"learning_rate": 0.2, "steps": 5}}
-    assert checkpoint.differences(mine, other) == ["training.learning_rate: 0.2 then, 0.1 now"]
-    assert checkpoint.differences(mine, mine) == []
 
 
 def test_the_manifest_names_every_file_with_its_size_and_digest(tmp_path: Path) -> None:

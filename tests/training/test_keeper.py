@@ -98,11 +98,27 @@ def test_what_no_rule_wants_is_removed_once_its_successor_is_published(tmp_path:
     keeper.finish()
     assert checkpoint.steps_in(str(tmp_path)) == [2, 3, 4]
     # a run that continues from step 4 goes by the same figures
-    (tmp_path / "step-00000003" / "manifest.json").write_text("torn")
     keeper = make_keeper(tmp_path, [], **settings)
     keeper.look(4)
-    assert checkpoint.steps_in(str(tmp_path)) == [2, 4]
     for step in (5, 6):
         keeper.save(step, states(step), Tally())
     keeper.finish()
     assert checkpoint.steps_in(str(tmp_path)) == [2, 5, 6]
+
+
+def test_a_damaged_checkpoint_is_told_of_and_left_where_it_is(tmp_path: Path) -> None:
+    keeper = make_keeper(tmp_path, [])
+    for step in (1, 2):
+        keeper.save(step, states(step), Tally())
+    keeper.finish()
+    (tmp_path / "step-00000001" / "manifest.json").write_text("torn")
+    told: list[dict[str, Any]] = []
+    keeper = make_keeper(tmp_path, told)
+    keeper.look(2)
+    (event,) = told
+    assert (event["event"], event["step"]) == ("damaged-checkpoint", 1)
+    assert "step-00000001/manifest.json is damaged" in event["reason"]
+    for step in (3, 4):
+        keeper.save(step, states(step), Tally())
+    keeper.finish()
+    assert checkpoint.steps_in(str(tmp_path)) == [1, 3, 4]

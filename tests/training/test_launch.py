@@ -1,31 +1,30 @@
-import contextlib
 import json
 import os
 import random
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
-from pipeline import config
+from pipeline.cluster import ClusterConfig
 from pipeline.errors import ConfigError, FeatureError, TrainingError
 from pipeline.training import launch
 from pipeline.training.assembly import Assembly
-from pipeline.training.launch import ClusterConfig
-from pipeline.training.loop import finished_result
+from pipeline.training.loop import finished_result, request_stop
 from pipeline.training.metrics_log import read_metrics
 from pipeline.training.spec import TrainingSpec
+from tests.ray_head import RayHead
 from tests.training import stand_in
 from tests.training.driver import ELASTIC, ELASTIC_STEPS, SEVERAL_NODES, STEPS, world_sizes
 from tests.training.stand_in import make_spec, train_on, unhurried, without_dropout
@@ -112,32 +111,8 @@ def test_more_workers_than_samples_of_a_step_are_refused_before_anything_starts(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_range_of_workers_is_one_and_needs_nodes() -> None:
-    assert list(ClusterConfig(workers=3).world_sizes()) == [3]
-    assert list(ClusterConfig(workers=3, min_workers=1).world_sizes()) == [1, 2, 3]
-    with pytest.raises(ConfigError, match="min_workers=3 is more than workers=2"):
-        config.check(ClusterConfig, {"workers": 2, "min_workers": 3}, "cluster")
-    with pytest.raises(ConfigError, match="loses and gains no nodes"):
-        config.check(ClusterConfig, {"runner": "process", "min_workers": 1}, "cluster")
-
-
-def test_an_address_has_no_use_in_one_process() -> None:
-    with pytest.raises(ConfigError, match="no use for address"):
-        config.check(ClusterConfig, {"runner": "process", "address": "auto"}, "cluster")
-
-
-def test_an_address_where_no_ray_answers_is_named_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    with pytest.raises(TrainingError, match=f"no Ray answers at 127.0.0.1:{port}"):
-        launch.start_ray(ClusterConfig(address=f"127.0.0.1:{port}"))
-
-
 def test_what_ends_a_rank_is_told_in_a_sentence_and_the_trace_kept(tmp_path: Path) -> None:
-    from ray.exceptions import OutOfMemoryError
+    from ray.exceptions import ActorDiedError, OutOfMemoryError
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
     spec = make_spec(tmp_path / "run")
@@ -150,8 +125,14 @@ def test_what_ends_a_rank_is_told_in_a_sentence_and_the_trace_kept(tmp_path: Pat
     assert "of many lines" in trace.read_text()
     ours = WorkerGroupError("…", {0: ConnectionError("closed"), 1: FeatureError("no features")})
     assert str(launch._in_one_sentence(ours, spec)) == "rank 1: no features"
+    gone = WorkerGroupError("…", {0: ActorDiedError(), 1: ModuleNotFoundError("No module 'x'")})
+    assert str(launch._in_one_sentence(gone, spec)).startswith(
+        "pretrain: rank 0: lost, with its node or by itself, and not to be restarted "
+        "(cluster.max_failures); start again: it goes on from the last checkpoint; rank 1: No "
+        "module 'x' on its node; install Sightline"
+    )
     full = launch._in_one_sentence(ControllerError(OutOfMemoryError("Refer to …")), spec)
-    assert str(full).startswith("pretrain: its machine's memory ran out")
+    assert str(full).startswith("pretrain: the process that leads the ranks: its machine's memory")
     refused = ControllerError(FeatureError("rank 3: no features"))
     assert launch._in_one_sentence(refused, spec) is refused.controller_failure
 
@@ -194,6 +175,25 @@ class TestOnRay:
         assert len(events(bad, "started")) == 1
         assert not (tmp_path / "good" / "ray").exists()
 
+    def test_ranks_of_one_machine_listen_there_only(self, tmp_path: Path) -> None:
+        spec = make_spec(tmp_path / "run", steps=STEPS)
+        found: set[str] = set()
+
+        def look() -> None:
+            wait_until(lambda: steps_logged(spec) >= 2)
+            for rank in range(2):
+                process = psutil.Process(int((tmp_path / "run" / f"pid-{rank}").read_text()))
+                connections = process.net_connections("inet")
+                listening = [one.laddr.ip for one in connections if one.status == "LISTEN"]
+                found.update(address.removeprefix("::ffff:") for address in listening)
+            request_stop(spec.folder)
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        launch.launch(spec, TWO_WORKERS, print)
+        thread.join()
+        assert found == {"127.0.0.1"}
+
     def test_its_figures_are_shown_to_prometheus(self, tmp_path: Path) -> None:
         import ray
 
@@ -214,12 +214,16 @@ class TestOnRay:
         assert step.endswith(" 8.0")
 
 
-def drive(*arguments: str) -> "subprocess.Popen[str]":
+def drive(*arguments: str, environment: Mapping[str, str] = os.environ) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "tests.training.driver", *arguments]
-    # Ray would kill a rank for what other processes of a busy machine take
-    environment = os.environ | {"RAY_memory_monitor_refresh_ms": "0"}
     return subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=environment
+        command,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Ray would kill a rank for what other processes of a busy machine take
+        env={**environment, "RAY_memory_monitor_refresh_ms": "0"},
     )
 
 
@@ -231,10 +235,11 @@ def wait_for_step(driver: "subprocess.Popen[str]", spec: TrainingSpec, step: int
 def ended(driver: "subprocess.Popen[str]", seconds: float = 300) -> str:
     """Returns the last line that a driver printed; it must have succeeded."""
     try:
-        output, _ = driver.communicate(timeout=seconds)
+        output, said = driver.communicate(timeout=seconds)
     finally:
         driver.kill()
-    assert driver.returncode == 0
+    assert driver.returncode == 0, said
+    assert "state-dump" not in said
     return output.splitlines()[-1]
 
 
@@ -246,13 +251,21 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> TrainingSpec:
 
 
 @pytest.fixture
-def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Ray's processes of a test's own cluster know each other by."""
+def own_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What Ray's processes of a test's own cluster know each other by, and nobody else does.
+
+    Ray's `Cluster` writes its address where the whole machine would find it, in a folder that is
+    there only if Ray ran before.
+    """
     path = tmp_path / "token"
     path.touch(mode=0o600)
     path.write_text(secrets.token_hex(32))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as f:
+        (Path(f) / "ray").mkdir()
+        monkeypatch.setenv("RAY_TMPDIR", f)
+        yield
 
 
 @pytest.mark.slow
@@ -287,86 +300,39 @@ def test_a_driver_that_is_told_to_stop_leaves_a_checkpoint_and_is_gone_on_with(
     assert curve(spec) == curve(unbroken)
 
 
-class Head:
-    """A `ray start --head` of a test's own, which listens on this machine only."""
-
-    def __init__(self, folder: Path) -> None:
-        environment = os.environ | {
-            "RAY_TMPDIR": str(folder),  # else it would tell the whole machine of itself
-            "RAY_memory_monitor_refresh_ms": "0",
-        }
-        with (
-            socket.create_server(("127.0.0.1", 0)) as first,
-            socket.create_server(("127.0.0.1", 0)) as second,
-        ):
-            port, client_port = (server.getsockname()[1] for server in (first, second))
-        self.address = f"127.0.0.1:{port}"
-        options = [
-            f"--port={port}",
-            "--node-ip-address=127.0.0.1",
-            f"--temp-dir={folder}",
-            "--num-cpus=2",
-            "--include-dashboard=false",
-            f"--ray-client-server-port={client_port}",
-            "--disable-usage-stats",
-            "--block",
-        ]
-        ray = Path(sys.executable).with_name("ray")
-        self._process = subprocess.Popen(
-            [ray, "start", "--head", *options],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        wait_until(self._answers)
-
-    def _answers(self) -> bool:
-        assert self._process.poll() is None
-        host, port = self.address.split(":")
-        try:
-            socket.create_connection((host, int(port)), 1).close()
-        except OSError:
-            return False
-        return True
-
-    def kill(self) -> None:
-        """Kills every process of the head at once, as a machine that is switched off."""
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("token")
-def test_a_run_whose_ray_head_is_killed_is_gone_on_with_on_the_next_one(
-    unbroken: TrainingSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("token", [True, False], ids=["token", "plain"])
+def test_a_run_whose_ray_head_is_killed_says_so_and_is_gone_on_with_on_the_next_one(
+    unbroken: TrainingSpec, tmp_path: Path, token: bool
 ) -> None:
-    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # so 127.0.0.1 means itself
-    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "20")  # it would wait a minute
     spec = make_spec(tmp_path / "run", steps=STEPS)
     step = random.Random(5).randint(10, 30)
     statuses: list[int] = []
     for _ in range(2):
-        with tempfile.TemporaryDirectory(prefix="sl-", dir="/tmp", ignore_cleanup_errors=True) as f:
-            head = Head(Path(f))
-            try:
-                driver = drive(spec.folder, head.address)
-                if not statuses:
-                    wait_for_step(driver, spec, step)
-                    head.kill()
-                output, _ = driver.communicate(timeout=300)
-                statuses.append(driver.returncode)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    head.kill()
-    assert statuses[0] != 0
+        head = RayHead(token=token, listens_here_only=True)
+        try:
+            head.wait()
+            driver = drive(spec.folder, head.address, environment=head.environment)
+            if not statuses:
+                wait_for_step(driver, spec, step)
+                head.kill()
+            output, said = driver.communicate(timeout=300)
+            statuses.append(driver.returncode)
+            if len(statuses) == 1:
+                assert f"the Ray at {head.address} was lost" in said
+                assert "the same command goes on from there" in said
+                assert "Traceback" not in said
+                assert "state-dump" not in said
+        finally:
+            head.kill()
+    assert statuses[0] == 1
     assert (statuses[1], output.splitlines()[-1]) == (0, "finished")
     assert events(spec, "resumed")[-1]["step"] > 0
     assert curve(spec) == curve(unbroken)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("token")
+@pytest.mark.usefixtures("own_cluster")
 def test_a_run_that_loses_a_node_goes_on_with_another(
     unbroken: TrainingSpec, tmp_path: Path
 ) -> None:
@@ -380,7 +346,7 @@ def test_a_run_that_loses_a_node_goes_on_with_another(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("token")
+@pytest.mark.usefixtures("own_cluster")
 def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(tmp_path: Path) -> None:
     steady = make_spec(tmp_path / "steady", steps=ELASTIC_STEPS)
     train_on(2, steady, without_dropout)

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import time
 from dataclasses import replace
 from functools import partial
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.errors import CheckpointError, ConfigError, TrainingError
+from pipeline.errors import CheckpointError, ConfigError, LostError, TrainingError
 from pipeline.training import checkpoint, lease, loop
 from pipeline.training.assembly import Assembly
 from pipeline.training.engine import Engine
 from pipeline.training.loop import finished_result, request_stop, step_seed, train
-from pipeline.training.metrics_log import read_metrics
+from pipeline.training.metrics_log import read_metrics, read_stretches
+from pipeline.training.schedule import rate_factor
 from pipeline.training.spec import Environment, TrainingSpec
 from tests.training.stand_in import (
     Poisoned,
@@ -77,6 +79,7 @@ def test_a_run_whose_rank_was_killed_ends_as_the_unbroken_one(
     assert finished_result(broken) is None
     train_on(2, broken)
     assert [event["step"] for event in events(broken, "resumed")] == [3]
+    assert not events(broken, "ranks-changed")
     assert curve(broken) == curve(unbroken)
     assert weights(broken) == weights(unbroken)
 
@@ -85,10 +88,11 @@ def test_a_run_killed_at_any_moments_ends_as_the_unbroken_one(tmp_path: Path) ->
     settings: dict[str, Any] = {"steps": 60, "checkpoint_every_steps": 1}
     unbroken, broken = (make_spec(tmp_path / name, **settings) for name in ("unbroken", "broken"))
     train_on(2, unbroken)
-    for seconds in np.random.default_rng(5).uniform(0.1, 0.6, size=4):
-        in_processes(2, train_until, broken, seconds)
+    rng = np.random.default_rng(5)
+    for _ in range(4):
+        in_processes(2, train_until, broken, int(rng.integers(4, 9)), rng.uniform(0, 0.05))
     train_on(2, broken)
-    assert len(events(broken, "resumed")) > 1
+    assert len(events(broken, "resumed")) == 4
     assert curve(broken) == curve(unbroken)
     assert weights(broken) == weights(unbroken)
 
@@ -104,6 +108,8 @@ def test_a_run_goes_on_with_other_ranks_and_stages_within_rounding(tmp_path: Pat
     train_on(2, third, without_dropout)
     resumed = [(event["step"], event["world_size"]) for event in events(third, "resumed")]
     assert resumed == [(3, 1), (6, 2)]
+    changed = [(one["step"], one["before"], one["now"]) for one in events(third, "ranks-changed")]
+    assert changed == [(3, 2, 1), (6, 1, 2)]
     assert losses(third) == pytest.approx(losses(steady), abs=1e-6)
     for name, values in weights(steady).items():
         assert np.allclose(weights(third)[name], values, atol=1e-5)
@@ -197,6 +203,20 @@ def test_an_averaged_and_evaluated_run_resumes_bit_by_bit(
     assert weights(broken) == weights(unbroken)
 
 
+def refused(rank: int, spec: TrainingSpec, match: str) -> None:
+    here = Environment(rank, torch.distributed.get_world_size(), rank, "cpu")
+    with pytest.raises(CheckpointError, match=match):
+        train(spec, here, stand_in)
+
+
+def test_every_rank_is_told_that_no_checkpoint_is_whole(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path / "run")
+    in_processes(2, train_and_die, spec, 1, 5)
+    for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
+        manifest.unlink()
+    assert in_processes(2, refused, spec, "none of the checkpoints is whole") == [0, 0]
+
+
 @pytest.mark.usefixtures("alone")
 class TestAlone:
     def test_a_finished_run_is_reported_and_left_alone(self, tmp_path: Path) -> None:
@@ -263,6 +283,19 @@ class TestAlone:
         assert "step-00000006: rank-00000.safetensors is damaged" in damaged["reason"]
         assert [event["step"] for event in events(spec, "resumed")] == [3]
         assert curve(spec) == curve(whole)
+
+    def test_a_run_without_a_whole_checkpoint_stops_and_leaves_all_as_it_is(
+        self, tmp_path: Path
+    ) -> None:
+        spec = make_spec(tmp_path / "run")
+        with pytest.raises(InterruptedError):
+            train(spec, HERE, partial(stand_in, on_step=interrupt_at(8)))
+        for part in (tmp_path / "run" / "checkpoints").glob("*/rank-00000.safetensors"):
+            part.write_bytes(part.read_bytes()[:-1])
+        before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")}
+        with pytest.raises(CheckpointError, match=r"none .* whole:\n.*006.*\n.*003.*\n.*restart"):
+            train(spec, HERE, stand_in)
+        assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")} == before
 
     def test_a_run_that_died_before_its_model_was_written_writes_it(self, tmp_path: Path) -> None:
         spec = make_spec(tmp_path / "run")
@@ -402,6 +435,23 @@ class TestAlone:
         assert weights(spec) == {name: tensor.tolist() for name, tensor in best.items()}
         assert train(spec, HERE, stand_in).already_finished
 
+    def test_a_damaged_best_checkpoint_is_told_with_both_ways_on(self, tmp_path: Path) -> None:
+        found = iter([3.0, 1.0, 2.0, 4.0])
+        spec = make_spec(tmp_path / "run", evaluate_every_steps=2, keep_best=True)
+
+        def damage(step: int, _: int) -> None:
+            wait_for_writers()
+            if step == 8:
+                best = tmp_path / "run" / "checkpoints" / "step-00000004"
+                part = best / "rank-00000.safetensors"
+                part.write_bytes(part.read_bytes()[:-1] + b"\x81")
+
+        evaluating = partial(evaluated, on_step=damage, evaluate=lambda *_: {"loss": next(found)})
+        expected = r"step-00000004: rank-0.* is damaged(.*\n)*.*training\.pretrain\.keep_best=false"
+        with pytest.raises(CheckpointError, match=expected):
+            train(spec, HERE, evaluating)
+        assert checkpoint.steps_in(str(tmp_path / "run" / "checkpoints")) == [4, 6, 8]
+
     def test_the_best_few_are_kept_wherever_they_are_found(self, tmp_path: Path) -> None:
         found = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0])
         spec = make_spec(
@@ -486,12 +536,58 @@ class TestAlone:
 
     def test_another_runs_folder_is_refused_with_the_keys_that_differ(self, tmp_path: Path) -> None:
         train(make_spec(tmp_path / "run"), HERE, stand_in)
-        other = make_spec(tmp_path / "run", learning_rate=0.5)
-        with pytest.raises(CheckpointError, match=r"training.learning_rate: 0.02 then, 0.5 now"):
+        other = make_spec(tmp_path / "run", shuffle_window_shards=3)
+        differs = r"training.pretrain.shuffle_window_shards: 8 then, 3 now"
+        with pytest.raises(CheckpointError, match=differs):
             train(other, HERE, stand_in)
         (tmp_path / "run" / "result.json").unlink()
-        with pytest.raises(CheckpointError, match=r"training.learning_rate: 0.02 then, 0.5 now"):
+        with pytest.raises(CheckpointError, match=differs):
             train(other, HERE, stand_in)
+        assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+
+    def test_a_finished_run_goes_on_to_more_steps_as_a_new_stretch(self, tmp_path: Path) -> None:
+        train(make_spec(tmp_path / "run", decay="constant"), HERE, stand_in)
+        first = losses(make_spec(tmp_path / "run"))
+        longer = make_spec(tmp_path / "run", decay="constant", steps=11)
+        result = train(longer, HERE, stand_in)
+        assert (result.state, result.step, result.already_finished) == ("finished", 11, False)
+        train(make_spec(tmp_path / "whole", decay="constant", steps=11), HERE, stand_in)
+        assert losses(longer)[:8] == first
+        assert curve(longer) == curve(make_spec(tmp_path / "whole"))
+        (stretch,) = read_stretches(longer.folder)
+        assert (stretch.step, stretch.changed) == (8, {"training.pretrain.steps": (8, 11)})
+        assert train(longer, HERE, stand_in).already_finished
+
+    def test_a_stretch_begins_where_its_checkpoint_is_however_often_it_is_begun(
+        self, tmp_path: Path
+    ) -> None:
+        spec = make_spec(tmp_path / "run")
+        with pytest.raises(InterruptedError):
+            train(spec, HERE, partial(stand_in, on_step=interrupt_at(5)))
+        for rate in (0.01, 0.005):
+            slower = make_spec(tmp_path / "run", learning_rate=rate)
+            with pytest.raises(InterruptedError):  # before it has a checkpoint of its own
+                train(slower, HERE, partial(stand_in, on_step=interrupt_at(6)))
+        train(slower, HERE, stand_in)
+        (stretch,) = read_stretches(spec.folder)
+        changed = {"training.pretrain.learning_rate": (0.02, 0.005)}
+        assert (stretch.step, stretch.changed) == (3, changed)
+        rates = [line["lr"] for line in read_metrics(spec.folder)]
+        factors = [rate_factor(spec.training, step) for step in range(8)]
+        replaced = sorted(path.name for path in (tmp_path / "run").glob("metrics.replaced*"))
+        assert replaced == ["metrics.replaced-1.jsonl", "metrics.replaced-2.jsonl"]
+        peaks = [0.02] * 3 + [0.005] * 5
+        assert rates == [peak * factor for peak, factor in zip(peaks, factors, strict=True)]
+
+    def test_waiting_for_a_better_evaluation_begins_anew_in_a_new_stretch(
+        self, tmp_path: Path
+    ) -> None:
+        figures = iter([1.0, 2.0, 3.0, 0.5, 0.25, 0.1])
+        found = partial(evaluated, evaluate=lambda *_: {"loss": next(figures)})
+        settings: dict[str, Any] = {"evaluate_every_steps": 1, "patience": 2, "steps": 6}
+        assert train(make_spec(tmp_path / "run", **settings), HERE, found).step == 3
+        slower = make_spec(tmp_path / "run", learning_rate=0.001, **settings)
+        assert train(slower, HERE, found).step == 6
 
     def test_a_run_in_an_object_store_ends_as_one_on_a_disk(
         self, tmp_path: Path, object_store: str
@@ -521,11 +617,38 @@ class TestAlone:
 
         def take_over(step: int, _: int) -> None:
             if step == 3:
-                storage.write_bytes(f"{spec.folder}/.lock-00000002", b"another")
+                storage.write_bytes(f"{object_store}/.run.lock-00000002", b"another")
             time.sleep(0.02)
 
-        with pytest.raises(TrainingError, match="another process trains here by now"):
+        with pytest.raises(LostError, match="taken over by another process"):
             train(spec, HERE, partial(stand_in, on_step=take_over))
+        assert finished_result(spec) is None
+
+    def test_a_run_whose_folders_lock_was_taken_away_ends(self, tmp_path: Path) -> None:
+        spec = make_spec(tmp_path / "run")
+
+        def take_away(step: int, _: int) -> None:
+            if step == 3:
+                (tmp_path / ".run.lock").unlink()
+
+        with pytest.raises(LostError, match="or taken away"):
+            train(spec, HERE, partial(stand_in, on_step=take_away))
+
+    def test_a_run_without_a_finite_loss_to_show_is_not_finished(self, tmp_path: Path) -> None:
+        spec = make_spec(tmp_path / "run")
+
+        def remove_log(step: int, _: int) -> None:
+            if step == 8:
+                shutil.rmtree(tmp_path / "run")
+
+        with pytest.raises(TrainingError, match="no finite loss of any step"):
+            train(spec, HERE, partial(stand_in, on_step=remove_log))
+        skipping = make_spec(tmp_path / "skipping", steps=3, not_finite="skip")
+        with pytest.raises(TrainingError, match="was every step skipped"):
+            train(skipping, HERE, Poisoned((1, 2, 3)))
+        for name in ("run", "skipping"):
+            assert not (tmp_path / name / "result.json").exists()
+            assert not (tmp_path / name / "model").exists()
 
     def test_a_second_process_is_kept_out(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -535,7 +658,7 @@ class TestAlone:
 
         def meddle(step: int, _: int) -> None:
             if step == 2:
-                with pytest.raises(TrainingError, match="another process is training here"):
+                with pytest.raises(TrainingError, match="another command is at work here"):
                     train(spec, HERE, stand_in)
 
         assert train(spec, HERE, partial(stand_in, on_step=meddle)).state == "finished"

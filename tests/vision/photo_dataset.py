@@ -43,5 +43,10 @@ class PhotoSource:
 
 def make_dataset(url: str, images: Mapping[str, bytes], samples_per_shard: int = 4) -> None:
     """Brings the dataset at `url` to hold exactly these images."""
-    config = IngestConfig(samples_per_shard=samples_per_shard, verify="header", shards_in_flight=0)
+    config = IngestConfig(
+        samples_per_shard=samples_per_shard,
+        verify="header",
+        shards_in_flight=0,
+        max_removed_fraction=1,
+    )
     ingest(PhotoSource(images), url, config)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,12 +13,14 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import webdataset
 
+from pipeline.data.compact import compact
 from pipeline.data.dataset import Dataset
+from pipeline.data.info import describe, rejects
 from pipeline.data.ingest import IngestConfig, ingest
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.webdataset import WebDatasetSourceConfig
 from pipeline.data.verify import verify
-from pipeline.errors import ConfigError, FeatureError, ShardError
+from pipeline.errors import ClusterError, ConfigError, FeatureError, RejectError, ShardError
 from pipeline.vision import extract as module
 from pipeline.vision.extract import ExtractConfig, ExtractProgress, ExtractReport, extract
 from pipeline.vision.grid import GridConfig
@@ -131,7 +134,7 @@ def test_card_says_what_made_the_features(tmp_path: Path) -> None:
     assert environment["libraries"]["torch"]
     invariance = environment["batch_invariance"]
     assert 0 <= invariance["largest_difference"] <= invariance["tolerance"]
-    assert invariance["images"] == 4  # of the first shard
+    assert invariance["images"] == 5  # of the first shards
 
 
 def test_other_libraries_are_added_to_the_card(tmp_path: Path) -> None:
@@ -147,16 +150,93 @@ def test_other_libraries_are_added_to_the_card(tmp_path: Path) -> None:
     assert versions == ["1.0", np.__version__]
 
 
-def test_undecodable_image_stops_the_run_and_keeps_what_was_done(tmp_path: Path) -> None:
+LENIENT = HERE.model_copy(update={"max_reject_fraction": 0.2})
+
+
+def with_bad_ones(images: dict[str, bytes], *keys: str) -> dict[str, bytes]:
+    return images | {key: images[key][:-60] for key in keys}
+
+
+def test_an_image_of_which_nothing_can_be_made_costs_its_sample_alone(tmp_path: Path) -> None:
     images = pictures(12)
-    images["photo-3"] = images["photo-3"][:-60]
+    make_dataset(str(tmp_path), with_bad_ones(images, "photo-3"))
+    report = extract(str(tmp_path), PIXELS, LENIENT)
+    assert (report.num_images, report.rejects) == (12, {"truncated-image": 1})
+    split = Dataset.open(str(tmp_path)).split("train", report.extractor)
+    assert (split.num_samples, split.num_rejects) == (11, 1)
+    assert "photo-3" not in split.keys.tolist()
+    assert split.features(range(11)).values.shape[0] == 11
+    assert split.without_features().keys.tolist() == split.keys.tolist()
+    assert Dataset.open(str(tmp_path)).split("train").num_samples == 12
+    assert describe(str(tmp_path))["features"] == {report.extractor: 11}
+    assert describe(str(tmp_path))["feature_rejects"] == {report.extractor: {"truncated-image": 1}}
+    (listed,) = rejects(str(tmp_path)).to_pylist()
+    assert (listed["key"], listed["reason"]) == ("photo-3", "truncated-image")
+    assert listed["detail"].startswith(f"{report.extractor}: ")
+    found = verify(str(tmp_path))
+    assert found.faults == ()
+    coverage = found.features[report.extractor]
+    assert (coverage.num_samples, coverage.num_missing, coverage.num_rejects) == (11, 0, 1)
+
+
+def test_a_reject_is_left_alone_until_it_is_another_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = pictures(12)
+    make_dataset(str(tmp_path), with_bad_ones(images, "photo-3"))
+    extract(str(tmp_path), PIXELS, LENIENT)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_sidecar", None)
+        again = extract(str(tmp_path), PIXELS, LENIENT)
+    assert (again.num_shards, again.num_unchanged) == (0, 12)
+    assert again.rejects == {"truncated-image": 1}
+
     make_dataset(str(tmp_path), images)
-    with pytest.raises(FeatureError, match="sample 'photo-3'"):
+    mended = extract(str(tmp_path), PIXELS, LENIENT)
+    assert (mended.num_images, mended.rejects) == (1, {})
+    check_features(tmp_path, mended, images)
+    assert rejects(str(tmp_path)).num_rows == 0
+
+
+def test_more_rejects_than_allowed_stop_the_run_with_reasons_and_keep_what_was_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = pictures(12)
+    make_dataset(str(tmp_path), with_bad_ones(images, "photo-3", "photo-5"))
+    message = r"nothing of \d of 12 samples, .*max_reject_fraction=0\.01"
+    with pytest.raises(RejectError, match=message) as caught:
         extract(str(tmp_path), PIXELS, HERE)
-    images["photo-3"] = picture(3)
+    assert re.search("truncated-image: [12], for example 'photo-[35]'", str(caught.value))
+    report = extract(str(tmp_path), PIXELS, LENIENT)
+    assert report.rejects == {"truncated-image": 2}
+    monkeypatch.setattr(module, "write_sidecar", None)  # known by now: nothing is computed
+    with pytest.raises(RejectError, match="2 of 12"):
+        extract(str(tmp_path), PIXELS, HERE)
+
+
+def test_a_night_that_brings_bad_images_alone_adds_rejects_alone(tmp_path: Path) -> None:
+    images = pictures(12)
     make_dataset(str(tmp_path), images)
-    report = extract(str(tmp_path), PIXELS, HERE)
-    check_features(tmp_path, report, images)
+    first = extract(str(tmp_path), PIXELS, LENIENT)
+    card = tmp_path / "features" / first.extractor / "card.json"
+    document = json.loads(card.read_text())
+    document["environments"][0]["libraries"]["numpy"] = "0.1"  # to be measured again
+    card.write_text(json.dumps(document))
+    make_dataset(str(tmp_path), images | {"photo-20": picture(20)[:-60]})
+    second = extract(str(tmp_path), PIXELS, LENIENT)
+    assert (second.num_images, second.rejects) == (1, {"truncated-image": 1})
+
+
+def test_compaction_carries_rejects_over(tmp_path: Path) -> None:
+    images = with_bad_ones(pictures(12), "photo-3")
+    make_dataset(str(tmp_path), images, samples_per_shard=1)
+    name = extract(str(tmp_path), PIXELS, LENIENT).extractor
+    make_dataset(str(tmp_path), images, samples_per_shard=12)
+    compact(str(tmp_path))
+    report = extract(str(tmp_path), PIXELS, LENIENT)
+    assert (report.num_shards, report.rejects) == (0, {"truncated-image": 1})
+    assert Dataset.open(str(tmp_path)).split("train", name).num_samples == 11
+    assert verify(str(tmp_path)).faults == ()
 
 
 def test_missing_weights_are_refused_before_any_work(tmp_path: Path) -> None:
@@ -213,6 +293,15 @@ def test_ray_is_started_only_for_work_that_needs_it(tmp_path: Path) -> None:
     extract(str(tmp_path), PIXELS, ExtractConfig(actors=1), start_ray=started)
 
 
+class DyingWorker:
+    """An actor whose network kills its process."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def environment(self, _plans: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.usefixtures("ray_local")
 class TestOnActors:
     def test_actors_give_the_bytes_that_one_process_gives(self, tmp_path: Path) -> None:
@@ -247,10 +336,10 @@ class TestOnActors:
         assert {path: path.stat().st_mtime_ns for path in finished} == finished
 
     def test_error_in_an_actor_is_raised_as_it_is(self, tmp_path: Path) -> None:
-        images = pictures(6)
-        images["photo-3"] = images["photo-3"][:-60]
-        make_dataset(str(tmp_path), images)
-        with pytest.raises(FeatureError, match="sample 'photo-3'") as refused:
+        make_dataset(str(tmp_path), pictures(6))
+        shard = min((tmp_path / "shards" / "train").iterdir())
+        shard.write_bytes(shard.read_bytes()[:700])
+        with pytest.raises(ShardError, match=shard.name) as refused:
             extract(str(tmp_path), PIXELS, ExtractConfig(actors=1))
         assert "Traceback" not in str(refused.value)
 
@@ -260,13 +349,24 @@ class TestOnActors:
         report = extract(str(tmp_path), PIXELS, ExtractConfig(actors=5, cpus_per_actor=1))
         check_features(tmp_path, report, images)
 
-    def test_cluster_without_room_for_one_actor_is_reported(
+    def test_a_ray_of_its_own_without_room_for_one_actor_is_refused(self, tmp_path: Path) -> None:
+        make_dataset(str(tmp_path), pictures(2))
+        for asked, fault in (
+            ({"cpus_per_actor": 64}, "1 x 64 CPU asked for, and this machine has 2 CPU"),
+            ({"gpus_per_actor": 1}, "1 x 1 CPU and 1 GPU asked for, and this machine has 2 CPU"),
+        ):
+            pool = ExtractConfig.model_validate({"actors": 1, **asked})
+            with pytest.raises(ConfigError, match=f"extract: {fault}"):
+                extract(str(tmp_path), PIXELS, pool)
+
+    def test_an_actor_that_dies_again_and_again_names_its_shard(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "START_TIMEOUT_SECONDS", 3.0)
+        monkeypatch.setattr(module, "SHARD_RETRIES", 1)
         make_dataset(str(tmp_path), pictures(2))
-        with pytest.raises(FeatureError, match="asks for 64 CPUs and 0 GPUs, and the cluster has"):
-            extract(str(tmp_path), PIXELS, ExtractConfig(actors=1, cpus_per_actor=64))
+        monkeypatch.setattr(module, "_Worker", DyingWorker)
+        with pytest.raises(ClusterError, match=r"lost 2 times, with its node .* over shard \w+"):
+            extract(str(tmp_path), PIXELS, ExtractConfig(actors=1))
 
     def _workers(self) -> list[int]:
         found: list[Any] = []

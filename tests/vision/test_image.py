@@ -1,4 +1,5 @@
 import io
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from pipeline.data.image_pixels import Pixels
-from pipeline.errors import FeatureError
+from pipeline.errors import FeatureError, UnusableImageError
 from pipeline.vision.image import (
     CentreCrop,
+    PaddedCentreCrop,
     Resize,
     ResizeBicubic,
     ResizeShortSide,
-    ResizeShortSideBicubic,
+    ResizeShortSideTo,
     ResizeWithin,
     decode,
     describe,
@@ -144,7 +146,7 @@ def test_floating_point_image_is_refused() -> None:
 def test_truncated_image_is_refused(kind: str, share: float) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
     payload = encode(Image.fromarray(noise), kind)
-    with pytest.raises(FeatureError, match="not a readable image"):
+    with pytest.raises(FeatureError, match="not a usable image"):
         decode(payload[: int(share * len(payload))])
 
 
@@ -217,8 +219,28 @@ def test_the_cubic_filter_gives_the_same_size_and_other_pixels() -> None:
     view = (0.0, 0.0, 1.0, 1.0)
     for linear, cubic in (
         (Resize(20), ResizeBicubic(20)),
-        (ResizeShortSide(20), ResizeShortSideBicubic(20)),
+        (ResizeShortSide(20), ResizeShortSideTo(20, "BICUBIC")),
     ):
         a, b = linear(pixels, view)[0], cubic(pixels, view)[0]
         assert a.shape == b.shape
         assert (a != b).any()
+
+
+def test_a_picture_that_would_grow_without_bound_is_refused() -> None:
+    line = encode(Image.new("RGB", (65_000, 1)), "PNG")
+    with pytest.raises(UnusableImageError, match="65000 × 1 pixels would become") as caught:
+        prepare(line, (ResizeShortSide(224),))
+    assert caught.value.reason == "oversized-image"
+    assert pickle.loads(pickle.dumps(caught.value)).reason == "oversized-image"
+
+
+def test_a_crop_beyond_the_picture_is_padded_and_odd_rests_are_rounded_down() -> None:
+    pixels = np.arange(5 * 4 * 3, dtype=np.uint8).reshape(5, 4, 3)
+    kept, view = PaddedCentreCrop(2)(pixels, WHOLE)
+    np.testing.assert_array_equal(kept, pixels[1:3, 1:3])
+    np.testing.assert_allclose(view, (1 / 4, 1 / 5, 3 / 4, 3 / 5))
+    kept, view = PaddedCentreCrop(6)(pixels, WHOLE)
+    np.testing.assert_array_equal(kept[1:, 1:5], pixels)
+    assert not kept[0].any()
+    assert not kept[:, [0, 5]].any()
+    np.testing.assert_allclose(view, (-1 / 4, -1 / 5, 5 / 4, 1))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.dataset import Dataset
-from pipeline.errors import FeatureError
+from pipeline.errors import ConfigError, FeatureError
 from pipeline.vision.extract import ExtractConfig, extract
 from pipeline.vision.extractor import from_card
 from pipeline.vision.imported import ImportedConfig, import_features, match
@@ -68,7 +68,7 @@ def test_samples_without_published_features_are_counted_and_not_hidden(tmp_path:
     with pytest.raises(FeatureError, match="2 of the 6 live samples"):
         Dataset.open(url).split("train", report.extractor)
     here = ExtractConfig(actors=0)
-    with pytest.raises(FeatureError, match="imported, and cannot be computed for a picture"):
+    with pytest.raises(ConfigError, match="imported, and cannot be computed for a picture"):
         extract(url, ImportedConfig.model_validate(report.card["config"]), here)
 
 

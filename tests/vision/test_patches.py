@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 from pipeline.errors import ConfigError, FeatureError
 from pipeline.vision.extractor import from_card
 from pipeline.vision.feature import INVARIANCE_TOLERANCE, measure_invariance
+from pipeline.vision.image import PaddedCentreCrop, ResizeBicubic, ResizeShortSideTo
 from pipeline.vision.patches import PatchesConfig
 
 SIZES: dict[str, Any] = {
@@ -216,10 +219,147 @@ def test_what_cannot_be_built_is_refused_beforehand(
         config.check()
 
 
-def test_a_preprocessor_that_says_too_little_is_refused(
-    folders: dict[str, str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda file: {key: file[key] for key in ("image_mean", "resample")}, "say image_std"),
+        (lambda file: file | {"resample": 9}, "resample 9: expected 0"),
+        (lambda file: file | {"size": {"height": 32, "width": 24}}, "expected shortest_edge"),
+        (
+            lambda file: file | {"size": {"shortest_edge": 32}, "do_center_crop": False},
+            "set extractor.fit to",
+        ),
+        (lambda file: file | {"image_processor_type": "Nobodys"}, "cannot be had"),
+    ],
+)
+def test_a_preprocessor_that_cannot_be_followed_is_refused(
+    folders: dict[str, str],
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], dict[str, Any]],
+    words: str,
 ) -> None:
     (tmp_path / "config.json").write_bytes((Path(folders["vit"]) / "config.json").read_bytes())
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | {"resample": 1}))
-    with pytest.raises(FeatureError, match="resample 2 or 3"):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(change(PREPROCESSOR)))
+    with pytest.raises(FeatureError, match=words):
         PatchesConfig(network=str(tmp_path), weights="random").check()
+
+
+# As the authors' files have them; sizes are those of small networks.
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "clip": {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 32},
+        "crop_size": {"height": 32, "width": 32},
+        "resample": 3,
+    },
+    "clip of before": {
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "size": 32,
+        "crop_size": 32,
+        "do_center_crop": True,
+        "resample": 3,
+    },
+    "vit": {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": 32, "width": 32},
+        "resample": 2,
+    },
+    "dinov2": {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": 36},
+        "crop_size": {"height": 32, "width": 32},
+        "do_center_crop": True,
+        "resample": 3,
+    },
+    "deit": {
+        "image_processor_type": "DeiTImageProcessor",
+        "size": {"height": 40, "width": 40},
+        "crop_size": {"height": 32, "width": 32},
+        "do_center_crop": True,
+        "resample": 3,
+    },
+    "siglip": {
+        "image_processor_type": "SiglipImageProcessor",
+        "size": {"height": 32, "width": 32},
+        "resample": 3,
+    },
+    "a crop beyond the picture": {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 25},
+        "crop_size": {"height": 32, "width": 32},
+        "resample": 1,
+    },
+    "neither rescaled nor normalized": {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": 32, "width": 32},
+        "do_rescale": False,
+        "do_normalize": False,
+        "resample": 0,
+    },
+    "to minus one and one": {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": 32, "width": 32},
+        "rescale_factor": 1 / 127.5,
+        "image_mean": 1.0,
+        "image_std": 1.0,
+        "resample": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_pictures_of_all_sizes_are_seen_as_transformers_shows_them(
+    folders: dict[str, str], tmp_path: Path, processor: str
+) -> None:
+    shutil.copytree(folders["vit"], tmp_path / "network")
+    document = {key: PREPROCESSOR[key] for key in ("image_mean", "image_std")}
+    (tmp_path / "network" / "preprocessor_config.json").write_text(
+        json.dumps(document | PROCESSORS[processor])
+    )
+    extractor = PatchesConfig(network=str(tmp_path / "network")).load("cpu")
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "network", backend="pil")
+    raw = theirs.from_dict(theirs.to_dict() | {"do_rescale": False, "do_normalize": False})
+    rng = np.random.default_rng(0)
+    sizes = [(32, 32), (33, 40), (31, 20), (64, 47), (200, 33), (35, 300)]
+    sizes += [tuple(side) for side in rng.integers(16, 120, (60, 2)).tolist()]
+    for width, height in sizes:
+        pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+        prepared = extractor.prepare(png(pixels))
+        expected = raw(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]
+        assert np.array_equal(prepared.pixels, expected.transpose(1, 2, 0)), (width, height)
+        x1, y1, x2, y2 = prepared.view
+        assert 0 <= (x1 + x2) / 2 <= 1
+        assert 0 <= (y1 + y2) / 2 <= 1
+    seen: list[torch.Tensor] = []
+    extractor._tower.register_forward_pre_hook(
+        lambda _module, _inputs, options: seen.append(options["pixel_values"]), with_kwargs=True
+    )
+    extractor.extract([prepared])
+    wanted = theirs(Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
+    # Division by 255 against multiplication with its inverse: a unit in the last place.
+    np.testing.assert_allclose(seen[0], wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_the_sizes_of_the_file_are_scaled_with_the_image_size(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(folders["dinov2"], tmp_path / "network")
+    (tmp_path / "network" / "preprocessor_config.json").write_text(
+        json.dumps(PREPROCESSOR | PROCESSORS["dinov2"])
+    )
+    extractor = PatchesConfig(network=str(tmp_path / "network"), image_size=64).load("cpu")
+    assert extractor.steps == (ResizeShortSideTo(72, "BICUBIC"), PaddedCentreCrop(64))
+    stretched = PatchesConfig(network=str(tmp_path / "network"), fit="stretch").load("cpu")
+    assert stretched.steps == (ResizeBicubic(32),)
+    cropped = PatchesConfig(network=str(tmp_path / "network"), fit="crop").load("cpu")
+    assert cropped.steps == (ResizeShortSideTo(32, "BICUBIC"), PaddedCentreCrop(32))
+    (feature,) = extractor.extract([extractor.prepare(png(np.zeros((90, 50, 3), np.uint8)))])
+    assert feature.boxes is not None
+    assert (feature.boxes >= 0).all()
+    assert (feature.boxes <= 1).all()
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()

@@ -14,7 +14,7 @@ from pipeline.vision.feature import Extractor, Feature
 from pipeline.vision.grid import GridConfig
 from pipeline.vision.image import Prepared
 from pipeline.vision.pixels import PixelsConfig
-from pipeline.vision.sidecar import SidecarPlan, first_images, shard_images, write_sidecar
+from pipeline.vision.sidecar import SidecarPlan, prepared_images, shard_images, write_sidecar
 from tests.vision.photo_dataset import make_dataset, pictures
 
 PIXELS = PixelsConfig(image_size=12, patch_size=4).build()
@@ -98,11 +98,34 @@ def cut_short(images: dict[str, bytes], key: str) -> dict[str, bytes]:
     return images | {key: images[key][:-60]}
 
 
-def test_undecodable_live_image_is_named_and_nothing_is_published(tmp_path: Path) -> None:
-    make_dataset(str(tmp_path), cut_short(pictures(5), "photo-3"), samples_per_shard=5)
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_an_image_of_which_nothing_can_be_made_is_listed_with_the_reason(
+    tmp_path: Path, batch_size: int
+) -> None:
+    images = cut_short(cut_short(pictures(5), "photo-3"), "photo-0")
+    make_dataset(str(tmp_path), images, samples_per_shard=5)
     (plan,) = plans(tmp_path)
-    with pytest.raises(FeatureError, match=rf"{plan.shard}\.tar: sample 'photo-3': not a readable"):
-        write(plan)
+    written = write_sidecar(PIXELS, plan, files(), batch_size, threads=2)
+    rows = {row["key"]: row for row in written.rows.to_pylist()}
+    assert {key: row["reason"] for key, row in rows.items()} == {
+        "photo-0": "truncated-image",
+        "photo-1": None,
+        "photo-2": None,
+        "photo-3": "truncated-image",
+        "photo-4": None,
+    }
+    assert "bytes" in rows["photo-3"]["detail"]
+    with tarfile.open(tmp_path / "features" / PIXELS.name / f"{plan.shard}.tar") as tar:
+        assert sorted(tar.getnames()) == [f"photo-{number}.npy" for number in (1, 2, 4)]
+
+
+def test_a_shard_of_which_nothing_can_be_made_has_no_sidecar(tmp_path: Path) -> None:
+    images = {key: image[:-60] for key, image in pictures(3).items()}
+    make_dataset(str(tmp_path), images)
+    (plan,) = plans(tmp_path)
+    written = write_sidecar(PIXELS, plan, files(), 2, threads=2)
+    assert written.rows["reason"].to_pylist() == ["truncated-image"] * 3
+    assert written.size_bytes == 0
     assert list((tmp_path / "features" / PIXELS.name).iterdir()) == []
 
 
@@ -111,7 +134,10 @@ def test_undecodable_image_that_is_no_longer_live_has_no_feature(tmp_path: Path)
     (plan,) = plans(tmp_path, live={"photo-0", "photo-1"})
     with tarfile.open(write(plan)) as tar:
         assert sorted(tar.getnames()) == [f"photo-{number}.npy" for number in (0, 1, 2, 4)]
-    assert len(first_images(plan, files(), 9)) == 2
+    assert len(prepared_images(PIXELS, [plan], files(), 9)) == 2
+    (plan,) = plans(tmp_path)
+    assert len(prepared_images(PIXELS, [plan, plan], files(), 9)) == 2 * 4
+    assert len(prepared_images(PIXELS, [plan, plan], files(), 5)) == 5
 
 
 @pytest.mark.parametrize("size_bytes", [600, 4096, 4608, 5000])
@@ -147,6 +173,26 @@ class FailingExtractor:
 
     def exact(self) -> Self:
         return self
+
+
+def test_a_shard_with_a_damaged_header_is_never_read_in_part(tmp_path: Path) -> None:
+    make_dataset(str(tmp_path), pictures(4), samples_per_shard=4)
+    (plan,) = plans(tmp_path)
+    shard = Path(plan.location())
+    whole = shard.read_bytes()
+    with tarfile.open(shard) as tar:
+        header = tar.getmembers()[4].offset
+    flipped = bytearray(whole)
+    flipped[header + 150] ^= 1
+    lost = whole[:header] + bytes(512) + whole[header + 512 :]
+    for damaged in (bytes(flipped), lost, whole[:header], whole[: header + 100], whole + whole):
+        shard.write_bytes(damaged)
+        with pytest.raises(ShardError, match=rf"{shard.name}: cannot be read \(.*found"):
+            list(shard_images(plan, files()))
+        with pytest.raises(ShardError, match="cannot be read"):
+            write(plan)
+    shard.write_bytes(whole)
+    assert len(list(shard_images(plan, files()))) == 4
 
 
 def test_failing_network_stops_the_shard_and_names_the_samples(tmp_path: Path) -> None:

@@ -1,16 +1,29 @@
 import io
 import zipfile
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from pipeline.config import check
 from pipeline.errors import ConfigError, FeatureError
 from pipeline.vision.video import FramesConfig, choose, has_frames, read_frames
 from pipeline.vision.window import Window
-from tests.vision.video_files import HEIGHT, WIDTH, dicom, folder, frame, level, turned, video
+from tests.vision.video_files import (
+    HEIGHT,
+    WIDTH,
+    dicom,
+    folder,
+    frame,
+    level,
+    turned,
+    video,
+    with_cover,
+)
 
 EIGHT = FramesConfig(count=8)
 
@@ -62,6 +75,55 @@ def test_a_folder_of_frames_has_the_stated_rate() -> None:
     assert numbers(folder(10), config) == [(0.4, 2), (1.4, 7)]
     with pytest.raises(FeatureError, match=r"set extractor\.frames\.folder_rate"):
         read_frames(folder(2), EIGHT)
+
+
+def test_frames_of_a_folder_are_in_the_order_of_their_numbers() -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for number in (10, 11, 12, *range(1, 10)):
+            png = io.BytesIO()
+            Image.fromarray(frame(number)).save(png, "PNG")
+            archive.writestr(f"clip/{number}.png", png.getvalue())
+            archive.writestr(f"__MACOSX/clip/._{number}.png", b"no picture")
+    found = numbers(buffer.getvalue(), FramesConfig(rate=1, folder_rate=1))
+    assert found == [(float(number - 1), number) for number in range(1, 13)]
+
+
+def test_a_frame_that_is_none_is_named() -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("clip/7.png", b"words")
+    with pytest.raises(FeatureError, match=r"folder of frames: clip/7\.png: not a usable image"):
+        read_frames(buffer.getvalue(), FramesConfig(rate=1, folder_rate=1))
+
+
+def test_the_frames_are_those_of_the_video_and_not_its_cover() -> None:
+    assert numbers(with_cover(video(30)), EIGHT) == numbers(video(30), EIGHT)
+
+
+def test_times_are_those_of_the_file_and_begin_at_0() -> None:
+    stamps = [0, 50, 100, 150, 200, 1000, 2000, 3000, 4000, 5000]
+    found = numbers(at_times([10_000 + stamp for stamp in stamps]), FramesConfig(rate=1))
+    assert [number for _, number in found] == [0, 5, 6, 7, 8, 9]
+    assert [seconds for seconds, _ in found] == pytest.approx([0, 1, 2, 3, 4, 5], abs=1e-3)
+
+
+def at_times(milliseconds: list[int]) -> bytes:
+    """A Matroska file whose frames begin at these times."""
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as container:
+        stream: Any = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.options = {"crf": "10"}
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for number, stamp in enumerate(milliseconds):
+            shown = av.VideoFrame.from_ndarray(frame(number), format="rgb24")
+            shown.pts, shown.time_base = stamp, Fraction(1, 1000)
+            container.mux(stream.encode(shown))
+        container.mux(stream.encode())
+    return buffer.getvalue()
 
 
 def test_a_short_video_gives_each_frame_once() -> None:
@@ -122,6 +184,15 @@ def test_a_dicom_of_several_images_is_a_video(stated: dict[str, float], seconds:
     if not stated:
         with pytest.raises(FeatureError, match=r"set extractor\.frames\.folder_rate"):
             read_frames(payload, FramesConfig(count=3), window)
+
+
+def test_a_dicom_whose_images_begin_at_uneven_times_is_a_video_of_these() -> None:
+    values = np.stack([np.full((4, 6), level) for level in (0, 50, 100)])
+    pixels = values.astype("<i2").tobytes()
+    payload = dicom(values[0], NumberOfFrames=3, PixelData=pixels, FrameTimeVector=[0, 200, 800])
+    found = read_frames(payload, FramesConfig(rate=2), Window(center=50.5, width=101))
+    assert [second for second, _ in found] == pytest.approx([0, 0.2, 1.0])
+    assert [int(picture[0, 0, 0]) for _, picture in found] == [0, 128, 255]
 
 
 def test_the_window_is_that_of_frames_too() -> None:

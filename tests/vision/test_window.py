@@ -4,9 +4,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
 
 from pipeline.errors import FeatureError
 from pipeline.vision.image import Resize, decode, describe
+from pipeline.vision.video import FramesConfig, read_frames
 from pipeline.vision.window import Window, apply_window
 from tests.vision.video_files import dicom
 
@@ -30,7 +33,6 @@ def test_values_within_the_window_become_grey_and_others_black_or_white() -> Non
 
 
 def test_windowing_is_that_of_pydicom() -> None:
-    from pydicom.dataset import Dataset
     from pydicom.pixels.processing import apply_windowing
 
     values = np.arange(0, 4096, 7).astype(np.uint16)
@@ -48,6 +50,41 @@ def test_a_dicom_is_rescaled_to_its_units_before_the_window() -> None:
     found = grey(payload, TISSUE)
     assert found[0] == [0, 0, 128]
     assert found[1][2] == 255
+
+
+def test_each_image_of_an_enhanced_file_has_its_own_units_and_window() -> None:
+    groups = []
+    for slope, center in ((1, 40), (2, 1000)):
+        units, view, of_image = Dataset(), Dataset(), Dataset()
+        units.RescaleSlope, units.RescaleIntercept = slope, -1024
+        view.WindowCenter, view.WindowWidth = center, 400
+        of_image.PixelValueTransformationSequence = Sequence([units])
+        of_image.FrameVOILUTSequence = Sequence([view])
+        groups.append(of_image)
+    values = np.stack([VALUES + 1024, (VALUES + 1024) // 2])
+    payload = dicom(
+        values, Rows=2, Columns=3, NumberOfFrames=2, FrameTime=100,
+        PerFrameFunctionalGroupsSequence=Sequence(groups),
+    )  # fmt: skip
+    (_, first), (_, second) = read_frames(payload, FramesConfig(count=2), TISSUE)
+    assert first[:, :, 0].tolist() == grey(dicom(VALUES), TISSUE)
+    assert second[0, :, 0].tolist() == [0, 0, 128]
+    (_, first), (_, second) = read_frames(payload, FramesConfig(count=2), "stored")
+    assert first[:, :, 0].tolist() == grey(dicom(VALUES), TISSUE)
+    assert second[:, :, 0].tolist() == [[0, 0, 0], [0, 0, 255]]
+
+
+def test_a_palette_is_looked_up_and_never_windowed() -> None:
+    indices = np.array([[0, 1, 2]])
+    tables: dict[str, Any] = {}
+    for name, entries in (("Red", [0, 255, 0]), ("Green", [0, 0, 255]), ("Blue", [9, 0, 0])):
+        tables[f"{name}PaletteColorLookupTableDescriptor"] = [3, 0, 8]
+        tables[f"{name}PaletteColorLookupTableData"] = bytes([*entries, 0])
+    payload = dicom(
+        indices, PhotometricInterpretation="PALETTE COLOR", PixelRepresentation=0, **tables
+    )
+    for window in (None, TISSUE, "stored"):
+        assert decode(payload, window).tolist() == [[[0, 0, 9], [255, 0, 0], [0, 255, 0]]]
 
 
 def test_the_window_that_a_file_states_is_used_if_asked_for() -> None:
@@ -71,7 +108,7 @@ def test_monochrome1_is_turned_over() -> None:
 
 
 def test_damaged_and_many_framed_dicoms_are_refused() -> None:
-    with pytest.raises(FeatureError, match="not a readable DICOM image"):
+    with pytest.raises(FeatureError, match=r"not a usable image: [a-z-]+: a DICOM image"):
         decode(dicom(VALUES)[:-6], TISSUE)
     several = np.zeros((4, 2, 3), np.int16)
     payload = dicom(several, Rows=2, Columns=3, NumberOfFrames=4)

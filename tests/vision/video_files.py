@@ -22,8 +22,14 @@ def frame(number: int) -> np.ndarray:
     return pixels
 
 
-def video(count: int, rate: int = 10, form: str = "mp4", key_frame_every: int = 8) -> bytes:
-    """Encodes `count` frames: H.264 in mp4, VP8 in webm."""
+def video(
+    count: int,
+    rate: int = 10,
+    form: str = "mp4",
+    key_frame_every: int = 8,
+    corner: bool = False,
+) -> bytes:
+    """Encodes `count` frames: H.264 in mp4, VP8 in webm. A `corner` is grey, the left upper one."""
     import av
 
     buffer = io.BytesIO()
@@ -33,17 +39,45 @@ def video(count: int, rate: int = 10, form: str = "mp4", key_frame_every: int = 
         stream.gop_size = key_frame_every
         stream.options = {"crf": "10", "b": "2M"}
         for number in range(count):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame(number), format="rgb24")))
+            pixels = frame(number)
+            if corner:
+                pixels[:12, :8] = 128
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
     return buffer.getvalue()
 
 
 def turned(payload: bytes) -> bytes:
     """Sets the matrix of an mp4's track to a quarter turn clockwise, as phones do."""
+    return with_matrix(payload, (0, 1, -1, 0))
+
+
+def with_matrix(payload: bytes, matrix: tuple[int, int, int, int]) -> bytes:
+    """Sets the matrix of an mp4's track: a, b, c and d, without the shift that goes with them."""
     at = payload.index(b"tkhd") + 44
-    one = 1 << 16
-    matrix = np.array([0, one, 0, -one, 0, 0, HEIGHT * one, 0, 1 << 30], ">i4").tobytes()
-    return payload[:at] + matrix + payload[at + len(matrix) :]
+    a, b, c, d = (value << 16 for value in matrix)
+    written = np.array([a, b, 0, c, d, 0, 0, 0, 1 << 30], ">i4").tobytes()
+    return payload[:at] + written + payload[at + len(written) :]
+
+
+def boxed(kind: bytes, content: bytes) -> bytes:
+    """Returns a box of an mp4."""
+    return (len(content) + 8).to_bytes(4, "big") + kind + content
+
+
+def with_cover(payload: bytes, *others: bytes, only: bool = False) -> bytes:
+    """Puts a cover before the tracks of an mp4, as iTunes does; `only`: the tracks are gone."""
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64), "white").save(picture, "JPEG")
+    cover = boxed(b"covr", boxed(b"data", bytes([0, 0, 0, 13, 0, 0, 0, 0]) + picture.getvalue()))
+    handler = boxed(b"hdlr", bytes(8) + b"mdirappl" + bytes(9))
+    listed = boxed(b"ilst", cover + b"".join(others))
+    added = boxed(b"udta", boxed(b"meta", bytes(4) + handler + listed))
+    at = payload.index(b"moov") - 4  # behind the frames, which stay where they are
+    end = at + int.from_bytes(payload[at : at + 4], "big")
+    header = at + 8 + int.from_bytes(payload[at + 8 : at + 12], "big")
+    tracks = b"" if only else payload[header:end]
+    return payload[:at] + boxed(b"moov", payload[at + 8 : header] + added + tracks) + payload[end:]
 
 
 def folder(count: int) -> bytes:

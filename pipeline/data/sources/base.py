@@ -15,6 +15,7 @@ import xxhash
 from pipeline.config import Config
 from pipeline.data.foreign_tar import ForeignTar
 from pipeline.data.sample import Texts
+from pipeline.errors import SourceError
 
 
 class Record(msgspec.Struct, frozen=True):  # a dataclass takes ten times as long to make
@@ -23,7 +24,7 @@ class Record(msgspec.Struct, frozen=True):  # a dataclass takes ten times as lon
     `image` is a locator that the same source's `read` understands. `suffix` names the image
     part (`jpg`, `png`, `webp`). `detail` says what was left out of the texts, if anything. Where
     the image is to be left where it lies, `tar` is that tar's `ForeignTar.name`, with the image's
-    offset and size in it, in bytes.
+    offset and size in it, in bytes. `num_entries` of the source's index went into it: rows, files.
     """
 
     key: str
@@ -36,6 +37,7 @@ class Record(msgspec.Struct, frozen=True):  # a dataclass takes ten times as lon
     tar: str = ""
     image_offset: int = -1
     image_size: int = -1
+    num_entries: int = 1
 
 
 class Reject(msgspec.Struct, frozen=True):
@@ -43,7 +45,7 @@ class Reject(msgspec.Struct, frozen=True):
 
     A record rejected here is looked at again when its fingerprint or reason changes. `remains` is
     what there is of it, the image (else "") or the texts: another source may have the rest. `tar`
-    is that of a record.
+    and `num_entries` are those of a record.
     """
 
     key: str
@@ -53,6 +55,7 @@ class Reject(msgspec.Struct, frozen=True):
     fingerprint: str
     remains: Record | None = None
     tar: str = ""
+    num_entries: int = 1
 
 
 class Source(Protocol):
@@ -73,6 +76,44 @@ class Source(Protocol):
         StorageError if reading failed for a passing reason, which stops the run.
         """
         ...
+
+
+@runtime_checkable
+class IndexedSource(Source, Protocol):
+    """A source that can tell how many entries it has without making records of them."""
+
+    def index(self) -> Mapping[str, int]:
+        """Returns the number of entries by file or folder; called once all are listed.
+
+        Counted by other means than `records` has, as far as they are cheap: what a file says of
+        itself, its lines, the names in a folder.
+        """
+        ...
+
+
+def accounted(source: Source) -> Iterator[Record | Reject]:
+    """Yields what a source lists, and raises SourceError if entries of its index are in nothing."""
+    num_entries = 0
+    for entry in source.records():
+        num_entries += entry.num_entries
+        yield entry
+    if isinstance(source, IndexedSource):
+        index = source.index()
+        expected = sum(index.values())
+        if num_entries != expected:
+            counts = ", ".join(f"{location} has {number}" for location, number in index.items())
+            raise SourceError(
+                f"{counts}: of {expected} entries, {num_entries} are in records or rejects; "
+                "nothing was changed. If a file was written to meanwhile, the same command does "
+                "it; else the source is read wrongly, and that is a bug worth a report"
+            )
+
+
+@runtime_checkable
+class ConfiguredSource(Source, Protocol):
+    """A source that a recipe's settings have made."""
+
+    config: "SourceConfig"
 
 
 @dataclass(frozen=True)

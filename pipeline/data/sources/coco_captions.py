@@ -11,7 +11,7 @@ Official files of 2014 and 2017 and any file of that shape. What becomes of each
 An image or a caption that is not what the format says is a `malformed-record`, and costs itself.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, Self
 
 import msgspec
@@ -54,11 +54,17 @@ class CocoCaptionsSource:
 
     def __init__(self, config: CocoCaptionsSourceConfig) -> None:
         self.config = config
+        self._num_entries: dict[str, int] = {}
+
+    def index(self) -> Mapping[str, int]:
+        """Returns how many images and annotations each file lists."""
+        return self._num_entries
 
     def records(self) -> Iterator[Record | Reject]:
         """Lists the images of every file in its order, then the images that only captions name."""
         annotations = self.config.annotations
         files = {"": annotations} if isinstance(annotations, str) else annotations
+        self._num_entries = {}
         for split, location in files.items():
             yield from self._file(storage.absolute(location), split)
 
@@ -70,11 +76,13 @@ class CocoCaptionsSource:
         folder = ImageFolders(*folders_of(self.config.images, split))
         document = read_json(location, _KIND)
         images, annotations = document.list("images"), document.list("annotations")
+        self._num_entries[f"{split} {location}".lstrip()] = len(images) + len(annotations)
         image_at = images.reader(_Image, _Image.checked)
         caption_at = annotations.reader(_Caption, _Caption.checked)
         captions = Groups(annotations, "image_id")
-        known = set()
+        known: set[Identity] = set()
         for image in images.made(image_at, range(len(images))):
+            is_first = image.id not in known
             known.add(image.id)
             places = captions.places(image.id)
             found = _Captions(image.id, annotations.made(caption_at, places))
@@ -85,6 +93,7 @@ class CocoCaptionsSource:
                 texts=found.texts,
                 detail=found.dropped,
                 fault=found.fault,
+                num_entries=1 + found.num_listed if is_first else 1,
             )
         for image_id, entries in captions.beside(known):
             usable = [*annotations.checked(_Caption.checked, entries)]
@@ -100,7 +109,15 @@ class CocoCaptionsSource:
         split = split or hash_split(key, self.config.validation_fraction)
         remains = Record(key, split, "", "", texts, fingerprint("", texts))
         detail = f"{len(captions)} captions name image {image_id!r}, which {location} does not list"
-        return Reject(key, split, "unknown-image", detail, remains.fingerprint, remains)
+        return Reject(
+            key,
+            split,
+            "unknown-image",
+            detail,
+            remains.fingerprint,
+            remains,
+            num_entries=len(captions),
+        )
 
 
 class _Image(msgspec.Struct):
@@ -133,7 +150,7 @@ class _Captions:
             if annotation.image_id == image_id
         ]
         kept = dict.fromkeys(entry for entry in words if entry[1])
-        self._num_listed = len(words)
+        self.num_listed = len(words)
         self._num_empty = sum(not caption for _, caption in words)
         self.texts = Texts(image_id, captions=tuple(caption for _, caption in kept))
 
@@ -142,17 +159,17 @@ class _Captions:
         """Why there is nothing to keep, or None."""
         if self.texts.captions:
             return None
-        if not self._num_listed:
+        if not self.num_listed:
             return "no-captions", f"image {self.texts.image_id!r}: nothing describes it"
-        detail = f"image {self.texts.image_id!r}: its {self._num_listed} captions are empty"
+        detail = f"image {self.texts.image_id!r}: its {self.num_listed} captions are empty"
         return "empty-captions", detail
 
     @property
     def dropped(self) -> str:
         """Says what was left out, or nothing."""
-        if self._num_listed == len(self.texts.captions):
+        if self.num_listed == len(self.texts.captions):
             return ""
-        repeated = self._num_listed - self._num_empty - len(self.texts.captions)
+        repeated = self.num_listed - self._num_empty - len(self.texts.captions)
         counts = {"empty": self._num_empty, "repeated": repeated}
         return ", ".join(
             f"{count} {kind} captions dropped" for kind, count in counts.items() if count

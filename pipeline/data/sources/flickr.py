@@ -14,7 +14,7 @@ A line that is not of this form is a `malformed-record`, and costs itself.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -62,6 +62,11 @@ class FlickrSource:
     def __init__(self, config: FlickrSourceConfig) -> None:
         self.config = config
 
+    def index(self) -> Mapping[str, int]:
+        """Returns how many lines the file of captions has, empty ones aside."""
+        lines = read_text(storage.absolute(self.config.captions)).split("\n")
+        return {self.config.captions: sum(not line.isspace() for line in lines if line)}
+
     def records(self) -> Iterator[Record | Reject]:
         """Lists the images in the order of their captions, then those that only a list names."""
         folders = ImageFolders(*folders_of(self.config.images, ""))
@@ -90,6 +95,7 @@ class FlickrSource:
                 texts=Texts(image_id, words),
                 detail=f"{num_empty} empty captions dropped" if num_empty else "",
                 fault=fault,
+                num_entries=len(captions.get(name, ())),
             )
 
     def read(self, record: Record) -> bytes:

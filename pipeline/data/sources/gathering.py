@@ -3,6 +3,7 @@
 A table has a row for each question and several files speak of one image; a sample has it all.
 """
 
+import contextlib
 import json
 import os
 import tempfile
@@ -18,6 +19,17 @@ import xxhash
 from pipeline.errors import StorageError
 
 
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        folder = tempfile.tempdir or os.environ.get("TMPDIR", "/tmp")
+        raise StorageError(
+            f"{folder}: cannot be written ({error}); TMPDIR names another folder"
+        ) from error
+
+
 class Gathering:
     """JSON values put under keys, given back key by key from an unnamed scratch file.
 
@@ -25,7 +37,8 @@ class Gathering:
     """
 
     def __enter__(self) -> Self:
-        self._file = tempfile.TemporaryFile(prefix="sightline-")
+        with _told():
+            self._file = tempfile.TemporaryFile(prefix="sightline-")
         self._hashes = array("Q")
         self._ends = array("Q", [0])
         return self
@@ -36,23 +49,24 @@ class Gathering:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of what could not be written; it is not needed now
+            self._file.close()
 
     def add(self, key: str, value: Any) -> None:
         """Puts a value under a key; raises StorageError if the scratch folder is full."""
         payload = json.dumps([key, value], separators=(",", ":")).encode()
-        try:
+        with _told():
             self._file.write(payload)
-        except OSError as error:
-            raise StorageError(
-                f"{tempfile.gettempdir()}: cannot be written ({error}); TMPDIR names another folder"
-            ) from error
         self._hashes.append(xxhash.xxh3_64_intdigest(key.encode()))
         self._ends.append(self._ends[-1] + len(payload))
 
     def groups(self) -> Iterator[tuple[str, list[Any]]]:
-        """Yields each key with its values in the order they were put, keys by their hashes."""
-        self._file.flush()
+        """Yields each key with its values in the order they were put, keys by their hashes.
+
+        Raises StorageError if the scratch folder is full.
+        """
+        with _told():
+            self._file.flush()
         hashes = np.frombuffer(self._hashes, np.uint64)
         order = np.argsort(hashes, kind="stable")
         stops = np.append(np.flatnonzero(np.diff(hashes[order])) + 1, len(order))

@@ -3,8 +3,9 @@
 Videos, DICOM and folders of frames (ZIP) are images here as everywhere in a dataset.
 
 What becomes of an image with its texts is decided here for all sources of this kind: no file is
-a `missing-image` reject, a name that is not an image's `unknown-suffix`, and a source adds its
-own reason where nobody has written anything about it.
+a `missing-image` reject, a name that is not an image's `unknown-suffix`, one that is not UTF-8
+`undecodable-name`, and a source adds its own reason where nobody has written anything about it. A
+link to nothing, a FIFO, a socket and a device are no files.
 
 A name leads to a file below the folders that the recipe names, also with `..` in it or as a whole
 location. One that leads elsewhere is a `forbidden-location` reject, and nothing is looked up there:
@@ -23,8 +24,9 @@ from pipeline.errors import SourceError, StorageError
 
 MEDIA = ("mp4", "mov", "webm", "mkv", "zip", "dcm")  # videos, frames in a ZIP, DICOM
 SUFFIXES = {
-    "jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp", "gif": "gif", "bmp": "bmp",
-    "tif": "tif", "tiff": "tif", "m4v": "mp4", **{suffix: suffix for suffix in MEDIA},
+    "jpg": "jpg", "jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "png": "png", "webp": "webp",
+    "gif": "gif", "bmp": "bmp", "tif": "tif", "tiff": "tif", "avif": "avif", "m4v": "mp4",
+    **{suffix: suffix for suffix in MEDIA},
 }  # fmt: skip
 
 _LAST_NUMBER = re.compile(r"(\d+)$")
@@ -36,20 +38,21 @@ _TO_BE_FOLLOWED = re.compile(r"(^|/)\.{0,2}(/|$)|://|\0")
 class ImageFile(NamedTuple):
     """An image that annotations speak of.
 
-    `stamp` changes when it does; None: there is none. `suffix` is the image part's; None: it is
-    not named as an image is. `forbidden` says why it may not be read. A tuple, because millions
-    are made.
+    `stamp` changes when it does; None: there is none, and `absence` says why. `suffix` is the
+    image part's; None: it is not named as an image is. `forbidden` says why it may not be read. A
+    tuple, because millions are made.
     """
 
     location: str
     stamp: str | None
     suffix: str | None
     forbidden: str = ""
+    absence: str = "no such file"
 
     @classmethod
-    def at(cls, location: str, stamp: str | None) -> "ImageFile":
+    def at(cls, location: str, stamp: str | None, absence: str = "no such file") -> "ImageFile":
         """Returns the file at a location, whose suffix its name says."""
-        return cls(location, stamp, SUFFIXES.get(location.rpartition(".")[2].lower()))
+        return cls(location, stamp, SUFFIXES.get(location.rpartition(".")[2].lower()), "", absence)
 
 
 class ImageFolders:
@@ -147,17 +150,22 @@ def listed(
     texts: Texts,
     detail: str = "",
     fault: tuple[str, str] | None = None,
+    num_entries: int = 1,
 ) -> Record | Reject:
     """Returns what an image with its texts is listed as.
 
     `fault` is the source's own reason against it, with a sentence: what the image itself is at
-    fault for comes first. `detail` says what was left out of the texts.
+    fault for comes first. `detail` says what was left out of the texts. `num_entries` of the
+    source's index went into it.
     """
-    location, stamp, suffix, forbidden = image
-    if forbidden:
+    location, stamp, suffix, forbidden, absence = image
+    if not is_utf8(location):
+        location, stamp = printable(location), None
+        fault = ("undecodable-name", f"{location}: its name is not UTF-8; rename it")
+    elif forbidden:
         fault = ("forbidden-location", forbidden)
     elif stamp is None:
-        fault = ("missing-image", f"{location}: no such file")
+        fault = ("missing-image", f"{location}: {absence}")
     elif suffix is None:
         expected = f"expected a name ending in .{', .'.join(SUFFIXES)}"
         fault = ("unknown-suffix", f"{location.rpartition('/')[2]!r}: {expected}")
@@ -170,10 +178,11 @@ def listed(
         texts=texts,
         fingerprint=fingerprint(f"{location} {stamp}", texts),
         detail=detail,
+        num_entries=num_entries,
     )
     if fault is None:
         return record
-    return Reject(key, split, *fault, record.fingerprint, remains=record)
+    return Reject(key, split, *fault, record.fingerprint, remains=record, num_entries=num_entries)
 
 
 def read_image(record: Record) -> bytes:
@@ -207,6 +216,19 @@ def _read_file(path: str) -> bytes:
         return payload
     finally:
         os.close(descriptor)
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a file's name, as the system gives it, is UTF-8."""
+    try:
+        return name.isascii() or bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def printable(name: str) -> str:
+    """Returns a name with its bytes that are not UTF-8 as `\\udce9` and the like."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def image_key(identity: int | str) -> str:

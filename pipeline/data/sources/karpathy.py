@@ -5,7 +5,7 @@ sentence's `raw` words. An image's key is its COCO id, or its file's name withou
 entry that is not what the format says is a `malformed-record`, and costs itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -55,11 +55,17 @@ class KarpathySource:
 
     def __init__(self, config: KarpathySourceConfig) -> None:
         self.config = config
+        self._num_entries: dict[str, int] = {}
+
+    def index(self) -> Mapping[str, int]:
+        """Returns how many images the file lists."""
+        return self._num_entries
 
     def records(self) -> Iterator[Record | Reject]:
         """Lists the images in the file's order."""
         folders = ImageFolders(*folders_of(self.config.images, ""))
         entries = read_json(storage.absolute(self.config.annotations), _KIND).list("images")
+        self._num_entries = {self.config.annotations: len(entries)}
         yield from entries.each(lambda entry: self._record(entry, folders))
         yield from entries.rejects("")
 

@@ -12,7 +12,7 @@ VisDial files it is found in, and so is the name of a Flickr image. For each key
   of the first source that lists it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -20,7 +20,14 @@ from msgspec.structs import replace
 from pydantic import Field
 
 from pipeline.data.sample import Texts
-from pipeline.data.sources.base import Record, Reject, Source, SourceConfig, with_texts
+from pipeline.data.sources.base import (
+    Record,
+    Reject,
+    Source,
+    SourceConfig,
+    accounted,
+    with_texts,
+)
 from pipeline.data.sources.coco_captions import CocoCaptionsSourceConfig
 from pipeline.data.sources.flickr import FlickrSourceConfig
 from pipeline.data.sources.folder import FolderSourceConfig
@@ -52,7 +59,7 @@ class MergedSourceConfig(SourceConfig):
     sources: list[Annotated[SingleSource, Field(discriminator="type")]] = Field(min_length=1)
 
     def build(self) -> "MergedSource":
-        return MergedSource([source.build() for source in self.sources])
+        return MergedSource(self)
 
     def leaves_images(self) -> bool:
         return any(source.leaves_images() for source in self.sources)
@@ -68,15 +75,24 @@ class MergedSourceConfig(SourceConfig):
 class MergedSource:
     """The join of several sources, gathered in a scratch file: 24 bytes of memory a record."""
 
-    def __init__(self, sources: list[Source]) -> None:
-        self.sources = sources
+    def __init__(self, config: MergedSourceConfig) -> None:
+        self.config = config
+        self.sources: list[Source] = [source.build() for source in config.sources]
+        self._num_listed: dict[str, int] = {}
+
+    def index(self) -> Mapping[str, int]:
+        """Returns how many records and rejects each source has listed."""
+        return self._num_listed
 
     def records(self) -> Iterator[Record | Reject]:
         """Lists the keys in the order of their hashes."""
         with Gathering() as found:
             for index, source in enumerate(self.sources):
-                for entry in source.records():
+                num_listed = 0
+                for entry in accounted(source):
                     found.add(entry.key, _packed(index, entry))
+                    num_listed += 1
+                self._num_listed[f"sources.{index}"] = num_listed
             for key, values in found.groups():
                 yield from _merged(key, [_unpacked(key, value) for value in values])
 
@@ -115,7 +131,7 @@ def _merged(key: str, found: list[_Listed]) -> Iterator[Record | Reject]:
     """Yields the sample of a key, then what a source lists under it for a second time."""
     first_of = {listed.index: listed for listed in reversed(found)}
     joined = sorted(first_of.values(), key=lambda listed: listed.index)
-    yield _joined(key, joined)
+    yield replace(_joined(key, joined), num_entries=len(joined))
     for listed in found:
         if listed is not first_of[listed.index]:
             yield listed.entry()

@@ -50,7 +50,7 @@ from pipeline.data.sources.image_files import (
 )
 from pipeline.data.sources.json_file import shown
 from pipeline.data.sources.splits import check_names, check_splits, hash_split
-from pipeline.data.sources.tables import Row, read_cell, rows, table_files
+from pipeline.data.sources.tables import Row, count_rows, read_cell, rows, table_files
 from pipeline.data.sources.text_columns import TextColumns, cell, gathered
 from pipeline.errors import ShardError, SourceError
 
@@ -146,6 +146,15 @@ class TableSource:
 
     def __init__(self, config: TableSourceConfig) -> None:
         self.config = config
+        self._num_rows: dict[str, int] = {}  # by file, of those that were read last
+
+    def index(self) -> Mapping[str, int]:
+        """Returns the rows of each file: as it says itself, else its lines, else as it was read."""
+        form = self.config.form()
+        return {
+            file: num_read if (counted := count_rows(file, form)) is None else counted
+            for file, num_read in self._num_rows.items()
+        }
 
     def records(self) -> Iterator[Record | Reject]:
         """Lists the rows that cannot be used, then the images in the order of their keys' hashes.
@@ -165,12 +174,15 @@ class TableSource:
         table, form = self.config.table, self.config.form()
         tables = {"": table} if isinstance(table, str) else table
         row, has_bytes = Row("", None), False
+        self._num_rows = {}
         for split, location in tables.items():
             unseen = set(self.config.columns())
             for file in table_files(storage.absolute(location), form):
                 images = storage.absolute(self.config.images or file.rpartition("/")[0])
                 stamp = storage.stamp(file)
+                self._num_rows[file] = 0
                 for row in rows(file, self.config.columns(), self.config.image, form):
+                    self._num_rows[file] += 1
                     unseen -= {name for name in unseen if _holds(row.values or {}, name)}
                     where = f"{file}: {row.place}"
                     try:
@@ -281,6 +293,7 @@ class TableSource:
                 texts=texts,
                 detail=f"also listed for {', '.join(others)}" if others else "",
                 fault=None if texts.num_texts else ("no-texts", "nothing is written about it"),
+                num_entries=len(of_image),
             )
 
     def _image_file(self, image: dict[str, str], folders: dict[str, ImageFolders]) -> ImageFile:

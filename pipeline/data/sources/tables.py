@@ -76,6 +76,21 @@ def rows(
             yield Row(f"line {found.number}", values, found.fault)
 
 
+def count_rows(location: str, form: TextForm) -> int | None:
+    """Returns how many rows a file has without reading one: Parquet's own number, JSONL's lines.
+
+    None where only reading the rows tells.
+    """
+    kind = _format(location, form)
+    if kind == ".parquet":
+        with storage.reader(location) as file:
+            return int(_open_parquet(file, location).metadata.num_rows)
+    if kind in (".jsonl", ".ndjson"):
+        with text_lines(location, form.encoding) as lines:
+            return sum(not line.isspace() for line in lines if line)
+    return None
+
+
 def read_cell(where: str) -> bytes:
     """Returns the image bytes that a Row spoke of; raises SourceError if the cell holds none."""
     location, _, place = where.rpartition("#")

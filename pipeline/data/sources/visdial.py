@@ -14,11 +14,12 @@ words. Dense annotations give one round of a dialog the relevance of each option
 The last round of a test dialog has options but neither an answer nor `gt_index`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal, Self
 
+import msgspec
 from pydantic import Field, model_validator
 
 from pipeline import storage
@@ -78,11 +79,17 @@ class VisdialSource:
 
     def __init__(self, config: VisdialSourceConfig) -> None:
         self.config = config
+        self._num_entries: dict[str, int] = {}
+
+    def index(self) -> Mapping[str, int]:
+        """Returns how many dialogs each file has."""
+        return self._num_entries
 
     def records(self) -> Iterator[Record | Reject]:
         """Lists the images of every file in its order."""
         dialogs, dense = self.config.dialogs, self.config.dense
         files = {"": dialogs} if isinstance(dialogs, str) else dialogs
+        self._num_entries = {}
         for split, location in files.items():
             judged = dense.get(split) if isinstance(dense, dict) else dense
             yield from self._file(location, judged, split)
@@ -98,6 +105,7 @@ class VisdialSource:
             document.list("data", "questions").strings(), document.list("data", "answers").strings()
         )
         listed_dialogs = document.list("data", "dialogs")
+        self._num_entries[f"{split} {location}".lstrip()] = len(listed_dialogs)
         dialogs = Groups(listed_dialogs, "image_id")
         judgements, judged = None, None
         if dense is not None:
@@ -116,6 +124,7 @@ class VisdialSource:
                 image=folders.numbered(image_id),
                 texts=texts,
                 fault=None if texts.num_rounds else ("no-rounds", "its dialogs have no round"),
+                num_entries=len(found),
             )
         yield from listed_dialogs.rejects(split)
         if judgements is None or judged is None:
@@ -123,7 +132,8 @@ class VisdialSource:
         for image_id, _ in judged:
             if not dialogs.of(image_id):
                 yield self._orphan(image_id, f"{dense} judges a dialog that is not there", split)
-        yield from judgements.rejects(split)
+        for reject in judgements.rejects(split):
+            yield msgspec.structs.replace(reject, num_entries=0)
 
     def _orphan(self, image_id: Identity, detail: str, split: str) -> Reject:
         key = image_key(image_id)
@@ -133,6 +143,7 @@ class VisdialSource:
             reason="unknown-image",
             detail=f"image {image_id!r}: {detail}",
             fingerprint=fingerprint(detail, Texts(image_id)),
+            num_entries=0,
         )
 
 

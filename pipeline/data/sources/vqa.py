@@ -14,9 +14,10 @@ Annotations without `question_type` and `answer_type`, by which accuracy is repo
 Without `annotations`, as for the test questions, every question is kept with no answers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
+from msgspec.structs import replace
 from pydantic import Field, model_validator
 
 from pipeline import storage
@@ -74,11 +75,17 @@ class VqaSource:
 
     def __init__(self, config: VqaSourceConfig) -> None:
         self.config = config
+        self._num_entries: dict[str, int] = {}
+
+    def index(self) -> Mapping[str, int]:
+        """Returns how many questions each file asks."""
+        return self._num_entries
 
     def records(self) -> Iterator[Record | Reject]:
         """Lists the images of every file in the order they are first asked about."""
         questions, annotations = self.config.questions, self.config.annotations
         files = {"": questions} if isinstance(questions, str) else questions
+        self._num_entries = {}
         for split, location in files.items():
             answers = annotations.get(split) if isinstance(annotations, dict) else annotations
             yield from self._file(location, answers, split)
@@ -91,6 +98,7 @@ class VqaSource:
         folders = ImageFolders(*folders_of(self.config.images, split))
         document = read_json(storage.absolute(location), _QUESTIONS)
         asked = document.list("questions")
+        self._num_entries[f"{split} {location}".lstrip()] = len(asked)
         questions = Groups(asked, "image_id")
         answered, num_used = None, 0
         if answers is not None:
@@ -113,13 +121,14 @@ class VqaSource:
                 texts=Texts(image_id, questions=kept),
                 detail=detail,
                 fault=None if kept else fault,
+                num_entries=len(found),
             )
         yield from asked.rejects(split)
         if answered is not None:
             if num_used < len(annotations):
                 by_image = Groups(annotations, "image_id")
                 yield from self._orphans(questions, by_image, location, split)
-            yield from annotations.rejects(split)
+            yield from (replace(reject, num_entries=0) for reject in annotations.rejects(split))
 
     def _orphans(
         self, questions: Groups, answered: Groups, location: str, split: str
@@ -138,6 +147,7 @@ class VqaSource:
                     detail=f"{len(unknown)} annotations of image {image_id!r} answer questions "
                     f"that {location} does not ask of it, such as {unknown[0]!r}",
                     fingerprint=fingerprint(repr(unknown), Texts(image_id)),
+                    num_entries=0,
                 )
 
 

@@ -9,7 +9,15 @@ of each sample:
 
 - it has an image and a text: a sample of that key. No image: `missing-image`; no text:
   `no-texts`; mapped parts that are not what the recipe says: `malformed-texts`.
-- its name comes again in another place: `duplicate-id`.
+- its name comes again, next to it or elsewhere: `duplicate-id`.
+- its name has more dots, as `photo.2019-07-001.jpg`: by WebDataset's rule that is the part
+  `2019-07-001.jpg` of `photo`. It is, with the parts of the same name up to the last dot, a sample
+  of its own if it has a text of its own, or if nothing else is the image of `photo`.
+- its image is a link or a device (`special-file`) or is stored in pieces (`sparse-member`).
+- its name is no UTF-8: `name-not-utf8`.
+
+Folders and files whose name begins with a dot are passed over, as WebDataset does, and so is
+`__MACOSX`. A tar that is damaged, cut short, or has no end stops the run.
 
 Tars of this project need no mapping beyond the default: it reads what it writes.
 """
@@ -17,7 +25,7 @@ Tars of this project need no mapping beyond the default: it reads what it writes
 import contextlib
 import json
 import re
-import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from typing import IO, Any, Literal, Self, cast
@@ -28,15 +36,19 @@ from pydantic import Field, model_validator
 
 from pipeline import storage
 from pipeline.data.foreign_tar import ForeignTar
+from pipeline.data.member_names import is_hidden, shown
 from pipeline.data.read_ahead import ReadAhead, ReadAheadFile
 from pipeline.data.sample import Texts
 from pipeline.data.sources.base import ListedTar, Record, Reject, SourceConfig, by_key
 from pipeline.data.sources.image_files import SUFFIXES, ImageFile, image_key, listed
 from pipeline.data.sources.splits import check_splits, hash_split
 from pipeline.data.sources.text_columns import TextColumns
-from pipeline.errors import SourceError, StorageError
+from pipeline.data.tar_listing import TarMember, list_tar
+from pipeline.errors import ShardError, SourceError, StorageError
 
-_METHOD = 1  # raised when the same settings list other samples, so that tars are listed anew
+_METHOD = 2  # raised when the same settings list other samples, so that tars are listed anew
+_MOST_TEXT_BYTES = 64 * 1024**2  # of a text part, which is read into memory
+_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _OWN_COLUMNS = TextColumns(
     captions=["txt", "json.captions"], questions="json.questions", dialogs="json.dialogs"
@@ -152,49 +164,86 @@ class WebDatasetSource:
 
     def samples(self, listed_tar: ListedTar) -> Iterator[Record | Reject]:
         """Lists the samples of a tar in their order; raises SourceError if it is not whole."""
-        wanted = {name.partition(".")[0].lower() for name in self.config.texts.columns()}
         location = listed_tar.tar.location
         with _opened(location) as file:
-            try:
-                with tarfile.open(fileobj=file, mode="r:") as tar:
-                    members = (member for member in tar if member.isfile())
-                    for name, parts in groupby(members, _sample_name):
-                        yield self._record(name, list(parts), tar, listed_tar, wanted)
-            except tarfile.TarError as error:
-                raise SourceError(
-                    f"{location}: not a plain tar, or cut short ({error}); a packed one (.tar.gz) "
-                    "cannot be read by position: unpack it first"
-                ) from error
+            members = (member for member in list_tar(file, location) if not is_hidden(member.name))
+            for name, adjacent in groupby(members, _sample_name):
+                for parts in _without_repeats(adjacent):
+                    yield from self._entries(name, parts, file, listed_tar)
 
-    def _record(
-        self,
-        name: str,
-        members: list[tarfile.TarInfo],
-        tar: tarfile.TarFile,
-        listed_tar: ListedTar,
-        wanted: set[str],
+    def _entries(
+        self, name: str, parts: "_Parts", file: IO[bytes], listed_tar: ListedTar
+    ) -> Iterator[Record | Reject]:
+        """Yields what members of one name up to its first dot are: most often one sample."""
+        images = self.config.images()
+        rest = {part.lower(): member for part, member in parts.items()}
+        by_stem: dict[str, _Parts] = {}  # of names with more dots, up to the last
+        for part, member in parts.items():
+            middle, dot, suffix = part.rpartition(".")
+            if dot:
+                by_stem.setdefault(f"{name}.{middle}", {})[suffix] = member
+        pictured = [stem for stem, own in by_stem.items() if any(part in own for part in images)]
+        if any(part in rest for part in images):
+            own_samples = [stem for stem in pictured if self._says_something(by_stem[stem], file)]
+        else:
+            own_samples = list(by_stem) if pictured else []
+        for stem in own_samples:
+            for suffix in by_stem[stem]:
+                rest.pop(f"{stem.removeprefix(f'{name}.')}.{suffix}".lower(), None)
+        if rest:
+            yield self._entry(name, rest, file, listed_tar)
+        for stem in own_samples:
+            yield self._entry(stem, by_stem[stem], file, listed_tar)
+
+    def _says_something(self, parts: "_Parts", file: IO[bytes]) -> bool:
+        try:
+            return self._texts("", parts, file).num_texts > 0
+        except (ValueError, TypeError):
+            return True
+
+    def _texts(self, name: str, parts: "_Parts", file: IO[bytes]) -> Texts:
+        """Returns what the mapped parts say; raises ValueError or TypeError if they cannot."""
+        columns = self.config.texts.columns()
+        row = {
+            part: _value(file, part, member)
+            for part, member in parts.items()
+            if any(column == part or column.startswith(f"{part}.") for column in columns)
+        }
+        texts = self.config.texts.texts(row, name)
+        try:
+            texts.to_json()
+        except ShardError as error:
+            raise ValueError(str(error)) from error
+        return texts
+
+    def _entry(
+        self, name: str, parts: "_Parts", file: IO[bytes], listed_tar: ListedTar
     ) -> Record | Reject:
+        """Returns what one sample is listed as."""
         location, split = listed_tar.tar.location, listed_tar.split
         # Moving in or out of the tar makes a sample anew.
         stamp = f"{listed_tar.tar.stamp} in place" if self.in_place else listed_tar.tar.stamp
-        parts = {_part(member): member for member in members}
-        key = image_key(name)
+        key, name, is_utf8 = image_key(name), shown(name), _is_utf8(name)
         image = ImageFile(f"{location}: {name}.jpg", None, None)
         offset = size = -1
-        for suffix in self.config.images():
-            if suffix in parts:
-                offset, size = parts[suffix].offset_data, parts[suffix].size
-                place = f"{location}#{offset}:{size}"
-                image = ImageFile(place, stamp, SUFFIXES[suffix.rpartition(".")[2].lower()])
-                break
-        texts, fault = Texts(name), ("no-texts", f"{name}: nothing is written about it")
+        no_texts = f"{location}: {name}: nothing is written about it"
+        if "." in name.rpartition("/")[2]:
+            no_texts += (
+                "; if it is one part of several of a sample, name it by `image`, as `left.png`"
+            )
+        texts, fault = Texts(name), ("no-texts", no_texts)
+        unusable: tuple[str, str] | None = None
+        suffix = next((suffix for suffix in self.config.images() if suffix in parts), None)
+        if not is_utf8:
+            unusable = ("name-not-utf8", "a name that is not UTF-8; pack it under another")
+        elif suffix is not None and parts[suffix].fault is not None:
+            unusable = parts[suffix].fault
+        elif suffix is not None:
+            offset, size = parts[suffix].offset, parts[suffix].size
+            place = f"{location}#{offset}:{size}"
+            image = ImageFile(place, stamp, SUFFIXES[suffix.rpartition(".")[2].lower()])
         try:
-            row = {
-                part: _value(tar, member)
-                for part, member in parts.items()
-                if part.rpartition(".")[2] in wanted or part in wanted
-            }
-            texts = self.config.texts.texts(row, name)
+            texts = self._texts(name, parts, file)
         except (ValueError, TypeError) as error:
             fault = ("malformed-texts", f"{location}: {name}: {error}")
         entry = listed(
@@ -204,6 +253,9 @@ class WebDatasetSource:
             texts=texts,
             fault=None if texts.num_texts else fault,
         )
+        if unusable is not None and isinstance(entry, Reject):
+            reason, detail = unusable
+            entry = replace(entry, reason=reason, detail=f"{location}: {name}: {detail}")
         return self._left(entry, listed_tar.tar, offset, size) if self.in_place else entry
 
     def _left(
@@ -229,29 +281,67 @@ def _opened(location: str) -> contextlib.AbstractContextManager[IO[bytes]]:
     return cast(IO[bytes], ReadAheadFile(location))
 
 
-def _sample_name(member: tarfile.TarInfo) -> str:
+def _sample_name(member: TarMember) -> str:
     folder, slash, name = member.name.rpartition("/")
     return f"{folder}{slash}{name.partition('.')[0]}".removeprefix("./")
 
 
-def _part(member: tarfile.TarInfo) -> str:
-    return member.name.rpartition("/")[2].partition(".")[2].lower()
+_Parts = dict[str, TarMember]  # by what the names have behind the first dot
 
 
-def _value(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
+def _without_repeats(members: Iterator[TarMember]) -> list[dict[str, TarMember]]:
+    """Returns the parts of one name: once, or as often as a part comes again."""
+    found: list[dict[str, TarMember]] = []
+    count: Counter[str] = Counter()
+    for member in members:
+        middle, dot, suffix = member.name.rpartition("/")[2].partition(".")[2].rpartition(".")
+        part = f"{middle}{dot}{suffix.lower()}"
+        if count[part] == len(found):
+            found.append({})
+        found[count[part]][part] = member
+        count[part] += 1
+    return found
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _value(file: IO[bytes], part: str, member: TarMember) -> Any:
     """Returns a text part's words, or what its JSON holds."""
-    file = tar.extractfile(member)
-    text = file.read().decode("utf-8-sig").strip() if file else ""
-    return json.loads(text) if member.name.lower().endswith(".json") else text
+    if member.fault is not None:
+        raise ValueError(f"{part}: {member.fault[1]}")
+    if member.size > _MOST_TEXT_BYTES:
+        raise ValueError(f"{part}: {member.size} bytes; the most is {_MOST_TEXT_BYTES}")
+    file.seek(member.offset)
+    text = file.read(member.size).decode("utf-8-sig").strip()
+    if not (part == "json" or part.endswith(".json")):
+        return text
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{part}: JSON that is nested too deeply") from error
 
 
 def _tars(location: str) -> list[str]:
-    if location.endswith((".tar", ".gz", ".tgz")):
+    if location.lower().endswith((".tar", ".gz", *_PACKED)):
         return [location]
-    names = [name for name in storage.list_names(location) if name.endswith(".tar")]
-    if not names:
+    names = [name for name in storage.list_names(location) if not name.startswith(".")]
+    tars = [name for name in names if name.lower().endswith(".tar")]
+    if not tars:
         raise SourceError(f"{location}: expected a tar or a folder of tars, found none")
-    return [storage.join(location, name) for name in names]
+    for name in names:
+        stem = next((name[: -len(end)] for end in _PACKED if name.lower().endswith(end)), None)
+        if stem is not None and f"{stem}.tar" not in names:
+            raise SourceError(
+                f"{storage.join(location, name)}: a packed tar, which cannot be read by position, "
+                "among plain ones: unpack it, or move it to another folder"
+            )
+    return [storage.join(location, name) for name in tars]
 
 
 def _expanded(location: str) -> list[str]:

@@ -9,7 +9,7 @@ from PIL import Image
 from pipeline.config import Config, check
 from pipeline.data.ingest import IngestConfig, IngestReport, ingest
 from pipeline.data.sources import AnySource
-from pipeline.data.sources.base import Record, Reject, Source
+from pipeline.data.sources.base import Record, Reject, Source, accounted
 
 
 class DatasetPart(Config):
@@ -23,7 +23,7 @@ def build(type_name: str, **settings: Any) -> Source:
 
 
 def listed(source: Source) -> dict[str, Record | Reject]:
-    return {entry.key: entry for entry in source.records()}
+    return {entry.key: entry for entry in accounted(source)}
 
 
 def reason(entry: Record | Reject) -> str:
@@ -31,7 +31,7 @@ def reason(entry: Record | Reject) -> str:
 
 
 def reasons(source: Source) -> Counter[str]:
-    return Counter(reason(entry) for entry in source.records())
+    return Counter(reason(entry) for entry in accounted(source))
 
 
 def record(source: Source, key: str) -> Record:

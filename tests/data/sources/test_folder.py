@@ -1,13 +1,19 @@
 import io
 import json
+import os
+import socket
+import subprocess
 import zipfile
 from pathlib import Path
 
+import boto3
 import pytest
 
 from pipeline import storage
+from pipeline.data.sample import safe_key
+from pipeline.data.sources.base import Record, Reject
 from pipeline.errors import SourceError, StorageError
-from tests.data.sources.built import build, draw, ingested, listed, reason, record
+from tests.data.sources.built import build, draw, ingested, listed, reason, reasons, record
 
 
 def test_images_have_the_texts_beside_them(tmp_path: Path) -> None:
@@ -102,3 +108,128 @@ def test_videos_dicom_and_folders_of_frames_are_samples_too(tmp_path: Path) -> N
     before = record(source, "steps").fingerprint
     draw(tmp_path / "steps" / "3.png")
     assert record(source, "steps").fingerprint != before
+
+
+def described(folder: Path, *names: str) -> None:
+    """Writes an image with a text beside it for each name."""
+    draw(*(folder / f"{name}.png" for name in names))
+    for name in names:
+        (folder / f"{name}.txt").write_text(f"picture {name}")
+
+
+def test_what_is_no_file_costs_its_own_record_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "photos"
+    described(folder, "a", "dangling", "circle", "fifo", "socket", "text", "sub/b")
+    for name in ("dangling", "circle", "fifo", "socket"):
+        (folder / f"{name}.png").unlink()
+    (folder / "dangling.png").symlink_to("../objects/MISSING")
+    (folder / "circle.png").symlink_to("circle.png")
+    os.mkfifo(folder / "fifo.png")
+    with socket.socket(socket.AF_UNIX) as listening:
+        monkeypatch.chdir(folder)  # the name of a socket may be 107 bytes
+        listening.bind("socket.png")
+    (folder / "text.txt").unlink()
+    (folder / "text.txt").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe")
+    (folder / "sub" / "loop").symlink_to("..")
+    (folder / "sub" / "device").symlink_to("/dev/null")
+
+    found = listed(build("folder", folder=str(folder)))
+
+    live = {key for key, entry in found.items() if isinstance(entry, Record)}
+    assert live == {"a", safe_key("sub/b")}
+    rejects = {key: entry for key, entry in found.items() if isinstance(entry, Reject)}
+    expected = {
+        "dangling": ("missing-image", "a link to nothing"),
+        "circle": ("missing-image", "a link in a circle"),
+        "fifo": ("missing-image", "a FIFO"),
+        "socket": ("missing-image", "a socket"),
+        "text": ("malformed-texts", "a link to nothing"),
+        "pipe": ("missing-image", "a FIFO"),
+        safe_key("sub/loop"): ("link-loop", "a link to a folder that it lies in"),
+        safe_key("sub/device"): ("missing-image", "a device"),
+    }
+    assert {key: reject.reason for key, reject in rejects.items()} == {
+        key: reason for key, (reason, _) in expected.items()
+    }
+    for key, (_, words) in expected.items():
+        assert words in rejects[key].detail
+    assert ingested(build("folder", folder=str(folder)), tmp_path).num_live == 2
+
+
+def test_a_name_that_is_not_utf8_costs_its_own_record_only(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    described(folder, "a")
+    raw = os.fsencode(folder)
+    os.link(folder / "a.png", raw + b"/caf\xe9.png")
+    os.link(folder / "a.txt", raw + b"/caf\xe9.txt")
+    Path(os.fsdecode(raw + b"/\xff")).mkdir()
+    os.link(folder / "a.png", raw + b"/\xff/b.png")
+    source = build("folder", folder=str(folder))
+    report = ingested(source, tmp_path)
+    assert (report.num_live, report.rejects) == (1, {"undecodable-name": 2})
+    details = "".join(entry.detail for entry in source.records() if isinstance(entry, Reject))
+    assert "caf\\udce9.png" in details
+    assert ingested(source, tmp_path).num_unchanged == 3
+
+
+def test_suffixes_are_in_any_case(tmp_path: Path) -> None:
+    for name, suffix in (("1", "TXT"), ("2", "Txt"), ("3", "JSON")):
+        draw(tmp_path / f"IMG_{name}.PNG")
+        text = '{"captions": ["words"]}' if suffix == "JSON" else "words"
+        (tmp_path / f"IMG_{name}.{suffix}").write_text(text)
+    assert reasons(build("folder", folder=str(tmp_path))) == {"live": 3}
+
+
+def test_a_dataset_in_the_folder_is_no_part_of_it(tmp_path: Path) -> None:
+    described(tmp_path, "a", "b")
+    source = build("folder", folder=str(tmp_path))
+    for _ in range(2):
+        report = ingested(source, tmp_path)
+        assert (report.num_live, report.num_rejects) == (2, 0)
+
+
+def test_folders_in_a_video_are_listed_and_a_frame_that_is_no_file_rejects_it(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "photos"
+    draw(*(folder / "dog" / f"{n}.png" for n in range(3)))
+    described(folder / "dog", "more/cat")
+    (folder / "dog.txt").write_text("a video")
+    source = build("folder", folder=str(folder))
+    assert reasons(source) == {"live": 2}
+    (folder / "dog" / "3.png").symlink_to("nowhere")
+    report = ingested(source, tmp_path)
+    assert (report.num_live, report.rejects) == (1, {"unreadable-image": 1})
+
+
+def test_folders_may_lie_deep_in_one_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    depth = 1200  # more than Python's limit of calls in one another
+    described(tmp_path, "a")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(depth):
+        Path("d").mkdir()
+        monkeypatch.chdir("d")
+    os.link(tmp_path / "a.png", "b.png")
+    source = build("folder", folder=str(tmp_path))
+    assert reasons(source) == {"live": 1, "no-texts": 1}
+    subprocess.run(["rm", "-rf", str(tmp_path / "d")], check=True)  # pytest's own is recursive
+
+
+def test_keys_that_only_an_object_store_has(object_store: str, tmp_path: Path) -> None:
+    draw(tmp_path / "a.png")
+    image = (tmp_path / "a.png").read_bytes()
+    bucket = object_store.removeprefix("s3://").partition("/")[0]
+    store = boto3.client("s3")
+    for key in ("a", "sub/a", "/x", "file", "file.png/inside"):
+        store.put_object(Bucket=bucket, Key=f"photos/{key}.png", Body=image)
+        store.put_object(Bucket=bucket, Key=f"photos/{key}.txt", Body=b"words")
+    for key in ("", "sub/"):
+        store.put_object(Bucket=bucket, Key=f"photos/{key}", Body=b"")
+    source = build("folder", folder=f"s3://{bucket}/photos")
+    assert reasons(source) == {"live": 4, "unnamed-folder": 1}
+    assert ingested(source, tmp_path / "out").num_live == 4

@@ -142,3 +142,12 @@ def test_keys_are_cocos_for_numbers_and_names_for_the_rest() -> None:
     assert image_key(-1) != image_key(1)
     assert image_name("a.b.JPG") == "a.b"
     assert image_name("2258277193_586949ec62.jpg.1") == "2258277193_586949ec62.jpg.1"
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [("a.JFIF", "jpg"), ("a.jpe", "jpg"), ("a.avif", "avif"), ("a.tiff", "tif"), ("a.svg", None)],
+)
+def test_the_name_of_an_image_says_the_suffix_of_its_part(name: str, suffix: str | None) -> None:
+    assert ImageFile.at(f"/photographs/{name}", "1").suffix == suffix
+    assert image_name(name) == ("a" if suffix else name)

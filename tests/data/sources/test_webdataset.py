@@ -1,6 +1,8 @@
 import io
 import json
+import os
 import pickle
+import subprocess
 import tarfile
 from pathlib import Path
 from random import Random
@@ -13,6 +15,8 @@ from PIL import Image
 from pipeline import storage
 from pipeline.config import check
 from pipeline.data.dataset import Dataset
+from pipeline.data.manifest import Manifest
+from pipeline.data.sources.base import Record, Reject
 from pipeline.errors import ConfigError, SourceError
 from tests.data.requested import ranges
 from tests.data.sources.built import (
@@ -34,6 +38,7 @@ def picture(folder: Path, name: str = "x.png") -> bytes:
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]], mode: str = "w") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
         for name, payload in members:
             member = tarfile.TarInfo(name)
@@ -107,6 +112,171 @@ def test_each_fault_has_its_reason(tmp_path: Path) -> None:
     report = ingested(source, tmp_path)
     assert (report.num_live, report.rejects["duplicate-id"]) == (1, 1)
     assert source.read(next(source.records())) == image  # type: ignore[arg-type]
+
+
+def colour(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (7, 5), (number, 40, 90)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_what_macs_put_beside_files_is_passed_over(tmp_path: Path) -> None:
+    image = picture(tmp_path)
+    members = [
+        (f"{folder}{name}.{suffix}", payload)
+        for name in ("a", "b")
+        for suffix, good in (("png", image), ("txt", b"words"))
+        for folder, payload in (("./._", b"\0\5\x16\7"), ("./", good), ("__MACOSX/", b"no"))
+    ]
+    write_tar(tmp_path / "a.tar", [("./.DS_Store", b"no"), *sorted(members)])
+    write_tar(tmp_path / "._a.tar", [])
+    source = build("webdataset", shards=str(tmp_path))
+    assert {key: reason(entry) for key, entry in listed(source).items()} == {
+        "a": "live",
+        "b": "live",
+    }
+
+
+@pytest.mark.parametrize("order", ["aab", "aba"])
+def test_the_second_picture_of_a_key_is_counted_wherever_it_is(tmp_path: Path, order: str) -> None:
+    pairs = [((f"{key}.png", colour(n)), (f"{key}.txt", b"%d" % n)) for n, key in enumerate(order)]
+    write_tar(tmp_path / "a.tar", [member for pair in pairs for member in pair])
+    source = build("webdataset", shards=str(tmp_path / "a.tar"), validation_fraction=0.0)
+    report = ingested(source, tmp_path)
+    assert (report.num_live, report.rejects) == (2, {"duplicate-id": 1})
+    split = Dataset.open(str(tmp_path / "dataset")).split("train")
+    row = list(split.keys).index("a")
+    assert (split.image(row), split.texts([row])[0].captions) == (colour(0), ("0",))
+
+
+def test_pictures_whose_names_have_more_dots_are_samples_of_their_own(tmp_path: Path) -> None:
+    names = [f"photo.2019-07-{number:03d}" for number in range(150)]
+    members = [(f"{name}.PNG", colour(number)) for number, name in enumerate(names)]
+    members += [(f"{name}.txt", name.encode()) for name in names]
+    write_tar(tmp_path / "a.tar", sorted([*members, ("photo.1.png", b"?"), ("photo.2.txt", b"?")]))
+    source = build("webdataset", shards=str(tmp_path / "a.tar"))
+    assert reasons(source) == {"live": 150, "no-texts": 1, "missing-image": 1}
+    entries = [entry for entry in source.records() if isinstance(entry, Record)]
+    assert len({entry.key for entry in entries}) == 150
+    for entry in entries:
+        assert source.read(entry) == colour(names.index(entry.texts.captions[0]))
+
+
+def test_parts_with_dots_stay_parts_unless_they_say_something(tmp_path: Path) -> None:
+    image = picture(tmp_path)
+    members = [
+        ("a.png", image), ("a.seg.json", b'{"classes": [1]}'), ("a.seg.png", image),
+        ("a.txt", b"a"),
+        ("b.meta.json", b"{}"), ("b.txt", b"words"),
+        ("c.2.png", image), ("c.2.txt", b"two"), ("c.png", image), ("c.txt", b"one"),
+    ]  # fmt: skip
+    write_tar(tmp_path / "a.tar", members)
+    source = build("webdataset", shards=str(tmp_path / "a.tar"))
+    entries = list(source.records())
+    assert [(entry.key.partition("-")[0], reason(entry)) for entry in entries] == [
+        ("a", "live"),
+        ("b", "missing-image"),
+        ("c", "live"),
+        ("c", "live"),
+    ]
+    assert [entry.texts.captions for entry in entries[2:]] == [("one",), ("two",)]  # type: ignore[union-attr]
+
+
+def test_members_that_are_no_plain_files_are_counted(tmp_path: Path) -> None:
+    image = picture(tmp_path)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, payload in (("a.png", image), ("a.txt", b"words"), ("b.txt", b"words")):
+            member = tarfile.TarInfo(name)
+            member.size = len(payload)
+            tar.addfile(member, io.BytesIO(payload))
+        for name, target in (("b.png", "a.png"), ("c.png", "a.png"), ("c.txt", "a.txt")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.LNKTYPE, target
+            tar.addfile(member)
+        folder = tarfile.TarInfo("d.png")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    source = build("webdataset", shards=str(tmp_path / "a.tar"))
+    assert reasons(source) == {"live": 1, "special-file": 2}
+    details = [entry.detail for entry in source.records() if isinstance(entry, Reject)]
+    assert all("a.tar: " in detail and "--hard-dereference" in detail for detail in details)
+
+
+def test_sparse_images_are_told_and_the_others_stay(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(colour(1))
+    os.truncate(tmp_path / "a.png", 400_000)  # the rest is a hole
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.png").write_bytes(colour(2))
+    (tmp_path / "b.txt").write_text("b")
+    names = ["a.png", "a.txt", "b.png", "b.txt"]
+    subprocess.run(["tar", "-cf", "a.tar", "--sparse", *names], check=True, cwd=tmp_path)
+    source = build("webdataset", shards=str(tmp_path / "a.tar"))
+    assert reasons(source) == {"live": 1, "sparse-member": 1}
+    assert source.read(record(source, "b")) == colour(2)
+
+
+def test_a_name_that_is_no_utf8_costs_its_record(tmp_path: Path) -> None:
+    image = picture(tmp_path)
+    members = [("a.png", image), ("a.txt", b"a"), ("caf\udce9.png", image), ("caf\udce9.txt", b"b"),
+               ("d.\udce9.png", image), ("d.\udce9.txt", b"d")]  # fmt: skip
+    write_tar(tmp_path / "a.tar", members)
+    for settings in ({}, {"in_place": False}):
+        source = build("webdataset", shards=str(tmp_path / "a.tar"), **settings)
+        report = ingested(source, tmp_path / str(len(settings)))
+        assert (report.num_live, report.rejects) == (1, {"name-not-utf8": 2})
+    entries = [entry for entry in source.records() if isinstance(entry, Reject)]
+    assert r"caf\xe9" in entries[0].detail
+    assert len({entry.key for entry in entries}) == 2
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"[" * 100_000,
+        b'{"captions": ["\\ud800"]}',
+        b'{"captions": ' + b"1" * 5000 + b"}",
+        b"\xff\xfe{",
+        b"",
+        b"NaN",
+    ],
+)
+def test_malformed_json_costs_its_record(tmp_path: Path, payload: bytes) -> None:
+    image = picture(tmp_path)
+    members = [("a.png", image), ("a.txt", b"a"), ("b.json", payload), ("b.png", image)]
+    write_tar(tmp_path / "a.tar", members)
+    source = build("webdataset", shards=str(tmp_path / "a.tar"))
+    report = ingested(source, tmp_path)
+    assert report.num_live == 1
+    assert report.num_rejects == 1
+    assert set(report.rejects) <= {"malformed-texts", "no-texts"}
+
+
+def test_a_packed_tar_among_plain_ones_is_not_passed_over(tmp_path: Path) -> None:
+    image = picture(tmp_path)
+    write_tar(tmp_path / "tars" / "a.tar", [("a.png", image), ("a.txt", b"a")])
+    write_tar(tmp_path / "tars" / "a.tar.gz", [], "w:gz")  # what a.tar was unpacked from
+    assert reasons(build("webdataset", shards=str(tmp_path / "tars"))) == {"live": 1}
+    write_tar(tmp_path / "tars" / "b.tar.gz", [], "w:gz")
+    with pytest.raises(SourceError, match=r"b\.tar\.gz: a packed tar.*unpack it"):
+        listed(build("webdataset", shards=str(tmp_path / "tars")))
+
+
+def test_a_damaged_tar_stops_the_run_and_removes_nothing(tmp_path: Path) -> None:
+    members = [(f"{number}.{suffix}", part) for number in range(6)
+               for suffix, part in (("png", colour(number)), ("txt", b"words"))]  # fmt: skip
+    write_tar(tmp_path / "tars" / "a.tar", members)
+    write_tar(tmp_path / "tars" / "b.tar", [("b.png", colour(9)), ("b.txt", b"words")])
+    whole = (tmp_path / "tars" / "a.tar").read_bytes()
+    source = build("webdataset", shards=str(tmp_path / "tars"))
+    first = ingested(source, tmp_path)
+    at = whole.index(b"2.png")
+    flipped = whole[: at + 150] + bytes([whole[at + 150] ^ 1]) + whole[at + 151 :]
+    for damaged in (flipped, whole[: at + 200], whole[:at], whole + whole, whole[:at] + bytes(512)):
+        (tmp_path / "tars" / "a.tar").write_bytes(damaged)
+        with pytest.raises(SourceError, match=r"a\.tar: not a plain tar, or cut short: at byte"):
+            ingested(source, tmp_path)
+        manifest = Manifest.open(str(tmp_path / "dataset"))
+        assert (manifest.version, manifest.samples().num_rows) == (first.version, 7)
 
 
 def test_names_in_folders_are_apart_and_dots_in_folders_do_not_end_them(tmp_path: Path) -> None:

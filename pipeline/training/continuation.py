@@ -1,0 +1,111 @@
+"""The settings in which a run differs from what it was when it is gone on with.
+
+Each checkpoint records the settings that the curve up to it is a function of. A run goes on from
+it with other settings as far as their fields allow (`pipeline.config.Change`): some may change
+freely and are not recorded; with some the same line goes on as a new stretch, if somebody asked
+for it; with the others it would be another run.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import Change, change_of
+from pipeline.training.spec import TrainingConfig, TrainingSpec
+
+_SHOWN_LENGTH = 60
+_DIGEST_LENGTH = 32
+_BENCHMARKS = {  # an objective of fine-tuning -> where the recipe sets it
+    "benchmarks.answer": "benchmarks.vqa.answer",
+    "benchmarks.lm": "benchmarks.caption.lm",
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting with two values. `key` is the recipe's, in dotted form."""
+
+    key: str
+    then: Any
+    now: Any
+    change: Change
+    is_of_content: bool = False  # the values are digests of what is at a location
+
+    def __str__(self) -> str:
+        if self.is_of_content and min(len(self.then or ""), len(self.now or "")) >= _DIGEST_LENGTH:
+            return f"{self.key}: what is there has changed"
+        return f"{self.key}: {_shown(self.then)} then, {_shown(self.now)} now"
+
+
+def differences(
+    then: Mapping[str, Any], now: Mapping[str, Any], phase: str
+) -> tuple[Difference, ...]:
+    """Compares two of `TrainingSpec.sequence`, of runs of this phase, setting by setting.
+
+    A setting that one of them does not record is not compared: an older release did not have it,
+    or it has no effect.
+    """
+    found: list[Difference] = []
+    for name in sorted(then.keys() & now.keys()):
+        if name == "training":
+            prefix = f"training.{'pretrain' if phase == 'pretrain' else 'finetune'}"
+            both = sorted(then[name].keys() & now[name].keys())
+            found += (
+                Difference(f"{prefix}.{key}", old, new, change_of(TrainingConfig, key))
+                for key in both
+                if key in TrainingConfig.model_fields
+                and (old := then[name][key]) != (new := now[name][key])
+            )
+        elif name == "contents":
+            if then[name] is not None and now[name] is not None:
+                found += _contents(then[name], now[name])
+        elif name == "held_out_split" and None in (then[name], now[name]):
+            continue  # evaluating began or ended, which has a setting of its own
+        elif name in TrainingSpec.model_fields:
+            change = change_of(TrainingSpec, name)
+            if change is not Change.FREELY:
+                leaves = _leaves(_key(name, phase), then[name], now[name])
+                found += (Difference(key, old, new, change) for key, old, new in leaves)
+    return tuple(found)
+
+
+def fixed(found: Sequence[Difference]) -> list[Difference]:
+    """Returns the differences with which it is another run."""
+    return [one for one in found if one.change is Change.NEVER]
+
+
+def _contents(then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Difference]:
+    """Compares what is at the locations; of the dataset's parts those that both read.
+
+    Which parts are read is told by settings of their own.
+    """
+    for key in sorted(then.keys() | now.keys()):
+        old, new = then.get(key), now.get(key)
+        is_one_sided = key.startswith("dataset.") and None in (old, new)
+        if old != new and not is_one_sided:
+            yield Difference(key, old, new, Change.NEVER, is_of_content=True)
+
+
+def _key(name: str, phase: str) -> str:
+    if name == "objectives" and phase != "pretrain":
+        return "benchmarks"
+    return TrainingSpec.model_fields[name].title or name
+
+
+def _leaves(key: str, then: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yields the keys at which two values differ, each with both."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        for name in sorted(then.keys() | now.keys()):
+            inner = f"{key}.{name}"
+            yield from _leaves(_BENCHMARKS.get(inner, inner), then.get(name), now.get(name))
+    elif then != now:
+        yield key, then, now
+
+
+def _shown(value: Any) -> str:
+    """Writes a value as the recipe would, a long one by its size."""
+    if isinstance(value, list | tuple) and len(value) > 4:
+        return f"{len(value)} entries"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}…"

@@ -1,0 +1,5 @@
+"""Fixtures of the stages' tests."""
+
+from tests.training.conftest import alone
+
+__all__ = ["alone"]

@@ -1,0 +1,190 @@
+"""What a changed setting does to a phase that was begun: with the stand-in for model and data."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from pipeline import storage
+from pipeline.cluster import ClusterConfig
+from pipeline.errors import ConfigError
+from pipeline.stages.changed import Begun, OnChange, aside, make_way, refuse
+from pipeline.training import launch
+from pipeline.training.loop import CHECKPOINTS
+from pipeline.training.spec import TrainingSpec
+from tests.training.stand_in import make_spec, stand_in
+from tests.training.test_loop import interrupt_at
+
+PROCESS = ClusterConfig(runner="process")
+COMMAND = "sightline run birds.yaml training.pretrain.learning_rate=0.01"
+
+pytestmark = pytest.mark.usefixtures("alone")
+
+
+def begin(folder: str, interrupted_at: int | None = 5, **training: Any) -> Begun:
+    """Trains a phase up to a step, or to its end; a checkpoint is written every third step."""
+    spec = make_spec(folder, **training)
+    on_step = None if interrupted_at is None else interrupt_at(interrupted_at)
+    assembled = partial(stand_in, on_step=on_step)
+    if interrupted_at is None:
+        launch.launch(spec, PROCESS, lambda _: None, assembled)
+        storage.write_bytes(f"{folder}/model/sightline.json", b"{}")  # what a real one has
+    else:
+        with pytest.raises(InterruptedError):
+            launch.launch(spec, PROCESS, lambda _: None, assembled)
+    begun = Begun.read(folder)
+    assert begun is not None
+    return begun
+
+
+def told(
+    begun: Begun, now: TrainingSpec, decision: Literal["refuse", "continue"] = "refuse"
+) -> list[str]:
+    """Returns the lines of a refusal; none if nothing is refused."""
+    run = begun.folder.rsplit("/", 1)[0]
+    try:
+        refuse(begun, begun.changes(now.sequence()), OnChange(decision, COMMAND), run)
+    except ConfigError as refusal:
+        return str(refusal).replace(run, "RUN").splitlines()
+    return []
+
+
+@pytest.fixture(params=["disk", "object store"])
+def phase(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "disk":
+        return str(tmp_path / "run" / "pretrain")
+    return f"{request.getfixturevalue('object_store')}/run/pretrain"
+
+
+def test_a_phase_that_was_never_begun_is_none(tmp_path: Path) -> None:
+    assert Begun.read(str(tmp_path / "pretrain")) is None
+
+
+def test_settings_that_do_not_touch_the_curve_are_not_asked_about(tmp_path: Path) -> None:
+    begun = begin(str(tmp_path / "pretrain"))
+    free = {"log_every_steps": 4, "keep_checkpoints": 5, "loader_threads": 1, "zero_stage": 2}
+    now = make_spec(begun.folder, timeout_seconds=9, not_finite="skip", **free)
+    assert told(begun, now) == []
+    assert not make_way(begun, begun.changes(now.sequence()), "refuse", print)
+
+
+def test_a_refusal_names_each_key_with_both_values_and_the_commands_that_lead_on(
+    tmp_path: Path,
+) -> None:
+    begun = begin(str(tmp_path / "pretrain"))
+    now = make_spec(begun.folder, learning_rate=0.01, steps=12)
+    assert told(begun, now) == [
+        "pretrain in RUN has checkpoints up to step 3 of 8, and was begun with other settings:",
+        "  training.pretrain.learning_rate: 0.02 then, 0.01 now",
+        "  training.pretrain.steps: 8 then, 12 now",
+        "To go on from step 3 with the new settings:",
+        f"  {COMMAND} --from-checkpoint",
+        "To train pretrain anew (what is there is moved to pretrain.replaced-1, nothing is "
+        "deleted):",
+        f"  {COMMAND} --restart",
+        "With the old settings it goes on as it was.",
+    ]
+    assert told(begun, now, "continue") == []
+
+
+def test_what_would_be_another_run_is_refused_however_it_is_asked_for(tmp_path: Path) -> None:
+    begun = begin(str(tmp_path / "pretrain"))
+    now = make_spec(begun.folder, shuffle_window_shards=3)
+    for decision in ("refuse", "continue"):
+        lines = told(begun, now, decision)
+        assert lines[1:3] == [
+            "  training.pretrain.shuffle_window_shards: 8 then, 3 now",
+            "A run cannot go on with another value of training.pretrain.shuffle_window_shards.",
+        ]
+        assert f"  {COMMAND} --restart" in lines
+        assert "  sightline export RUN/pretrain RUN-pretrain-model" in lines
+        weights = "model.initial=RUN-pretrain-model model.tokenizer=RUN-pretrain-model"
+        assert f"  {COMMAND} run=RUN-2 {weights}" in lines
+        assert not any("--from-checkpoint" in line for line in lines)
+    wider = now.model_copy(update={"model": {"width": 9}})  # its weights would fit no other
+    assert not any("model.initial" in line for line in told(begun, wider))
+
+
+def test_a_finished_phase_goes_on_only_where_there_is_something_to_do(tmp_path: Path) -> None:
+    begun = begin(str(tmp_path / "pretrain"), None)
+    slower = make_spec(begun.folder, learning_rate=0.01)
+    for decision in ("refuse", "continue"):
+        lines = told(begun, slower, decision)
+        assert lines[0].startswith("pretrain in RUN is finished, with 8 steps, and was begun")
+        assert lines[2].endswith(
+            "with a larger training.pretrain.steps and --from-checkpoint it goes on."
+        )
+    longer = make_spec(begun.folder, learning_rate=0.01, steps=9)
+    assert told(begun, longer)[3] == "To go on from step 8 with the new settings:"
+    assert told(begun, longer, "continue") == []
+    shorter = make_spec(begun.folder, steps=7)
+    assert "at step 8, is past the new steps=7" in told(begun, shorter, "continue")[2]
+    shutil.rmtree(tmp_path / "pretrain" / CHECKPOINTS)
+    begun = Begun.read(begun.folder)  # type: ignore[assignment]
+    assert told(begun, longer, "continue")[3] == ("It has no checkpoint that it could go on from.")
+
+
+def test_a_restart_moves_all_aside_and_deletes_nothing(phase: str) -> None:
+    for number in (1, 2):
+        begun = begin(phase)
+        before = {
+            name: storage.read_bytes(f"{phase}/{name}") for name in ("spec.json", "metrics.jsonl")
+        }
+        checkpoints = storage.list_names(f"{phase}/checkpoints/step-00000003")
+        changed = begun.changes(make_spec(phase).model_copy(update={"seed": 99}).sequence())
+        notes: list[str] = []
+        assert make_way(begun, changed, "restart", notes.append)
+        moved = f"{phase}.replaced-{number}"
+        assert not storage.exists(f"{phase}/spec.json")
+        assert {name: storage.read_bytes(f"{moved}/{name}") for name in before} == before
+        assert storage.list_names(f"{moved}/checkpoints/step-00000003") == checkpoints
+        assert moved in notes[-1]
+    assert aside(phase) == f"{phase}.replaced-3"
+
+
+def test_what_was_stopped_before_its_first_checkpoint_makes_way_with_its_logs(
+    tmp_path: Path,
+) -> None:
+    begun = begin(str(tmp_path / "pretrain"), 2)
+    now = make_spec(begun.folder, learning_rate=0.01)
+    assert told(begun, now) == []
+    assert make_way(begun, begun.changes(now.sequence()), "refuse", print)
+    assert (tmp_path / "pretrain.replaced-1" / "metrics.jsonl").exists()
+
+
+def test_a_restart_of_what_has_not_changed_goes_on_unless_no_checkpoint_is_whole(
+    tmp_path: Path,
+) -> None:
+    begun = begin(str(tmp_path / "pretrain"))
+    assert not make_way(begun, (), "restart", print)
+    for part in (tmp_path / "pretrain" / CHECKPOINTS).rglob("*.safetensors"):
+        part.write_bytes(b"")
+    assert not make_way(begun, (), "refuse", print)
+    assert make_way(begun, (), "restart", print)
+    assert (tmp_path / "pretrain.replaced-1" / CHECKPOINTS).exists()
+
+
+def test_the_model_of_a_finished_phase_is_kept_beside_the_one_that_is_trained_on(
+    tmp_path: Path,
+) -> None:
+    begun = begin(str(tmp_path / "pretrain"), None)
+    weights = (tmp_path / "pretrain" / "model" / "model.safetensors").read_bytes()
+    longer = make_spec(begun.folder, steps=10)
+    assert not make_way(begun, begun.changes(longer.sequence()), "continue", print)
+    begin(begun.folder, None, steps=10)
+    kept = tmp_path / "pretrain" / "model.step-00000008" / "model.safetensors"
+    assert kept.read_bytes() == weights
+    assert (tmp_path / "pretrain" / "model" / "model.safetensors").read_bytes() != weights
+
+
+def test_the_many_processes_of_torchrun_move_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = begin(str(tmp_path / "pretrain"))
+    changed = begun.changes(make_spec(begun.folder, steps=9).sequence())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"move it to .*pretrain\.replaced-1 yourself"):
+        make_way(begun, changed, "restart", print)
+    assert (tmp_path / "pretrain" / CHECKPOINTS).exists()

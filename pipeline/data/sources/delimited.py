@@ -80,7 +80,7 @@ def text_lines(location: str, encoding: str | None) -> Iterator[Iterator[str]]:
     with storage.reader(location) as stored:
         file: BinaryIO = stored
         if not hasattr(stored, "peek"):
-            file = cast(BinaryIO, io.BufferedReader(stored))  # type: ignore[type-var]
+            file = cast(BinaryIO, io.BufferedReader(stored))
         if is_gzip(_start(file)):
             file = unpacking(file, location)
         start = _start(file)

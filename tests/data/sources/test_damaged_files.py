@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.sample import check_key
-from pipeline.data.sources.base import Record, Reject, Source
+from pipeline.data.sources.base import Record, Reject, Source, accounted
 from pipeline.errors import PipelineError
 from tests.data.sources.built import build, draw
 
@@ -153,13 +153,14 @@ def broken(payload: bytes, chance: random.Random) -> bytes:
 def listed_or_refused(source: Callable[[], Source]) -> tuple[int, int] | None:
     """Returns how many samples and rejects are listed, all of them storable; None if refused."""
     try:
-        entries = list(source().records())
+        entries = list(accounted(source()))
     except PipelineError as error:
         refusal = str(error)
     else:
         refusal = ""
     if refusal:
         assert len(refusal.encode()) < 2000
+        assert "read wrongly" not in refusal
         return None
     for entry in entries:
         check_key(entry.key)

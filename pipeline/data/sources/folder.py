@@ -30,9 +30,10 @@ import xxhash
 from pydantic import Field, model_validator
 
 from pipeline import storage
+from pipeline.data.member_names import shown
 from pipeline.data.sample import Texts, safe_key
 from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, fingerprint
-from pipeline.data.sources.image_files import ImageFile, listed, printable, read_image
+from pipeline.data.sources.image_files import ImageFile, listed, read_image
 from pipeline.data.sources.json_file import read_text
 from pipeline.data.sources.splits import check_splits, hash_split
 from pipeline.data.sources.text_columns import TextColumns, gathered, json_object
@@ -114,7 +115,7 @@ class FolderSource:
             identity = storage.folder_identity(folder)
             if identity is not None and identity in above:
                 self._num_files[root] += 1
-                detail = f"{printable(folder)}: a link to a folder that it lies in"
+                detail = f"{shown(folder)}: a link to a folder that it lies in"
                 yield _unread(path.rstrip("/"), split, "link-loop", detail)
                 continue
             entries = storage.list_entries(folder)
@@ -178,13 +179,13 @@ class FolderSource:
     def _record(
         self, path: str, image: ImageFile, files: Sequence[_TextFile], split: str, num_files: int
     ) -> Record | Reject:
-        path = printable(path)
+        path = shown(path)
         key = safe_key(path)
         texts, fault = Texts(path), ("no-texts", f"{path}: no .txt or .json beside it says a word")
         try:
             texts = gathered([Texts(path), *(self._texts(file, path) for file in files)])
         except (SourceError, ValueError) as error:
-            fault = ("malformed-texts", printable(str(error)))
+            fault = ("malformed-texts", shown(str(error)))
         return listed(
             key=key,
             split=split or hash_split(key, self.config.validation_fraction),
@@ -214,7 +215,7 @@ def _parts(entry: storage.Entry) -> tuple[str, str]:
 
 def _unread(path: str, split: str, reason: str, detail: str) -> Reject:
     """Returns the reject of what is in a folder and cannot even be listed."""
-    path = printable(path)
+    path = shown(path)
     key = safe_key(path)
     return Reject(key, split or "train", reason, detail, fingerprint(reason, Texts(path)))
 
@@ -232,7 +233,7 @@ def _zipped(record: Record) -> bytes:
         entries = [e for e in storage.list_entries(folder) if not e.name.startswith(".")]
         faulty = next((entry for entry in entries if entry.kind == "other"), None)
         if faulty is not None:
-            raise SourceError(f"{folder}/{printable(faulty.name)}: it is {faulty.fault}, no frame")
+            raise SourceError(f"{folder}/{shown(faulty.name)}: it is {faulty.fault}, no frame")
         names = [entry.name for entry in entries if entry.kind == "file"]
         with zipfile.ZipFile(packed, "w") as archive:  # stored: they are compressed already
             for name in names:

@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from pipeline import storage
+from pipeline.data.member_names import shown
 from pipeline.data.sample import Texts, safe_key
 from pipeline.data.sources.base import Record, Reject, fingerprint
 from pipeline.errors import SourceError, StorageError
@@ -160,7 +161,7 @@ def listed(
     """
     location, stamp, suffix, forbidden, absence = image
     if not is_utf8(location):
-        location, stamp = printable(location), None
+        location, stamp = shown(location), None
         fault = ("undecodable-name", f"{location}: its name is not UTF-8; rename it")
     elif forbidden:
         fault = ("forbidden-location", forbidden)
@@ -224,11 +225,6 @@ def is_utf8(name: str) -> bool:
         return name.isascii() or bool(name.encode())
     except UnicodeEncodeError:
         return False
-
-
-def printable(name: str) -> str:
-    """Returns a name with its bytes that are not UTF-8 as `\\udce9` and the like."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def image_key(identity: int | str) -> str:

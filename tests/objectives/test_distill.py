@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from pipeline.data.features import FeatureBatch
-from pipeline.errors import ConfigError, ModelError
+from pipeline.errors import ConfigError, FeatureError, ModelError
 from pipeline.models.base import VisionLanguageModel
 from pipeline.models.families import to_saved
 from pipeline.objectives.base import Objective
@@ -203,7 +203,7 @@ class SplitOfTheTeacher:
     """A split opened with another extractor: more regions, of other values."""
 
     num_samples = 16
-    keys = np.array([f"sample-{number}" for number in range(num_samples)])
+    keys = np.array([f"sample-{number}" for number in range(16)], np.dtypes.StringDType())
 
     def features(self, rows: Any) -> FeatureBatch:
         rng = np.random.default_rng(4)
@@ -212,7 +212,9 @@ class SplitOfTheTeacher:
         return FeatureBatch(values[rows], boxes[rows], np.full(len(rows), 8, np.int32))
 
 
-def test_a_teacher_may_see_through_another_extractor(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_teacher_may_see_through_another_extractor(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = unlike(make_family("visualbert", len(tokenizer), feature_dim=3))
     folder = saved(tmp_path / "model", model, tokenizer)
     opened = []
@@ -230,6 +232,9 @@ def test_a_teacher_may_see_through_another_extractor(tmp_path: Path, tokenizer: 
     batch = collated(objectives, tokenizer, make_batch())
     view = batch.streams["captions-full"].targets["distill"]
     assert view.features.shape == (6, 8, 3)
+    monkeypatch.setattr(SplitOfTheTeacher, "keys", np.roll(SplitOfTheTeacher.keys, 1))
+    with pytest.raises(FeatureError, match="features of other samples than the student's"):
+        collated(objectives, tokenizer, make_batch())
     loss, losses = module(batch)
     loss.backward()
     assert losses["distill"] > 0

@@ -103,15 +103,19 @@ def accounted(source: Source) -> Iterator[Record | Reject]:
         num_entries += entry.num_entries
         yield entry
     if isinstance(source, IndexedSource):
-        index = source.index()
-        expected = sum(index.values())
-        if num_entries != expected:
-            counts = ", ".join(f"{location} has {number}" for location, number in index.items())
-            raise SourceError(
-                f"{counts}: of {expected} entries, {num_entries} are in records or rejects; "
-                "nothing was changed. If a file was written to meanwhile, the same command does "
-                "it; else the source is read wrongly, and that is a bug worth a report"
-            )
+        require_accounted(source.index(), num_entries)
+
+
+def require_accounted(index: Mapping[str, int], num_entries: int) -> None:
+    """Raises SourceError if records and rejects hold other than the entries that files have."""
+    expected = sum(index.values())
+    if num_entries != expected:
+        counts = ", ".join(f"{location} has {number}" for location, number in index.items())
+        raise SourceError(
+            f"{counts}: of {expected} entries, {num_entries} are in records or rejects; "
+            "nothing was changed. If a file was written to meanwhile, the same command does "
+            "it; else the source is read wrongly, and that is a bug worth a report"
+        )
 
 
 @runtime_checkable

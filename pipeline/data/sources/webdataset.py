@@ -39,7 +39,14 @@ from pipeline.data.foreign_tar import ForeignTar
 from pipeline.data.member_names import is_hidden, shown
 from pipeline.data.read_ahead import ReadAhead, ReadAheadFile
 from pipeline.data.sample import Texts
-from pipeline.data.sources.base import ListedTar, Record, Reject, SourceConfig, by_key
+from pipeline.data.sources.base import (
+    ListedTar,
+    Record,
+    Reject,
+    SourceConfig,
+    by_key,
+    require_accounted,
+)
 from pipeline.data.sources.image_files import SUFFIXES, ImageFile, image_key, listed
 from pipeline.data.sources.splits import check_splits, hash_split
 from pipeline.data.sources.text_columns import TextColumns
@@ -163,13 +170,27 @@ class WebDatasetSource:
         return image
 
     def samples(self, listed_tar: ListedTar) -> Iterator[Record | Reject]:
-        """Lists the samples of a tar in their order; raises SourceError if it is not whole."""
+        """Lists the samples of a tar in their order.
+
+        Raises SourceError if the tar is not whole, or has members that came into nothing.
+        """
         location = listed_tar.tar.location
+        num_members = num_entries = 0
+
+        def meant(file: IO[bytes]) -> Iterator[TarMember]:
+            nonlocal num_members
+            for member in list_tar(file, location):
+                if not is_hidden(member.name):
+                    num_members += 1
+                    yield member
+
         with _opened(location) as file:
-            members = (member for member in list_tar(file, location) if not is_hidden(member.name))
-            for name, adjacent in groupby(members, _sample_name):
+            for name, adjacent in groupby(meant(file), _sample_name):
                 for parts in _without_repeats(adjacent):
-                    yield from self._entries(name, parts, file, listed_tar)
+                    for entry in self._entries(name, parts, file, listed_tar):
+                        num_entries += entry.num_entries
+                        yield entry
+        require_accounted({location: num_members}, num_entries)
 
     def _entries(
         self, name: str, parts: "_Parts", file: IO[bytes], listed_tar: ListedTar
@@ -252,6 +273,7 @@ class WebDatasetSource:
             image=image,
             texts=texts,
             fault=None if texts.num_texts else fault,
+            num_entries=len(parts),
         )
         if unusable is not None and isinstance(entry, Reject):
             reason, detail = unusable
@@ -296,10 +318,11 @@ def _without_repeats(members: Iterator[TarMember]) -> list[dict[str, TarMember]]
     for member in members:
         middle, dot, suffix = member.name.rpartition("/")[2].partition(".")[2].rpartition(".")
         part = f"{middle}{dot}{suffix.lower()}"
-        if count[part] == len(found):
+        folded = part.lower()
+        if count[folded] == len(found):
             found.append({})
-        found[count[part]][part] = member
-        count[part] += 1
+        found[count[folded]][part] = member
+        count[folded] += 1
     return found
 
 

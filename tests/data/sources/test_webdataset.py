@@ -16,6 +16,7 @@ from pipeline import storage
 from pipeline.config import check
 from pipeline.data.dataset import Dataset
 from pipeline.data.manifest import Manifest
+from pipeline.data.sources import webdataset as webdataset_source
 from pipeline.data.sources.base import Record, Reject
 from pipeline.errors import ConfigError, SourceError
 from tests.data.requested import ranges
@@ -180,6 +181,40 @@ def test_parts_with_dots_stay_parts_unless_they_say_something(tmp_path: Path) ->
         ("c", "live"),
     ]
     assert [entry.texts.captions for entry in entries[2:]] == [("one",), ("two",)]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_member_is_in_a_sample_or_a_reject_whatever_it_is_called(
+    tmp_path: Path, seed: int
+) -> None:
+    rng = Random(seed)
+    image = picture(tmp_path)
+    names = [
+        rng.choice("ab")
+        + "".join(rng.choice([".c", ".C", ".2", ".png", ".PNG"]) for _ in range(rng.randrange(3)))
+        + rng.choice([".png", ".PNG", ".txt", ".TXT", ".json", ""])
+        for _ in range(30)
+    ]
+    write_tar(tmp_path / "a.tar", [(name, image) for name in names])
+    entries = list(build("webdataset", shards=str(tmp_path / "a.tar")).records())
+    assert sum(entry.num_entries for entry in entries) == len(names)
+
+
+def test_members_that_come_into_nothing_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = picture(tmp_path)
+    write_tar(
+        tmp_path / "a.tar", [(f"{key}.{part}", image) for key in "ab" for part in ("png", "txt")]
+    )
+    found = webdataset_source._without_repeats
+    monkeypatch.setattr(
+        webdataset_source,
+        "_without_repeats",
+        lambda members: [dict([*found(members)[0].items()][:1])],
+    )
+    with pytest.raises(SourceError, match=r"a\.tar has 4: of 4 entries, 2 are in"):
+        list(build("webdataset", shards=str(tmp_path / "a.tar")).records())
 
 
 def test_members_that_are_no_plain_files_are_counted(tmp_path: Path) -> None:

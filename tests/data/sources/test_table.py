@@ -12,6 +12,7 @@ import xxhash
 from pipeline import storage
 from pipeline.data.dataset import Dataset
 from pipeline.data.sources import table as table_module
+from pipeline.data.sources.tables import rows
 from pipeline.errors import ConfigError, SourceError
 from tests.data.sources.built import build, draw, ingested, listed, reason, reasons, record
 from tests.vision.video_files import dicom, video
@@ -230,7 +231,6 @@ def test_a_row_that_the_reader_swallows_is_found_by_the_files_own_count(
         "table", table=str(tmp_path / name), image="image", texts={"captions": "caption"}
     )
     assert reasons(source) == {"live": 4}
-    rows = table_module.rows
     monkeypatch.setattr(table_module, "rows", lambda *given: [*rows(*given)][1:])
     with pytest.raises(SourceError, match=rf"{name} has 4: of 4 entries, 3 are in"):
         ingested(source, tmp_path)

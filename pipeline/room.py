@@ -44,7 +44,11 @@ class Waiting:
         lacks_room = self._room() < self._number
         if lacks_room:
             text = f"{self._lacking()}; it waits for nodes, which may come"
-        elif time.monotonic() - self._began > SECONDS_UNTIL_BUSY and is_pending():
+        elif (
+            time.monotonic() - self._began > SECONDS_UNTIL_BUSY
+            and is_pending()
+            and any(_free().get(name, 0.0) < self._number * self._each[name] for name in self._each)
+        ):
             free = _listed(_free(), self._each)
             text = f"{self._asked()}, and others use the cluster, with {free} free; it waits"
         else:

@@ -134,6 +134,7 @@ class ImageFolders:
 
     def _stamp(self, location: str) -> str | None:
         folder, _, name = location.rpartition("/")
+        folder = folder or "/"
         if folder not in self._stamps:  # a folder that a file name begins with
             try:
                 self._stamps[folder] = storage.list_stamps(folder)

@@ -151,3 +151,12 @@ def test_keys_are_cocos_for_numbers_and_names_for_the_rest() -> None:
 def test_the_name_of_an_image_says_the_suffix_of_its_part(name: str, suffix: str | None) -> None:
     assert ImageFile.at(f"/photographs/{name}", "1").suffix == suffix
     assert image_name(name) == ("a" if suffix else name)
+
+
+def test_a_file_at_the_root_is_not_looked_for_in_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(tmp_path / "a-name-of-no-other.jpg")
+    monkeypatch.chdir(tmp_path)
+    folders = ImageFolders(str(tmp_path), schemes=("file",))
+    assert folders.named("/a-name-of-no-other.jpg").stamp is None

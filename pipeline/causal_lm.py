@@ -1,4 +1,4 @@
-"""A `config.json` of transformers to the causal language model that it describes, as plain modules.
+"""Causal language models of transformers, made from their `config.json` as plain modules.
 
 Models know torch only; this is where the one family that is built around somebody else's language
 model meets the library. Shapes: B sequences, H heads, L positions, d head width.

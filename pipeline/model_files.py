@@ -1,4 +1,4 @@
-"""A model's files to its tensors: a folder in the Hugging Face layout, or its authors' one file."""
+"""A model's files: a folder in the Hugging Face layout, or its authors' one file."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What a run is: one typed document, checked before work starts and saved with the results.
+"""The recipe: a run as one typed document, checked before work and saved with results.
 
 It is made of the small configs that live beside the code they steer; `--print-recipe` shows
 every key with its default filled in.

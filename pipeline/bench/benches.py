@@ -1,4 +1,4 @@
-"""A bench's name to what it measures and which settings it takes."""
+"""The benches by name, each with its settings."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Captions to their lengths: how full a padded batch is in practice."""
+"""Lengths of real captions: how full a padded batch is in practice."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Model sizes and text lengths to floating-point operations: what a step must compute.
+"""Floating-point operations of a training step, by model sizes and text lengths.
 
 Per sample T tokens and R regions. Counted as `pipeline.models.flops` does, with the heads of
 masked words and of matching.

@@ -1,4 +1,4 @@
-"""Writing text: with and without a cache, ours and transformers' `generate`, with the same weights.
+"""Text generation with and without a cache, beside transformers' with the same weights.
 
 All write the same number of tokens, as nothing ends a text, and the texts are compared.
 """

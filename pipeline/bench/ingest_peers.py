@@ -1,4 +1,4 @@
-"""The same image files into tars by other people's tools, set up as their manuals show it."""
+"""Image files packed by other people's tools, set up as their manuals show it."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Made-up samples to datasets as ingest and extract leave them, for a loader to read."""
+"""Made-up datasets, as ingest and extract leave them, for a loader to read."""
 
 import io
 import json

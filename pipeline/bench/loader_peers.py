@@ -1,4 +1,4 @@
-"""Datasets to epochs of other people's loaders, set up as their manuals show it."""
+"""Other people's loaders, set up as their manuals show it."""
 
 import contextlib
 import importlib

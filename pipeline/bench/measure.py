@@ -1,4 +1,4 @@
-"""Contestants to times: each round runs all of them, so that a busy moment hits none alone."""
+"""Timing in rounds: each round runs all contestants, so that a busy moment hits none alone."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""Seeds to JPEG files that weigh and compress as photographs do: what ingest is measured on."""
+"""Made-up JPEG files that weigh and compress as photographs do."""
 
 import json
 from pathlib import Path

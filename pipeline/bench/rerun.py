@@ -1,4 +1,4 @@
-"""A long listing and the manifest that has it all, to what a run over them takes.
+"""The unchanged re-run: a long listing, and a manifest that has it all.
 
 Memory is that of a process of its own, which has only what an ingest needs: the bench runs
 `python -m pipeline.bench.rerun URL RECORDS`, which prints JSON. Nothing here imports torch.

@@ -1,4 +1,4 @@
-"""Measured figures to what is shown of them: a table for people, or JSON."""
+"""Measured figures, as a table for people or as JSON."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field

@@ -1,4 +1,4 @@
-"""A command to its first step, with the time at which each part of the way was behind it.
+"""The time from a command to its first step, part by part.
 
 Run by the bench as a process of its own: `python -m pipeline.bench.start_up RECIPE OUTPUT`. It
 does what `sightline pretrain RECIPE` does, in the same order, up to one step, and writes JSON:

@@ -1,4 +1,4 @@
-"""A run's steps to times, with those of a bare torch loop between them on the same batches.
+"""Step times of a run, beside those of a bare torch loop on the same batches.
 
 It goes into a run as what assembles it: the model, the batches and the loop are the run's own.
 """

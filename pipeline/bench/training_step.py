@@ -1,4 +1,4 @@
-"""One step of training, ours and transformers', with the same weights on the same batch.
+"""One training step, ours and transformers', with the same weights on the same batch.
 
 The step is masked language modelling and image-text matching, forward, backward and AdamW, with
 dropout. What makes the difference is taken apart by changing one thing at a time. On a batch of

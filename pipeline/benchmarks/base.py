@@ -1,4 +1,4 @@
-"""What every benchmark is: samples to model inputs, outputs to predictions, these to a score."""
+"""The interface of a benchmark: model inputs, predictions, and their score."""
 
 import json
 from abc import ABC, abstractmethod

@@ -1,4 +1,4 @@
-"""The benchmarks by name, and how a recipe chooses among them."""
+"""The benchmarks by name, and a recipe's choice among them."""
 
 from typing import Any, Self
 

@@ -1,4 +1,4 @@
-"""Captioning: a picture to a sentence, scored against those that people wrote."""
+"""The captioning benchmark: a sentence for a picture, scored against those that people wrote."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict

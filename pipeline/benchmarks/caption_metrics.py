@@ -1,4 +1,4 @@
-"""Generated captions and people's captions to the official COCO caption scores."""
+"""The official COCO caption scores of generated captions."""
 
 import shutil
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Captions to the tokens that the official caption scores count.
+"""The tokenizer of the official caption scores (Stanford's PTBTokenizer).
 
 The COCO caption evaluator tokenises with Stanford's Penn Treebank tokenizer (CoreNLP 3.4.1) in
 Java, lower-cases, and drops punctuation tokens. This is the same language in regular expressions,

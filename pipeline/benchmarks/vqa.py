@@ -1,4 +1,4 @@
-"""Visual question answering: a question and a picture to one of the known answers."""
+"""The visual question answering benchmark: a known answer to a question about a picture."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any

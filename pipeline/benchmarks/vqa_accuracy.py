@@ -1,4 +1,4 @@
-"""Answers and ten people's answers to the official VQA accuracy."""
+"""The official VQA accuracy, against ten people's answers."""
 
 import re
 from collections.abc import Mapping, Sequence

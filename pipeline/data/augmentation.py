@@ -1,4 +1,4 @@
-"""Random numbers to the part of a picture that is seen, as a mirror would show it or not."""
+"""Random crops and mirror images, as far as what is said of a picture allows them."""
 
 import math
 import re

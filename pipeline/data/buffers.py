@@ -1,4 +1,4 @@
-"""Lends the memory that positioned reads fill, and takes it back when a batch is forgotten."""
+"""A pool of memory that positioned reads fill, taken back when a batch is forgotten."""
 
 import weakref
 from collections import deque

@@ -1,4 +1,4 @@
-"""Makes a dataset as small as what its kept versions list.
+"""Compaction: a dataset as small as what its kept versions list.
 
 First shards that are mostly dead, and small ones, are written anew and listed with the features
 they had; then the manifest is written without superseded rows; last, files go that no kept version

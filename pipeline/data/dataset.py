@@ -1,4 +1,4 @@
-"""Manifest to samples: opens one version of a dataset, whose every sample is read by position."""
+"""One version of a dataset, whose every sample is read by position."""
 
 import copy
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Image bytes to the pixels a person sees, no more of them than are needed.
+"""Image decoding: the pixels a person sees, no more of them than are needed.
 
 What those are is `image_pixels`' to say. A plain JPEG, as most photographs are, can be decoded to
 a half, a quarter or an eighth of its size at a fraction of the cost.

@@ -1,4 +1,4 @@
-"""Two versions of a manifest to what changed between them, sample by sample."""
+"""The difference between two versions of a manifest, sample by sample."""
 
 from collections import Counter
 from dataclasses import dataclass

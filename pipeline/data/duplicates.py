@@ -1,4 +1,4 @@
-"""Digests and perceptual hashes to which images are copies of others, whatever order they come in.
+"""Duplicate detection by digests and perceptual hashes, whatever order images come in.
 
 The image that a dataset has already stays; of new ones the first in the order of the plan does,
 which is that of the keys' hashes within each split. So the same records leave the same samples

@@ -1,4 +1,4 @@
-"""Row numbers to padded feature batches, read by position from an extractor's sidecars."""
+"""The reader of stored features: padded batches, read by position from an extractor's sidecars."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a dataset leaves out on purpose: images and captions that a recipe does not want.
+"""The filters of a dataset: images and captions that a recipe does not want.
 
 Each image left out is a reject with its own reason, and so is a record of which no text is left:
 

@@ -1,4 +1,4 @@
-"""Where a dataset's image lies that was left in somebody else's tar, and in which version of it.
+"""References to images that stay in somebody else's tar, in one version of it.
 
 Such a tar is read by position and never written. A shard of ours stands for its samples: it holds
 their texts and, in place of each image, a reference. So features, versions and `compact` deal in

@@ -1,4 +1,4 @@
-"""A rank's share of a global batch to micro-batches of texts of similar length.
+"""Micro-batches of texts of similar length.
 
 Texts of a micro-batch are padded to the longest, so that short ones beside long ones are work for
 nothing. What is grouped is the share alone: which samples make a step, which rank has them, and in

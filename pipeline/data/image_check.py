@@ -1,4 +1,4 @@
-"""Tells whether bytes are a whole image before they go into a shard.
+"""The check of an image file before it goes into a shard.
 
 What is accepted here, with `decode`, is what `image_pixels` makes pixels of: both go by the same
 decoders and the same rules for what is damaged or unsupported.

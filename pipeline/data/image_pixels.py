@@ -1,4 +1,4 @@
-"""An image file's bytes to the pixels that a person sees: upright, sRGB, eight bits a channel.
+"""The pixels that a person sees of an image file: upright, sRGB, eight bits a channel.
 
 - **Orientation** is applied: what Exif says, else what XMP says (`tiff:Orientation`), as Pillow's
   `exif_transpose` has it. Browsers go by Exif alone; photo editors write both alike, or XMP alone.

@@ -1,4 +1,4 @@
-"""Row numbers to batches of pixels, decoded from the images as they lie in the shards."""
+"""The reader of live pictures: batches of pixels, decoded from the images in the shards."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Manifest to what a person asks of it: what the dataset holds, what was rejected and why."""
+"""The summary of a dataset: what it holds, what was rejected and why."""
 
 from collections import Counter
 from typing import Any

@@ -1,4 +1,4 @@
-"""Brings a dataset up to date with its source: source records to samples in listed shards.
+"""Ingest: source records become samples in listed shards, and a dataset follows its source.
 
 The work follows what changed: records the manifest has already are left alone, without opening
 an image; edited ones are written anew and supersede their old rows; vanished ones are marked

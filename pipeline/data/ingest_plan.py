@@ -1,4 +1,4 @@
-"""Compares a source's listing with a manifest: what is to be written, removed or left alone.
+"""The ingest plan: what is to be written, removed or left alone.
 
 No image is opened here. A record is left alone when the manifest has its split and fingerprint,
 whether it became a sample or a reject; but a copy of an image is looked at again when the sample

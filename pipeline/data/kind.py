@@ -1,4 +1,4 @@
-"""A part's first bytes to the kind of file that it is, where that decides how it is read."""
+"""File kinds by their first bytes, where they decide how a file is read."""
 
 _ZIPS = (b"PK\x03\x04", b"PK\x05\x06")  # the second is that of one without a file
 _MATROSKA = b"\x1a\x45\xdf\xa3"  # of WebM too

@@ -1,4 +1,4 @@
-"""A source's records as a recipe wants them: what is compared with the manifest.
+"""The listing: a source's records as a recipe wants them, to be compared with the manifest.
 
 Captions of unwanted length are gone, and fingerprints tell what the recipe wants told: also of
 the settings that images are treated by, and of the images' bytes where it asks for that. Tars that

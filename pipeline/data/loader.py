@@ -1,4 +1,4 @@
-"""Order to batches: reads a rank's share of each step ahead of its consumer."""
+"""The loader: a rank's batches of each step, read ahead of their consumer."""
 
 import contextlib
 import threading

@@ -1,4 +1,4 @@
-"""Tells whether bytes are a whole sample's pictures before they go into a shard.
+"""The check of a sample's pictures before they go into a shard.
 
 Most often that is one image. It may also be a video, a folder of frames in a ZIP, or a DICOM, which
 are stored as they came and of which extractors make pictures. What is wrong with one is a reason:

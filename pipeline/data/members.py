@@ -1,4 +1,4 @@
-"""Row numbers to bytes: reads one part of any sample from its place in a shard."""
+"""Positioned reads of one part of any sample from its place in a shard."""
 
 import os
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Orders of several splits to one: from which of them each position of the stream is taken.
+"""The mixture of several splits: from which of them each position of the stream is taken.
 
 The stream is cut into blocks of a fixed size. Each split has the same number of places in every
 block, as its weight says, in an order shuffled anew for each block. So a position's split, and

@@ -1,4 +1,4 @@
-"""Step number to examples: the order in which training meets a split, by arithmetic alone.
+"""The order in which training meets a split, by arithmetic alone.
 
 An example is one text of one sample: (row, text_index). The stream of examples is an endless row
 of epochs. Each epoch permutes the shards, cuts them into windows of a few shards, and shuffles the

@@ -1,4 +1,4 @@
-"""What has become of a record to its row of the manifest."""
+"""Manifest rows by what has become of a record."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A rank's share of a step to micro-batches of at most so many places.
+"""Micro-batches under a budget of tokens and regions.
 
 Places are tokens and regions with their padding: what a forward pass costs goes by them rather
 than by the number of samples. Which samples make a step, and which rank has them, stays arithmetic

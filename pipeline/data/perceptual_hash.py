@@ -1,4 +1,4 @@
-"""An image to 64 bits of which few differ between pictures that look alike.
+"""The perceptual hash: 64 bits of which few differ between pictures that look alike.
 
 The hash is `imagehash.phash`: signs of the 8 x 8 lowest frequencies of the luminance at 32 x 32.
 """

@@ -1,4 +1,4 @@
-"""Small reads of a remote file, one behind the other, to few and large requests for it."""
+"""Read-ahead of a remote file: few large requests for many small reads in a row."""
 
 import io
 import threading

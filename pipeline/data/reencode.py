@@ -1,4 +1,4 @@
-"""An image file to the smaller JPEG that is stored in its place, if the recipe asks for it."""
+"""Re-encoding: the smaller JPEG that is stored in an image file's place, if asked for."""
 
 from typing import Literal, NamedTuple
 

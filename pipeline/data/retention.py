@@ -1,4 +1,4 @@
-"""Versions to keep to the shards that must stay."""
+"""Version retention: which shards must stay for the versions that are kept."""
 
 import json
 from dataclasses import dataclass

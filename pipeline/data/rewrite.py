@@ -1,4 +1,4 @@
-"""Worn and small shards to full ones: the same samples, texts and features in fewer files."""
+"""The rewriting of worn and small shards: the same samples, texts and features in fewer files."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Writes samples to tar shards, which any WebDataset reader can open.
+"""The shard writer: samples in tars that any WebDataset reader can open.
 
 A shard is written once and never edited. The same samples in the same order give the same bytes,
 and its name is the digest of those bytes, so that writing it again changes nothing.

@@ -1,4 +1,4 @@
-"""Shard locations to open files: local ones in place, others through a bounded local cache."""
+"""Open shard files: local ones in place, others through a bounded local cache."""
 
 import contextlib
 import fcntl

@@ -1,4 +1,4 @@
-"""Shard plans to what comes of them, by plain functions under Ray, a bounded number at a time."""
+"""Ray tasks over shard plans, a bounded number at a time."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A card and the places of the values to the places of all else that a sidecar holds of a sample.
+"""The layout of a sidecar: where it holds each array of a sample's features.
 
 The manifest lists where the values lie. The other arrays of a sample stand beside them in the
 order of their names, and the card gives their shapes, so that their places follow.

@@ -1,4 +1,4 @@
-"""Planned records to those whose images are no copies: every image is looked at before any is kept.
+"""The survey for duplicates: every image is looked at before any is kept.
 
 An image is read here and, if it stays, once more when its shard is written: only so can a shard
 be whole and hold no copy, however many Ray tasks write at the same time.

@@ -1,4 +1,4 @@
-"""What an image file goes through before it is stored: checked, filtered, encoded anew if asked.
+"""The treatment of an image file before it is stored: checked, filtered, encoded anew if asked.
 
 What becomes of a file depends on these settings alone, so they are part of what tells whether a
 sample has to be made again.

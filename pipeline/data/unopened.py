@@ -1,4 +1,4 @@
-"""Manifest to the tars of others that need not be opened, since it has every record of them.
+"""Tars of others that need not be opened, since the manifest has every record of them.
 
 A tar's name in the manifest says how many records it has, so that one whose rows were only listed
 in part, by a run that was killed, is told from one that was done.

@@ -1,4 +1,4 @@
-"""Manifest to faults: whether everything that a version of a dataset lists is there and whole."""
+"""Verification: whether everything that a version of a dataset lists is there and whole."""
 
 import io
 import os

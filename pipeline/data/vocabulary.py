@@ -1,4 +1,4 @@
-"""Caption and answer texts to vocabularies: the word pieces and the answers a model knows."""
+"""Vocabularies: the word pieces and the answers that a model knows."""
 
 import json
 import tempfile

@@ -1,4 +1,4 @@
-"""Feature vectors to colours: their three principal components as red, green and blue."""
+"""Colours of feature vectors: their three principal components as red, green and blue."""
 
 import base64
 import io

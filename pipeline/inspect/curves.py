@@ -1,4 +1,4 @@
-"""A phase's metrics.jsonl to charts: thinned, smoothed, and laid out as SVG paths."""
+"""Training curves: a phase's metrics.jsonl thinned, smoothed, and laid out as SVG paths."""
 
 import itertools
 import json

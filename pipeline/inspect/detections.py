@@ -1,4 +1,4 @@
-"""What a detector found in a picture to the layers that a page lays over it."""
+"""Layers that a page lays over a picture, of what a detector found in it."""
 
 import base64
 import colorsys

@@ -1,4 +1,4 @@
-"""Predictions on validation pictures to RUN/evaluation/examples.json, which the report shows."""
+"""RUN/evaluation/examples.json: predictions on validation pictures, which the report shows."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""Attention weights to the bytes from which a page draws them over a picture."""
+"""Attention maps, as the bytes from which a page draws them over a picture."""
 
 import base64
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A template and its values to one HTML file that asks the network for nothing."""
+"""HTML pages of one file that ask the network for nothing."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""An image's bytes to the small JPEG that a page carries inside itself."""
+"""The small JPEG of a picture that a page carries inside itself."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""A dataset to an HTML page of samples with everything that people wrote about them."""
+"""The preview of a dataset: samples with everything that people wrote about them."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""A run's folder to RUN/report.html, the one page that shows what came of it."""
+"""The report of a run, RUN/report.html: one page that shows what came of it."""
 
 import json
 import math

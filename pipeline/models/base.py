@@ -1,4 +1,4 @@
-"""What every family can be asked for: objectives, benchmarks and generation know no more."""
+"""The interface of a model family: objectives, benchmarks and generation know no more."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The blocks from which every family is composed: embeddings, attention, feed-forward, heads.
+"""The blocks of which every family is composed: embeddings, attention, feed-forward, heads.
 
 Each parameter belongs to one Linear, LayerNorm or Embedding and is read only in that module's own
 forward, which is what a sharded optimizer (ZeRO-3) needs to gather it in time. Shapes are written

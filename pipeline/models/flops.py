@@ -1,4 +1,4 @@
-"""A model's sizes and a sample's lengths to floating-point operations: what encoding it must take.
+"""Floating-point operations of encoding a sample, by a model's sizes and the sample's lengths.
 
 Matrix products and convolutions count, two operations for each multiplication and addition, of
 real tokens and regions: what is spent on padding, or on recomputing, is not useful.

@@ -1,4 +1,4 @@
-"""Image plus prefix tokens to new tokens: greedy, beam and nucleus decoding with a cache."""
+"""Text generation from an image and a prefix: greedy, beam and nucleus, with a cache."""
 
 import math
 from collections.abc import Sequence

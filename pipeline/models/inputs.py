@@ -1,4 +1,4 @@
-"""What goes into every model family, and what comes out of its encoder."""
+"""The inputs of every model family, and the outputs of its encoder."""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,4 @@
-"""Names of published weights: tables that say which of their tensors make each of ours.
+"""Names of published weights: tables of which of their tensors make each of ours.
 
 A family keeps its own tables beside its code, composed of the pieces here. `load`, `take_over` and
 `export` apply them in either direction, tensors to tensors; no other code touches names.

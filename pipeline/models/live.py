@@ -1,4 +1,4 @@
-"""Pixels to what any family makes of regions: a model with the network in it that sees for it."""
+"""A model with the network in it that sees for it, fed with pixels in place of regions."""
 
 from dataclasses import replace
 from typing import Any

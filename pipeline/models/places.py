@@ -1,4 +1,4 @@
-"""A padded batch to the places that hold something: layers do no work on the others."""
+"""The packed layout of a padded batch: layers do no work on padding."""
 
 from dataclasses import dataclass
 

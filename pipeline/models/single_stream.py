@@ -1,4 +1,4 @@
-"""Early fusion: tokens and regions, embedded side by side, go through one BERT as one sequence."""
+"""The single-stream encoder of early fusion: one BERT over tokens and regions together."""
 
 from abc import abstractmethod
 

@@ -1,4 +1,4 @@
-"""Every tensor of a batch to another, wherever in it the tensor is."""
+"""A map over every tensor of a batch, wherever in it the tensor is."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace

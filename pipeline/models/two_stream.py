@@ -1,4 +1,4 @@
-"""Text and regions each through its own encoder, where late and attention fusion begin."""
+"""The two encoders of text and regions, where late and attention fusion begin."""
 
 from pydantic import Field
 from torch import Tensor, nn

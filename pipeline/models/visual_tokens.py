@@ -1,4 +1,4 @@
-"""Regions to visual tokens: what a language model is given to read of an image."""
+"""Visual tokens: what a language model is given to read of an image."""
 
 import torch
 from torch import Tensor, nn

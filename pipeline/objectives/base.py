@@ -1,4 +1,4 @@
-"""What every objective is: from a micro-batch's texts to a target, and from a model to a loss."""
+"""The interface of an objective: a target from a micro-batch's texts, a loss from a model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""People's answers to one question to what another answer is worth."""
+"""The worth of an answer, by people's answers to the same question."""
 
 from collections.abc import Sequence
 

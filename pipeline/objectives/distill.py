@@ -1,4 +1,4 @@
-"""Distillation: what a trained model makes of the same pairs, as a target for another."""
+"""Distillation: what a trained model makes of the same pairs, as another's target."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

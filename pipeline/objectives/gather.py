@@ -1,4 +1,4 @@
-"""Each rank's vectors to those of all ranks, with the gradient back to where each came from."""
+"""The vectors of all ranks, with the gradient back to where each came from."""
 
 from typing import Any
 

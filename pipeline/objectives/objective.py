@@ -1,4 +1,4 @@
-"""The objectives by name, and how a recipe chooses among them."""
+"""The objectives by name, and a recipe's choice among them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Self

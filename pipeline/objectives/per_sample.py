@@ -1,4 +1,4 @@
-"""Values at some places of each sample to one value per sample."""
+"""Means per sample of values at some of its positions."""
 
 import torch
 from torch import Tensor

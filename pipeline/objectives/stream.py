@@ -1,4 +1,4 @@
-"""A loader's batch to model inputs with targets, and these to a loss."""
+"""Model inputs with targets, collated from a loader's batch, and their loss."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""A model folder to a teacher: a frozen model that no optimizer or checkpoint knows of."""
+"""The teacher: a frozen model that no optimizer or checkpoint knows of."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Text states and the tokens they should give to one figure per sample."""
+"""The base of objectives that predict tokens."""
 
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812

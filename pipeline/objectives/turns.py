@@ -1,4 +1,4 @@
-"""A step's number to the one objective it trains, where each step trains one."""
+"""The one objective that a step trains, where each step trains one."""
 
 import zlib
 from collections.abc import Mapping

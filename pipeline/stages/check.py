@@ -1,4 +1,4 @@
-"""A recipe to what its training will take: bytes, samples, steps and hours, before it starts.
+"""The estimates of `sightline check`: bytes, samples, steps and hours of a training.
 
 What depends on the data is told of the dataset as it lies there; what cannot be known yet is named
 as unknown. It builds the run's tokenizer, which the run wants anyway, trains a few steps in

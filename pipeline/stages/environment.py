@@ -1,4 +1,4 @@
-"""What a run was made with: versions, machine, code revision, seeds, data; RUN/environment.json.
+"""RUN/environment.json: versions, machine, code revision, seeds and data of a run.
 
 `versions` are those of each dataset that the run has read, and `stretches` the parts of each
 phase's curve that have settings of their own: after which step, which settings changed and how,

@@ -1,4 +1,4 @@
-"""The evaluate stage: a model to official result files, scores and pictures to look at."""
+"""The evaluate stage: a model's official result files, scores, and pictures to look at."""
 
 import json
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""A run, one of its phases or a single checkpoint to a model folder that stands alone."""
+"""The export of a run, a phase or a checkpoint as a model folder that stands alone."""
 
 import json
 import tempfile

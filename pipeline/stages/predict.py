@@ -1,4 +1,4 @@
-"""One photograph, with or without a question, to what a model says of it."""
+"""The prediction of `sightline predict`: a caption of one photograph, or an answer about it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace

@@ -1,4 +1,4 @@
-"""What can be refused before work: names in a recipe of what is not there, or of no use to it.
+"""The refusals before work: names in a recipe of what is not there, or of no use to it.
 
 Files, devices, weights to begin with, keys of DeepSpeed and, as soon as there is a dataset, its
 splits and texts.

@@ -1,4 +1,4 @@
-"""The report stage: what a run left to one HTML page."""
+"""The report stage: one HTML page of what a run left."""
 
 from pipeline import storage
 from pipeline.inspect.report import write_report

@@ -1,4 +1,4 @@
-"""The stages of a recipe in order, each run if it is out of date, and a table of what they made."""
+"""The stages of a recipe in order, and a table of what they made."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What a stage left behind in RUN/stages: enough to tell whether it must run again.
+"""Stage records in RUN/stages: enough to tell whether a stage must run again.
 
 A stage is up to date when it was finished with the same identity: the identities of its inputs,
 its part of the recipe, and the version of the code that made it. A stage that was started and

@@ -1,4 +1,4 @@
-"""The pretrain and finetune stages: a dataset with features to a model folder."""
+"""The pretrain and finetune stages."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

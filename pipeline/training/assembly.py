@@ -1,4 +1,4 @@
-"""A training spec to the parts of a run: the module that is trained, its batches, its folder."""
+"""The parts of a training run: the module that is trained, its batches, its folder."""
 
 import contextlib
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Locked memory to swap files on a local disk: DeepSpeed's `async_io`, with its failures told.
+"""Asynchronous file I/O of swapped tensors: DeepSpeed's `async_io`, with its failures told.
 
 It is a module that is compiled on the machine where it is first asked for (minutes). It passes the
 page cache by, which a disk only allows in steps of a size; it does not look at whether a transfer

@@ -1,4 +1,4 @@
-"""A training state to files that any world size and any ZeRO stage can continue from.
+"""Checkpoints: a training state that any world size and any ZeRO stage can continue from.
 
 A checkpoint is a folder `step-00001000` of safetensors files, one per rank, and a
 `manifest.json`, written last, that names every file with its size and digest, says in which file

@@ -1,4 +1,4 @@
-"""Micro-batches of a step to the same on the device, there before the step before it has ended."""
+"""The feed of micro-batches to a device, there before the step before them has ended."""
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""A loss to updated weights: the one module that meets DeepSpeed.
+"""The engine: the one module that meets DeepSpeed.
 
 What is kept of a run is told in tensors that know no ZeRO stage and no world size: for each
 parameter its fp32 weight and AdamW's two moments, whole, by name. The names are

@@ -1,4 +1,4 @@
-"""Held-out batches to the figures that tell a better model from a worse one."""
+"""Held-out figures, which tell a better model from a worse one."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING

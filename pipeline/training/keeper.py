@@ -1,4 +1,4 @@
-"""A run's states to the checkpoints that it keeps: one is written at a time, beside training."""
+"""The checkpoints that a run keeps: one is written at a time, beside training."""
 
 import time
 from collections.abc import Callable, Iterator

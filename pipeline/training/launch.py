@@ -1,4 +1,4 @@
-"""A training spec to ranks that run it: on Ray Train, or in this process.
+"""The launch of ranks: on Ray Train, or in this process.
 
 The one module that meets Ray Train. Ray restarts ranks that died; what they continue from is
 our own newest whole checkpoint, so Ray is told of none and keeps no state that could go stale.

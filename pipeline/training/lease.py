@@ -1,4 +1,4 @@
-"""A run's folder to the one process that may write in it.
+"""The lease on a run's folder: one command, and one process of a phase, may write in it.
 
 The lock lies beside what may be moved or replaced: RUN/.lock for a command, held over all of its
 stages, and RUN/.<phase>.lock for the ranks that train a phase, which may outlive their command by

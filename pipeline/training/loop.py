@@ -1,4 +1,4 @@
-"""Batches to a trained model: the order of a step, the same on one process and on a cluster.
+"""The training loop: the order of a step, the same on one process and on a cluster.
 
 A step is: take the micro-batches, forward and backward each, clip, update, log. Nothing random
 outlives a step: data and corruption are functions of the step, and dropout is seeded from

@@ -1,4 +1,4 @@
-"""A training config to the bytes that a rank must hold beside what a micro-batch leaves behind.
+"""The memory of a rank, beside what a micro-batch leaves behind.
 
 AdamW's state is fp32 whatever the precision: moments, and from ZeRO stage 1 on a master copy of
 the weights. Stage 1 cuts these up over ranks, stage 2 gradients too, stage 3 also the weights.

@@ -1,4 +1,4 @@
-"""A step's figures to a line that survives the process: metrics.jsonl, and events.jsonl.
+"""The logs of a phase, which survive the process: metrics.jsonl and events.jsonl.
 
 metrics.jsonl is a function of the run: but for the times and rates, the lines after any number
 of interruptions are those of an unbroken run. Where a run went on with other settings there is a

@@ -1,4 +1,4 @@
-"""What is known of a model to the page that goes with it: README.md of a model folder."""
+"""The model card: README.md of a model folder."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""A model's parameters to AdamW's groups."""
+"""AdamW's parameter groups."""
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase

@@ -1,4 +1,4 @@
-"""A device's name to the operations that it can make in a second, at best."""
+"""Peak operations per second of known devices."""
 
 import re
 

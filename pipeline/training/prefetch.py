@@ -1,4 +1,4 @@
-"""Batches to batches that are ready before they are asked for."""
+"""Prefetching of batches in threads."""
 
 import queue
 import threading

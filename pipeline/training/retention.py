@@ -1,4 +1,4 @@
-"""A run's checkpoints to those that it can do without."""
+"""Checkpoint retention: which of a run's checkpoints it can do without."""
 
 import math
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""The learning rate of a step, as a fraction of its peak."""
+"""The learning-rate schedule, as a fraction of the peak."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What a training run is: plain data that is saved, compared and sent to every rank."""
+"""The training spec: plain data that is saved, compared and sent to every rank."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, Self

@@ -1,4 +1,4 @@
-"""A disk's path to a folder of swap files that one process has to itself, while it lives."""
+"""The folder of swap files that one process has to itself, while it lives."""
 
 import contextlib
 import fcntl

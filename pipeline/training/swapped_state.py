@@ -1,4 +1,4 @@
-"""Stage 3's optimizer state to the part of one parameter, in memory while it is looked at."""
+"""Stage 3's swapped optimizer state, parameter by parameter, in memory while it is looked at."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What a run has counted on the way to a step: numbers, kept in each checkpoint beside tensors."""
+"""The counters of a run at a step, kept in each checkpoint beside tensors."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The lines that a run logs to the trackers that people watch runs with.
+"""Experiment trackers, told of each line that a run logs.
 
 A tracker is given each line that `launch_all` tells of, in the process that launches, so ranks
 know of none. metrics.jsonl stays the record; a tracker holds what it was told. A run that is gone

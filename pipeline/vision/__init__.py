@@ -1,1 +1,1 @@
-"""Frozen image networks and what they make of a dataset: extractors, feature shards."""
+"""Vision: frozen image networks, and the features that they make of a dataset."""

@@ -1,4 +1,4 @@
-"""Items to items that are made in a thread, before they are asked for."""
+"""Look-ahead: items made in a thread before they are asked for."""
 
 from collections import deque
 from collections.abc import Generator

@@ -1,4 +1,4 @@
-"""Pixels to the regions that a model reads: a network that is trained as a part of the model."""
+"""The backbone: a network, trained in the model, that makes its regions from pixels."""
 
 from typing import Self
 

@@ -1,4 +1,4 @@
-"""A photograph to proposals with features and class probabilities, by a torchvision R-CNN."""
+"""The torchvision R-CNN detector: proposals with features and class probabilities."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

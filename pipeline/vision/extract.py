@@ -1,4 +1,4 @@
-"""Brings the features of a dataset up to date: shards without them to sidecars that are listed.
+"""Extraction: sidecars for the shards of a dataset that have none.
 
 The work is shard by shard on a pool of Ray actors, each of which holds the network once. A sidecar
 is listed in the manifest when it is whole, so that a run that is killed loses the shards in

@@ -1,4 +1,4 @@
-"""The settings of a recipe, or a card found beside features, to the extractor they describe."""
+"""The extractors by name, from a recipe's settings or a card found beside features."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any

@@ -1,4 +1,4 @@
-"""Prepared images to features: what every extractor is, and what must hold for its output."""
+"""The interface of an extractor: features of prepared images, and what must hold for them."""
 
 import importlib.metadata
 import json

@@ -1,4 +1,4 @@
-"""Videos to features: those of their frames one after the other, each with its time."""
+"""Features of videos: those of their frames one after the other, each with its time."""
 
 import copy
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Images to grid features: the map that a frozen torchvision network has at one of its nodes."""
+"""Grid features: the map that a frozen torchvision network has at one of its nodes."""
 
 import copy
 import difflib

@@ -1,4 +1,4 @@
-"""Image bytes to the pixels a network sees: decoding, then named steps that go on the card.
+"""Image preprocessing: the pixels a network sees, by named steps that go on the card.
 
 Pixels are uint8 RGB arrays (height, width, 3). Every step is deterministic and treats one image
 at a time, so that nothing of another image can reach a feature.

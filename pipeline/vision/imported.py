@@ -1,4 +1,4 @@
-"""Published features to the features of a dataset: joined by key, shard by shard."""
+"""Imported features: published ones, joined by key, shard by shard."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""An extractor's settings to features that are made anew for each batch, none of them stored.
+"""Live features, made anew for each batch, none of them stored.
 
 Either the model learns from the pixels themselves (`pixels`), or the extractor's network becomes
 its backbone, which is trained with the rest of it (`grid`).

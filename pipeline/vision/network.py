@@ -1,4 +1,4 @@
-"""A network's settings that say how its features are stored, and what of: pictures or videos."""
+"""Settings of a network about its features: how they are stored, of pictures or of videos."""
 
 from abc import abstractmethod
 

@@ -1,4 +1,4 @@
-"""Features as a network computed them to the values that a sidecar stores."""
+"""Storage dtypes of features: the values that a sidecar stores."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

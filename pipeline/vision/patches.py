@@ -1,4 +1,4 @@
-"""Images to patch features: the tokens that a frozen vision transformer has at a layer."""
+"""Patch features: the tokens that a frozen vision transformer has at a layer."""
 
 import copy
 import inspect

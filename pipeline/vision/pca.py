@@ -1,4 +1,4 @@
-"""Computed values to fewer dimensions, by the principal components of a sample of images.
+"""Principal components: features in fewer dimensions, fitted on a sample of images.
 
 The components are fitted once and kept in a file of their own. Its digest is part of the
 extractor's identity, so that a feature stays a function of the image and the extractor.

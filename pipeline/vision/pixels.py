@@ -1,4 +1,4 @@
-"""Images to raw patches, which the model learns to embed end to end."""
+"""Pixel features: raw patches, which the model learns to embed end to end."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, Self

@@ -1,4 +1,4 @@
-"""Files of published region features to features, one image at a time.
+"""Readers of files of published region features, one image at a time.
 
 Read are the tables of bottom-up attention (image_id, image_w, image_h, num_boxes, boxes, features)
 and of LXMERT (img_id, img_h, img_w, objects_id, objects_conf, attrs_id, attrs_conf, num_boxes,

@@ -1,4 +1,4 @@
-"""Images to region features: the boxes a frozen detector finds, each with its box-head output."""
+"""Region features: the boxes a frozen detector finds, each with its box-head output."""
 
 import copy
 from abc import ABC, abstractmethod

@@ -1,4 +1,4 @@
-"""Images to segment features: the regions of Mask R-CNN, each with its outline."""
+"""Segment features: the regions of Mask R-CNN, each with its outline."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal

@@ -1,4 +1,4 @@
-"""A detector's proposals to the few regions that stand for the picture.
+"""The selection of regions: the few proposals that stand for the picture.
 
 The rule is that of bottom-up attention (Anderson et al., arXiv:1707.07998, and its published
 extraction script), one function for each step. N proposals, C classes of which 0 is background.

@@ -1,4 +1,4 @@
-"""The images of one shard to their features in one sidecar.
+"""The sidecar writer: the features of one shard's images in one tar.
 
 An image of which the extractor can make nothing has none, and is listed with the reason instead.
 """

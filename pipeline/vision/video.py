@@ -1,4 +1,4 @@
-"""The bytes of a video to the frames that stand for it, with their times.
+"""Video decoding: the frames that stand for a video, with their times.
 
 Which frames there are is read from the packets, without decoding any. Decoding then starts at the
 nearest key frame before a wanted one, or goes on where it is if that is nearer.

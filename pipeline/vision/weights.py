@@ -1,4 +1,4 @@
-"""A weights file, local or downloaded, to the tensors of a frozen network."""
+"""Weights files of frozen networks, local or downloaded."""
 
 import hashlib
 import io

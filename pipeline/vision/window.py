@@ -1,4 +1,4 @@
-"""Values of more than eight bits to grey levels, by a window that is stated.
+"""Windowing: grey levels of wide-range values, by a window that is stated.
 
 A window is what radiologists read images by: which values lie between black and white. Values are
 those of the modality (Hounsfield units of a CT) where the file says how to get them.

@@ -1,4 +1,4 @@
-"""What a source is: files in somebody's format, listed as records.
+"""The interface of a source: files in somebody's format, listed as records.
 
 Listing reads annotation files and folder listings; image bytes are read later, one record at a
 time, where the shard is written.

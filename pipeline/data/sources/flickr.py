@@ -1,4 +1,4 @@
-"""Flickr30k and Flickr8k as their authors gave them out: a folder of images, a file of captions.
+"""The Flickr30k and Flickr8k format of their authors: a folder of images, a file of captions.
 
 `results_20130124.token` and `Flickr8k.token.txt` have a line for each caption: the image's name,
 `#` and a number, a tab, the words. Flickr8k's splits are lists of image names. What becomes of

@@ -1,4 +1,4 @@
-"""Gathers what was found about the same key, in whatever order it was found.
+"""Collection by key, whatever order things are found in.
 
 A table has a row for each question and several files speak of one image; a sample has it all.
 """

@@ -1,4 +1,4 @@
-"""A scene of coloured shapes as data: which things it holds, where they lie, which split it is for.
+"""A scene of coloured shapes: which things it holds, where they lie, which split it is for.
 
 Nothing here draws or speaks. The distributions are chosen such that a question's words alone say
 nothing of its answer: every shape, and separately every color, can be exchanged for the next one

@@ -1,4 +1,4 @@
-"""What is said about a scene of shapes: its captions, its questions, its dialog.
+"""The texts about a scene of shapes: its captions, its questions, its dialog.
 
 Whether a question is asked depends on the scene, so the odds of its answers are kept even by
 construction: yes or no is decided before a fitting question is looked for, or follows from an order

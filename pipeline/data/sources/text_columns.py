@@ -1,4 +1,4 @@
-"""Texts in people's own tables: a recipe says which column holds what, and rows become `Texts`.
+"""The mapping of table columns to texts, as a recipe states it.
 
 A column is named by a dotted path: `answer`, or `json.answers` for a field within one. What a
 cell may hold:

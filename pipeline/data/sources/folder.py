@@ -9,7 +9,7 @@ the path without the suffix. What becomes of each file:
   that is not UTF-8: `malformed-texts`. Suffixes are in small or capital letters.
 - a link to nothing, a FIFO, a socket or a device in place of an image: `missing-image`; in place
   of a text: `malformed-texts`. A link to a folder that it lies in: `link-loop`.
-- a file whose name is not UTF-8: `undecodable-name`. A key of an object store with two slashes in a
+- a file whose name is not UTF-8: `name-not-utf8`. A key of an object store with two slashes in a
   row: `unnamed-folder`, one for all of them.
 - two images of one name, such as `dog.jpg` and `dog.png`: the second is a `duplicate-id`.
 - any other file: `unknown-suffix`, but for those whose name begins with a dot.

@@ -4,7 +4,7 @@ Videos, DICOM and folders of frames (ZIP) are images here as everywhere in a dat
 
 What becomes of an image with its texts is decided here for all sources of this kind: no file is
 a `missing-image` reject, a name that is not an image's `unknown-suffix`, one that is not UTF-8
-`undecodable-name`, and a source adds its own reason where nobody has written anything about it. A
+`name-not-utf8`, and a source adds its own reason where nobody has written anything about it. A
 link to nothing, a FIFO, a socket and a device are no files.
 
 A name leads to a file below the folders that the recipe names, also with `..` in it or as a whole
@@ -163,7 +163,7 @@ def listed(
     location, stamp, suffix, forbidden, absence = image
     if not is_utf8(location):
         location, stamp = shown(location), None
-        fault = ("undecodable-name", f"{location}: its name is not UTF-8; rename it")
+        fault = ("name-not-utf8", f"{location}: its name is not UTF-8; rename it")
     elif forbidden:
         fault = ("forbidden-location", forbidden)
     elif stamp is None:

@@ -169,7 +169,7 @@ def test_a_name_that_is_not_utf8_costs_its_own_record_only(tmp_path: Path) -> No
     os.link(folder / "a.png", raw + b"/\xff/b.png")
     source = build("folder", folder=str(folder))
     report = ingested(source, tmp_path)
-    assert (report.num_live, report.rejects) == (1, {"undecodable-name": 2})
+    assert (report.num_live, report.rejects) == (1, {"name-not-utf8": 2})
     details = "".join(entry.detail for entry in source.records() if isinstance(entry, Reject))
     assert "caf\\xe9.png" in details
     assert ingested(source, tmp_path).num_unchanged == 3

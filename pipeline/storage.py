@@ -134,9 +134,7 @@ def reader(location: str) -> Iterator[BinaryIO]:
     try:
         if is_local(location):
             if local_path(location).is_fifo():
-                raise StorageError(
-                    f"{location}: it is a FIFO, not a file"
-                )  # it would be waited for
+                raise StorageError(f"{location}: it is a FIFO, not a file")  # it would wait
             with local_path(location).open("rb") as file:
                 yield file
         else:
@@ -219,20 +217,24 @@ def size_bytes(location: str) -> int:
         return int(filesystem.info(path)["size"])
     except FileNotFoundError as error:
         raise StorageError(f"{location}: no such file") from error
+    except OSError as error:
+        raise StorageError(f"{location}: cannot be looked up ({error})") from error
 
 
 def list_names(location: str) -> list[str]:
     """Returns the sorted names directly under a folder; an absent folder is empty."""
-    if is_local(location):
-        folder = local_path(location)
-        return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    filesystem, path = _object_store(location)
-    filesystem.invalidate_cache()
     try:
+        if is_local(location):
+            folder = local_path(location)
+            return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        filesystem, path = _object_store(location)
+        filesystem.invalidate_cache()
         names = {name.rstrip("/").removeprefix(path) for name in filesystem.ls(path, False)}
         return sorted({name.rsplit("/", 1)[-1] for name in names if name})
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise StorageError(f"{location}: cannot be listed ({error})") from error
 
 
 class Entry(NamedTuple):
@@ -374,16 +376,20 @@ def file_status(location: str) -> FileStatus | None:
 
 def remove(location: str) -> None:
     """Removes an object, or a folder with all it holds; absence is no error."""
-    if is_local(location):
-        path = local_path(location)
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-        return
-    filesystem, name = _object_store(location)
-    with contextlib.suppress(FileNotFoundError):
+    try:
+        if is_local(location):
+            path = local_path(location)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+            return
+        filesystem, name = _object_store(location)
         filesystem.rm(name, recursive=True)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError(f"{location}: cannot be removed ({error})") from error
 
 
 def move(location: str, target: str) -> None:
@@ -512,6 +518,8 @@ def local_copy(location: str, cache: Path) -> Path:
                 filesystem.get_file(path, str(partial))
             except FileNotFoundError as error:
                 raise StorageError(f"{location}: no such file") from error
+            except OSError as error:
+                raise StorageError(f"{location}: cannot be read ({error})") from error
     return copy
 
 
@@ -525,6 +533,34 @@ def object_store_options(location: str) -> dict[str, str]:
     return options
 
 
+class _ObjectStore:
+    """A file system of fsspec whose every fault is an OSError.
+
+    What boto finds wrong before it asks a server, or with the way to one, is none of its own:
+    credentials that are not there, an endpoint that does not answer.
+    """
+
+    def __init__(self, filesystem: Any) -> None:
+        self._filesystem = filesystem
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._filesystem, name)
+        if not callable(found):
+            return found
+
+        def called(*args: Any, **settings: Any) -> Any:
+            try:
+                return found(*args, **settings)
+            except OSError:
+                raise
+            except Exception as error:
+                if type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore"):
+                    raise OSError(f"{type(error).__name__}: {error}") from error
+                raise
+
+        return called
+
+
 def _object_store(location: str) -> tuple[Any, str]:
     """Returns the file system of a URL and the path in it, as `fsspec.core.url_to_fs` does.
 
@@ -534,7 +570,7 @@ def _object_store(location: str) -> tuple[Any, str]:
         protocol = scheme(location)
         kind = fsspec.get_filesystem_class(protocol)
         filesystem = fsspec.filesystem(protocol, **kind._get_kwargs_from_urls(location))
-        return filesystem, kind._strip_protocol(location)
+        return _ObjectStore(filesystem), kind._strip_protocol(location)
     except (ImportError, OSError, TypeError, ValueError) as error:
         raise StorageError(f"{location}: no driver for this kind of URL ({error})") from error
 

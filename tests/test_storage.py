@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import s3fs
 
 from pipeline import storage
 from pipeline.errors import StorageError
@@ -225,6 +226,44 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_ones_is_n
     finally:
         living.kill()
         living.wait()
+
+
+@pytest.mark.parametrize("has_credentials", [False, True])
+def test_a_store_that_cannot_be_reached_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_credentials: bool
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")  # where nobody listens
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    if has_credentials:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    expected = "EndpointConnectionError" if has_credentials else "NoCredentialsError"
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        for use in (
+            storage.read_bytes,
+            storage.exists,
+            storage.size_bytes,
+            storage.list_names,
+            storage.list_entries,
+            storage.list_files,
+            storage.remove,
+            lambda location: storage.write_bytes(location, b""),
+            lambda location: storage.read_range(location, 0, 1),
+            lambda location: storage.local_copy(location, tmp_path),
+        ):
+            with pytest.raises(StorageError, match=rf"s3://bucket/a: .*{expected}"):
+                use("s3://bucket/a")
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_what_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -328,7 +328,9 @@ class _Table:
                         f"{location}: there is no version {version}; the newest is {newest}"
                     ) from error
                 wanted = f"version {version} of the manifest"
-            raise ManifestError(f"{location}: {wanted} cannot be opened ({error})") from error
+            raise ManifestError(
+                f"{location}: {wanted} cannot be opened ({_in_one_line(error)})"
+            ) from error
         found = pa.schema(delta.schema()).names
         added = _ADDED_COLUMNS if schema is FEATURES else frozenset()
         missing = set(schema.names) - set(found)
@@ -356,7 +358,9 @@ class _Table:
                 return cls(location, schema, delta)
             except (DeltaError, OSError) as error:
                 if not cls.exists(location):  # else another writer made it meanwhile
-                    raise ManifestError(f"{location}: cannot be created ({error})") from error
+                    raise ManifestError(
+                        f"{location}: cannot be created ({_in_one_line(error)})"
+                    ) from error
         return cls.open(location, schema)
 
     @staticmethod
@@ -365,7 +369,9 @@ class _Table:
         try:
             return bool(DeltaTable.is_deltatable(_uri(location), storage_options=options))
         except (DeltaError, OSError) as error:
-            raise ManifestError(f"{location}: cannot be looked up ({error})") from error
+            raise ManifestError(
+                f"{location}: cannot be looked up ({_in_one_line(error)})"
+            ) from error
 
     def newest(self, identity: Sequence[str], columns: Sequence[str] | None) -> pa.Table:
         names = self.schema.names if columns is None else list(columns)
@@ -396,7 +402,9 @@ class _Table:
                 table = _Table.open(self.location, self.schema)
                 continue
             except (DeltaError, OSError) as error:
-                raise ManifestError(f"{self.location}: cannot commit ({error})") from error
+                raise ManifestError(
+                    f"{self.location}: cannot commit ({_in_one_line(error)})"
+                ) from error
             table = _Table.open(self.location, self.schema, table.version + 1)
             table._delta.create_checkpoint()  # opens in one read instead of one a commit
             return table
@@ -412,7 +420,9 @@ class _Table:
                 keep_versions=sorted(kept) or None,
             )
         except (DeltaError, OSError) as error:
-            raise ManifestError(f"{self.location}: cannot be listed ({error})") from error
+            raise ManifestError(
+                f"{self.location}: cannot be listed ({_in_one_line(error)})"
+            ) from error
         return sorted(storage.list_files(self.location).keys() & unused)  # some are gone already
 
     def remove_files(self, names: Collection[str]) -> None:
@@ -466,7 +476,9 @@ class _Table:
                 rows = needed(rows, _newest(others, identity))
                 table = latest
             except (DeltaError, OSError) as error:
-                raise ManifestError(f"{self.location}: cannot commit ({error})") from error
+                raise ManifestError(
+                    f"{self.location}: cannot commit ({_in_one_line(error)})"
+                ) from error
             else:
                 delta, version = table._delta, table.version + 1
                 if delta.version() != version:  # others have committed since
@@ -523,11 +535,22 @@ class _Table:
             rows = pa.table(self._delta.scan(columns=present, predicate=newer))
         except (DeltaError, OSError, pa.ArrowException) as error:
             raise ManifestError(
-                f"{self.location}: version {self.version} cannot be read ({error})"
+                f"{self.location}: version {self.version} cannot be read ({_in_one_line(error)})"
             ) from error
         for name in lacking:
             rows = rows.append_column(name, pa.nulls(rows.num_rows, pa.string()))
         return rows.select(columns).cast(fields)
+
+
+def _in_one_line(error: Exception) -> str:
+    """Returns what Delta says, which draws a coloured tree of causes."""
+    causes = (line.strip() for line in _TREE.sub("", str(error)).splitlines())
+    text = ": ".join(filter(None, causes))
+    return text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}…"
+
+
+_TREE = re.compile(r"\x1b\[[0-9;]*m|↳")
+_MOST_SAID = 400  # characters
 
 
 def _commit_of(origin: str) -> CommitProperties:

@@ -84,9 +84,11 @@ def overridden(document: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
 class _Loader(yaml.SafeLoader):
     """YAML's safe types; a key that a mapping has twice is an error, not the last of its values."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        # Here, because `<<` later puts the keys that it merges beside those that override them.
+        node = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
         seen = set()
-        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        for key_node, _ in node.value:
             if isinstance(key_node, yaml.ScalarNode) and key_node.tag != _MERGE:
                 if key_node.value in seen:
                     raise yaml.constructor.ConstructorError(
@@ -94,7 +96,7 @@ class _Loader(yaml.SafeLoader):
                         key_node.start_mark,
                     )  # fmt: skip
                 seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 _MERGE = "tag:yaml.org,2002:merge"  # of `<<`, whose keys those beside it override

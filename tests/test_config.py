@@ -129,6 +129,17 @@ def test_yaml_that_is_no_recipe_is_one_sentence(tmp_path: Path, text: str, match
     assert str(path) in str(found.value)
 
 
+def test_a_merged_mapping_may_be_merged_again(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "base: &base {name: a}\nouter:\n  inner: &inner {<<: *base, name: b}\n"
+        "last: {<<: *inner, other: c}\n"
+    )
+    with pytest.raises(ConfigError, match="base") as found:
+        config.load(Whole, str(path))
+    assert "given twice" not in str(found.value)  # only what the keys are is wrong
+
+
 def test_aliases_are_counted_as_often_as_they_stand(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 10)}]" for n in range(12)]

@@ -23,7 +23,7 @@ of it.
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, Self
 
 import xxhash
@@ -123,9 +123,10 @@ class FolderSource:
                 continue
             visible = [entry for entry in entries if not entry.name.startswith(".")]
             self._num_files[root] += sum(entry.kind != "folder" for entry in visible)
-            if not is_video:
-                yield from self._files(folder, path, visible, split)
-            described = {stem for stem, suffix in map(_parts, visible) if suffix in _TEXT_SUFFIXES}
+            described: set[str] = set()
+            if not is_video:  # what is beside the frames of one describes nothing
+                described = self._videos(folder, visible, above | {identity})
+                yield from self._files(folder, path, visible, described, split)
             pending += [
                 _Folder(
                     storage.join(folder, entry.name),
@@ -137,8 +138,29 @@ class FolderSource:
                 if entry.kind == "folder"
             ]
 
+    def _videos(
+        self,
+        folder: str,
+        entries: Sequence[storage.Entry],
+        above: frozenset[tuple[int, int] | None],
+    ) -> set[str]:
+        """Returns the subfolders with a text beside them, but for those that lead back up."""
+        described = {stem for stem, suffix in map(_parts, entries) if suffix in _TEXT_SUFFIXES}
+        found = {entry.name for entry in entries if entry.kind == "folder"} & described
+        return {
+            name
+            for name in found
+            if (identity := storage.folder_identity(storage.join(folder, name))) is None
+            or identity not in above
+        }
+
     def _files(
-        self, folder: str, path: str, entries: Sequence[storage.Entry], split: str
+        self,
+        folder: str,
+        path: str,
+        entries: Sequence[storage.Entry],
+        videos: Collection[str],
+        split: str,
     ) -> Iterator[Record | Reject]:
         """Lists the files directly in a folder, and the subfolders that are videos."""
         images: dict[str, list[ImageFile]] = {}
@@ -159,7 +181,7 @@ class FolderSource:
                 file = ImageFile.at(location, stamp, f"it is {entry.fault}, not a file")
                 images.setdefault(stem if file.suffix else entry.name, []).append(file)
         for entry in entries:
-            if entry.kind == "folder" and entry.name in texts:
+            if entry.kind == "folder" and entry.name in videos:
                 location = f"{storage.join(folder, entry.name)}/"
                 inside = storage.list_entries(location)
                 frames = {e.name: e.stamp for e in inside if e.kind == "file"}

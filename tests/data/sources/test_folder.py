@@ -205,6 +205,22 @@ def test_folders_in_a_video_are_listed_and_a_frame_that_is_no_file_rejects_it(
     assert (report.num_live, report.rejects) == (1, {"unreadable-image": 1})
 
 
+def test_a_text_among_frames_makes_no_folder_beside_it_a_video(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    draw(folder / "dog" / "1.png", folder / "dog" / "more" / "1.png")
+    (folder / "dog.txt").write_text("a video")
+    (folder / "dog" / "more.txt").write_text("a note")
+    assert reasons(build("folder", folder=str(folder))) == {"live": 1, "no-texts": 1}
+
+
+def test_a_link_up_is_no_video_whatever_describes_it(tmp_path: Path) -> None:
+    described(tmp_path, "a")
+    (tmp_path / "up").symlink_to(".")
+    (tmp_path / "up.txt").write_text("a text")
+    source = build("folder", folder=str(tmp_path))
+    assert reasons(source) == {"live": 1, "missing-image": 1, "link-loop": 1}
+
+
 def test_folders_may_lie_deep_in_one_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

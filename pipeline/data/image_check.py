@@ -9,7 +9,7 @@ from typing import Literal
 from pipeline.data import jpeg
 from pipeline.data.image_file import BadImageError as BadImageError
 from pipeline.data.image_file import max_pixels, opened
-from pipeline.data.image_pixels import eight_bits
+from pipeline.data.image_pixels import as_stored
 
 Verify = Literal["decode", "header"]
 
@@ -29,7 +29,7 @@ def _size(payload: bytes, verify: Verify) -> tuple[int, int]:
     with opened(payload) as image:
         size = image.size
         if verify == "decode":
-            eight_bits(image)
+            as_stored(payload, image)
         return size
 
 

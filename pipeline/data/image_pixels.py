@@ -64,12 +64,25 @@ def upright_srgb(
     The picture is never enlarged. Raises BadImageError as `check_image` does.
     """
     with opened(payload) as file:
-        pixels = _fast_jpeg(payload, file, shorter_side)
-        if pixels is None:
-            pixels = np.array(eight_bits(file, to_eight_bits))
+        pixels = as_stored(payload, file, shorter_side, to_eight_bits)
         pixels = _shrunk(pixels, shorter_side)
         pixels = _in_srgb(pixels, file.info.get("icc_profile"))
         return np.ascontiguousarray(_turned(pixels, _orientation(file)))
+
+
+def as_stored(
+    payload: bytes,
+    file: Image.Image,
+    shorter_side: int | None = None,
+    to_eight_bits: ToEightBits = scaled,
+) -> Pixels:
+    """Returns the pixels of an opened image before colours and turning; raises BadImageError.
+
+    They are grey (height, width), RGB or CMYK (height, width, channels), at the least as large as
+    `shorter_side` asks for.
+    """
+    pixels = _fast_jpeg(payload, file, shorter_side)
+    return np.array(eight_bits(file, to_eight_bits)) if pixels is None else pixels
 
 
 def is_plain(payload: bytes) -> bool:

@@ -5,7 +5,8 @@ is left to Pillow. Where both can, they differ on damage: Pillow fills in what i
 nothing. Here a file whose coded pixels are damaged is a `corrupt-image` wherever it is met, since
 nobody can tell how much of such a picture is what was photographed. (Of the
 flipped bits in photographs that can be noticed at all, Pillow lets nine in ten pass.) A file that
-ends without an end marker, but after its last pixel, is whole.
+ends without an end marker, but after its last pixel, is whole, and so is one that is padded between
+the segments of its header, or with zeros before its end marker.
 """
 
 import struct
@@ -23,6 +24,7 @@ Pixels = npt.NDArray[np.uint8]
 BEGINS = b"\xff\xd8\xff"
 _END = b"\xff\xd9"
 _CORRUPT, _ENDS_EARLY = "Corrupt JPEG data", "Premature end of JPEG file"
+_SURPLUS = "extraneous bytes before marker"  # of a corrupt file
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _PROFILE = b"ICC_PROFILE\0"
 _APP1, _APP2, _SCAN = 0xE1, 0xE2, 0xDA
@@ -66,6 +68,11 @@ def decode(payload: bytes, colours: str, **sizes: Any) -> Pixels | None:
                 pass
         raise BadImageError("truncated-image", f"{fault}; {len(payload)} bytes")
     if fault.startswith(_CORRUPT):
+        if _SURPLUS in fault and (bare := _without_padding(payload)) != payload:
+            try:
+                return _decode(bare, colours, sizes)
+            except ValueError:
+                pass
         advice = "fetch it again, or save it anew if it looks as it should"
         raise BadImageError("corrupt-image", f"{fault}; {len(payload)} bytes; {advice}")
     return None
@@ -118,6 +125,27 @@ def _segments(payload: bytes) -> Iterator[tuple[int | None, int, int]]:
             return
         at += 2 + length
     yield None, at, at
+
+
+def _without_padding(payload: bytes) -> bytes:
+    """Returns a file without what stands between its header's segments, and zeros at its end.
+
+    Pixels are coded in neither: where zeros are all that is left of some, they are missed.
+    """
+    kept, at = [payload[:2]], 2
+    while (start := payload.find(b"\xff", at)) >= 0 and start + 4 <= len(payload):
+        marker = payload[start + 1]
+        if marker in (0x00, 0xFF):  # no marker, and a fill byte
+            at = start + 1
+            continue
+        if marker == _SCAN:
+            scans, end, behind = payload[start:].rpartition(_END)
+            stripped = scans.rstrip(b"\0")
+            return b"".join([*kept, stripped, end, behind]) if end else payload
+        (length,) = struct.unpack_from(">H", payload, start + 2)
+        at = start + 2 + length
+        kept.append(payload[start:at])
+    return payload
 
 
 def _has_one_scan(payload: bytes) -> bool:

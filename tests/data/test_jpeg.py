@@ -69,6 +69,26 @@ def test_surplus_bytes_in_the_coded_pixels_are_damage_wherever_the_image_is_read
     assert reasons(payload[:-2] + b"\0" + payload[-2:]) == {"none"}  # as some cameras pad
 
 
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": b"Exif\0\0II*\0"}])
+def test_padding_is_no_damage_wherever_the_image_is_read(options: dict[str, object]) -> None:
+    payload = photograph(**options)
+    tables = payload.index(b"\xff\xdb")
+    for padded in (
+        payload[:-2] + b"\0" * 300 + payload[-2:],
+        payload[:-2] + b"\0" * 300 + payload[-2:] + b"<!-- from a web server -->",
+        payload[:tables] + b"\0\x01\xff\0" + payload[tables:],
+        payload[:tables] + b"\0" * 9 + payload[tables:-2] + b"\0" * 9 + payload[-2:],
+    ):
+        assert reasons(padded) == {"none"}
+        assert np.array_equal(upright_srgb(padded), upright_srgb(payload))
+
+
+def test_zeros_in_place_of_pixels_are_damage() -> None:
+    payload = photograph()
+    for lost in (40, 400, 2000):
+        assert reasons(payload[: -2 - lost] + b"\0" * lost + payload[-2:]) == {"corrupt-image"}
+
+
 def test_damage_in_four_colours_is_found_as_well() -> None:
     inked = encoded(picture(1, WIDTH, HEIGHT).convert("CMYK"), "JPEG")
     assert reasons(inked) == {"none"}

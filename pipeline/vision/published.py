@@ -26,6 +26,7 @@ import numpy.typing as npt
 import xxhash
 
 from pipeline import storage
+from pipeline.data.member_names import is_hidden
 from pipeline.errors import FeatureError, UnusableImageError
 from pipeline.vision.feature import Feature
 from pipeline.vision.packing import Storage, pack
@@ -35,6 +36,7 @@ _LXMERT = (
     *("id", "height", "width", "objects", "object_scores", "attributes", "attribute_scores"),
     *("num_boxes", "boxes", "features"),
 )
+_BOX_VALUES = 4
 _TABLE_TYPES = {"objects": np.int64, "attributes": np.int64}  # the rest is float32
 
 # Names in .npz and HDF5 files to ours.
@@ -206,6 +208,10 @@ class _Table(PublishedFeatures):
                     "cut-short", f"{where}: {name}: {fields[name].size} values for {count} boxes"
                 )
             fields[name] = fields[name].reshape(count, -1)
+        if fields["boxes"].shape[1] != _BOX_VALUES:
+            detail = f"{where}: boxes of {fields['boxes'].shape[1]} values, expected {_BOX_VALUES}"
+            detail += " in float32"
+            raise UnusableImageError("unreadable-features", detail)
         return where, fields
 
 
@@ -213,7 +219,9 @@ class _NpzFolder(PublishedFeatures):
     layout = "npz"
 
     def __init__(self, path: Path) -> None:
-        self._paths = {file.stem: file for file in sorted(path.glob("*.npz"))}
+        self._paths = {
+            file.stem: file for file in sorted(path.glob("*.npz")) if not is_hidden(file.name)
+        }
         if not self._paths:
             raise FeatureError(f"{path}: no .npz files in this folder")
         hasher = xxhash.xxh3_128()

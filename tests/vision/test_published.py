@@ -1,3 +1,4 @@
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +81,24 @@ def test_what_is_damaged_is_named(tmp_path: Path) -> None:
     refused(lines[0] + lines[1].rpartition("\t")[0] + "\n", "line 2: 5 columns, expected 6")
     refused("a\tb\n", r"expected 6 columns .* or 10")
     refused(lines[0].replace("\t200\t", "\twide\t"), "line 1: width")
+
+
+def test_boxes_in_numbers_of_another_size_are_not_taken_for_boxes(tmp_path: Path) -> None:
+    boxes = np.array([[0, 0, 50, 25], [10, 10, 90, 40]], np.float64)
+    cells = [base64.b64encode(array.tobytes()).decode() for array in (boxes, np.ones((2, 4)))]
+    (tmp_path / "features.tsv").write_text("\t".join(["7", "100", "50", "2", *cells]))
+    published = open_published(str(tmp_path / "features.tsv"))
+    with pytest.raises(UnusableImageError, match=r"line 1: boxes of 8 values, expected 4"):
+        published.read("7", "float32")
+
+
+def test_what_macs_put_beside_files_is_no_image(tmp_path: Path) -> None:
+    folder = Path(write(tmp_path, "UNITER"))
+    digest = open_published(str(folder)).digest
+    for image_id in IMAGES:
+        (folder / f"._{image_id}.npz").write_bytes(b"Mac OS X")
+    assert sorted(open_published(str(folder)).ids()) == sorted(IMAGES)
+    assert open_published(str(folder)).digest == digest
 
 
 def test_pickles_are_not_read(tmp_path: Path) -> None:

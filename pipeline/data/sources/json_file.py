@@ -328,8 +328,11 @@ def read_json_list(location: str, kind: str) -> JsonList:
 
 
 def read_text(location: str) -> str:
-    """Returns a file of UTF-8, packed with gzip or not; raises SourceError if it is not that."""
-    return _text(_unpacked(location), location)
+    """Returns a file of UTF-8, packed with gzip or not, its lines ended by "\\n" however they were.
+
+    Raises SourceError if it is not that.
+    """
+    return _text(_unpacked(location), location).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _unpacked(location: str) -> bytes:

@@ -7,14 +7,14 @@ that questions are asked about:
   answer is dropped and counted in the sample's `detail`; all of them: a `no-answers` reject.
 - its file is not there: `missing-image`; its name is not an image's: `unknown-suffix`.
 - an annotation of a question that is not asked: one `unknown-question` reject per image.
-- a question or an annotation that is not what the format says, or a second annotation of a
-  question: a `malformed-record`, which costs itself.
+- a question or an annotation that is not what the format says, a second question of an id, or a
+  second annotation of a question: a `malformed-record`, which costs itself.
 
 Annotations without `question_type` and `answer_type`, by which accuracy is reported, are refused.
 Without `annotations`, as for the test questions, every question is kept with no answers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, Self
 
 from msgspec.structs import replace
@@ -108,6 +108,7 @@ class VqaSource:
             answered = Groups(annotations, "question_id")
         for image_id, entries in questions:
             key = image_key(image_id)
+            entries = [*asked.checked(_once(), entries)]
             found = [*asked.checked(lambda entry: _question(entry, answered), entries)]
             kept = tuple(question for question in found if question is not None)
             num_used += len(kept)
@@ -166,6 +167,20 @@ def _id_of(entry: Fields) -> Identity | None:
         return entry.identity("question_id")
     except SourceError:
         return None
+
+
+def _once() -> Callable[[Fields], Fields]:
+    """Returns what takes an image's questions, and raises SourceError of an id that comes again."""
+    known: set[Identity] = set()
+
+    def first(entry: Fields) -> Fields:
+        question_id = entry.identity("question_id")
+        if question_id in known:
+            raise entry.wrong("question_id", f"question {question_id!r} is asked twice")
+        known.add(question_id)
+        return entry
+
+    return first
 
 
 def _question(entry: Fields, answered: Groups | None) -> Question | None:

@@ -90,6 +90,21 @@ def test_a_line_of_another_shape_costs_itself(tmp_path: Path, line: str) -> None
         listed(source)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_may_end_as_on_any_system(tmp_path: Path, end: str) -> None:
+    draw(tmp_path / "a.jpg", tmp_path / "b.jpg")
+    (tmp_path / "token.txt").write_bytes(f"a.jpg#0\tone{end}a.jpg#1\ttwo{end}b.jpg#0\tx".encode())
+    (tmp_path / "train.txt").write_bytes(f"a.jpg{end}b.jpg{end}".encode())
+    source = build(
+        "flickr",
+        images=str(tmp_path),
+        captions=str(tmp_path / "token.txt"),
+        splits={"train": str(tmp_path / "train.txt")},
+    )
+    assert reasons(source) == {"live": 2}
+    assert record(source, "a").texts.captions == ("one", "two")
+
+
 def test_lists_and_a_fraction_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="leave one of them out"):
         build("flickr", images="i", captions="c", splits={"a": "b"}, validation_fraction=0.1)

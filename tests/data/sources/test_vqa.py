@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.data.manifest import Manifest
+from pipeline.data.sources.base import Record, accounted
 from pipeline.errors import ConfigError, SourceError
 from tests.data.sources.built import build, draw, ingested, listed, reason, record
 
@@ -214,6 +215,17 @@ def test_of_two_annotations_of_one_question_the_first_holds(tmp_path: Path) -> N
     entries = list(build("vqa", **settings).records())
     assert [reason(entry) for entry in entries] == ["live", "malformed-record"]
     assert "annotations[1]: 'question_id': question 10 is answered twice" in entries[1].detail
+
+
+def test_of_two_questions_of_one_id_the_first_holds(tmp_path: Path) -> None:
+    draw(tmp_path / "1.jpg")
+    asked = [question(10, 1), question(11, 1), question(10, 1)]
+    settings = write(tmp_path, asked, [annotation(10, 1, "a"), annotation(11, 1, "b")])
+    entries = list(accounted(build("vqa", **settings)))
+    assert [reason(entry) for entry in entries] == ["live", "malformed-record"]
+    assert isinstance(entries[0], Record)
+    assert [found.question_id for found in entries[0].texts.questions] == [10, 11]
+    assert "questions[2]: 'question_id': question 10 is asked twice" in entries[1].detail
 
 
 def test_a_faulty_question_or_annotation_costs_itself(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ rows up to the next. `quoting` says which it is:
 - `csv`: marks quote. A line that no CSV writer makes is a faulty row; reading goes on at the next.
 - `none`: marks are ordinary characters, and every line is a row.
 - `auto`: `csv` if all of the file can be read so and no quoted cell holds what look like further
-  rows; else `none` if every line has the header's number of cells then; else the file is refused.
+  rows; else `none` if every line has the header's number of cells then, and no cell is quoted with
+  its marks behind backslashes; else the file is refused.
 """
 
 import csv
@@ -202,10 +203,15 @@ class Delimited:
     def _is_quoted(self) -> bool:
         """Says what quotation marks mean, or raises SourceError if that cannot be told."""
         start = re.compile(f"(^|{re.escape(self._delimiter)}) *{_QUOTE}")
-        opens, uneven = False, ""
+        cut = re.escape(self._delimiter)
+        whole = re.compile(rf'(?:^|{cut}) *"((?:[^"\\]|\\.)*)" *(?={cut}|[\r\n]|$)')
+        opens, uneven, escapes = False, "", 0
         with text_lines(self._location, self._encoding) as lines:
             for number, line in enumerate(lines, 1):
                 opens = opens or (_QUOTE in line and start.search(line) is not None)
+                if not escapes and '\\"' in line:
+                    quoted = (cell[1] for cell in whole.finditer(line))
+                    escapes = number if any('\\"' in text for text in quoted) else 0
                 num_cells = line.count(self._delimiter) + 1
                 if not uneven and num_cells != len(self.header) and line.strip():
                     uneven = f"line {number} has {num_cells} cells and not {len(self.header)}"
@@ -214,6 +220,13 @@ class Delimited:
         fault = self._misquoted()
         if not fault:
             return True
+        if escapes:
+            raise SourceError(
+                f"{self._location}: line {escapes}: a quoted cell has marks behind backslashes, "
+                "as Spark and MySQL write them; write it with doubled marks (in Spark, "
+                "`option('escape', '\"')`), or set `quoting: none`, by which marks and backslashes "
+                "are of the text"
+            )
         if not uneven:
             return False
         raise SourceError(

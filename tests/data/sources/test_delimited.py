@@ -95,6 +95,19 @@ def test_a_file_that_can_be_read_neither_way_is_refused_with_the_key(tmp_path: P
     assert found[1][1] == ["b.jpg", '"Stop" is what the driver shouted']
 
 
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_marks_behind_backslashes_are_named(tmp_path: Path, delimiter: str) -> None:
+    lines = ["image,caption", 'a.jpg,"a"', 'b.jpg,"the \\"go\\" sign"', "c.jpg,x"]
+    text = "\n".join(lines).replace(",", delimiter)
+    form = {"delimiter": delimiter}
+    with pytest.raises(SourceError, match=r"t\.csv: line 3: .* as Spark and MySQL write them"):
+        read(tmp_path / "t.csv", text, **form)
+    found = cells(tmp_path / "t.csv", text, quoting="none", **form)
+    assert found[1] == ["b.jpg", '"the \\"go\\" sign"']
+    text = text.replace('"the', 'see "the')
+    assert cells(tmp_path / "t.csv", text, **form)[1] == ["b.jpg", 'see "the \\"go\\" sign"']
+
+
 def test_an_open_mark_costs_its_own_line_however_much_follows(tmp_path: Path) -> None:
     lines = ["image,caption", 'a.jpg,"open', *(f"{n}.jpg,words" for n in range(3000))]
     found = read(tmp_path / "t.csv", "\n".join(lines), quoting="csv")

@@ -4,14 +4,15 @@ import re
 
 _DIGITS = re.compile(r"([0-9]+)")
 _MAC_FOLDER = "__MACOSX"
+_LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")  # in small letters
 
 Order = tuple[list[str | tuple[int, str]], str]
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a system has put it beside the files that are meant: `._a.jpg`, `.DS_Store`."""
+    """Whether a system has put it beside the files: `._a.jpg`, `.DS_Store`, `Thumbs.db`."""
     *folders, last = name.split("/")
-    return last.startswith(".") or _MAC_FOLDER in folders
+    return last.startswith(".") or _MAC_FOLDER in folders or last.lower() in _LITTER
 
 
 def natural_order(name: str) -> Order:

@@ -21,12 +21,20 @@ def test_every_two_names_have_an_order() -> None:
     assert sorted(["8" * 5001, "9" * 5000], key=natural_order) == ["9" * 5000, "8" * 5001]
 
 
-@pytest.mark.parametrize("name", ["._a.jpg", "x/.DS_Store", "__MACOSX/a.jpg", "x/__MACOSX/a.jpg"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("._a.jpg", "x/.DS_Store", "__MACOSX/a.jpg", "x/__MACOSX/a.jpg"),
+        *("Thumbs.db", "x/ehthumbs.db", "x/Desktop.ini", "Icon\r"),
+    ],
+)
 def test_what_systems_put_beside_files_is_hidden(name: str) -> None:
     assert is_hidden(name)
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "./a.jpg", "../a.jpg", ".x/a.jpg", "__MACOSX", ""])
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "./a.jpg", "../a.jpg", ".x/a.jpg", "__MACOSX", "", "Icon"]
+)
 def test_other_files_are_not(name: str) -> None:
     assert not is_hidden(name)
 

@@ -12,7 +12,8 @@ the path without the suffix. What becomes of each file:
 - a file whose name is not UTF-8: `name-not-utf8`. A key of an object store with two slashes in a
   row: `unnamed-folder`, one for all of them.
 - two images of one name, such as `dog.jpg` and `dog.png`: the second is a `duplicate-id`.
-- any other file: `unknown-suffix`, but for those whose name begins with a dot.
+- any other file: `unknown-suffix`, but for those whose name begins with a dot, and what Windows and
+  the Finder leave: `Thumbs.db`, `desktop.ini`, `Icon`.
 
 A subfolder with a text beside it that has its name is one sample, a video: the images in it are its
 frames in the order of their names, and are stored as a ZIP that holds their bytes as they are.
@@ -30,7 +31,7 @@ import xxhash
 from pydantic import Field, model_validator
 
 from pipeline import storage
-from pipeline.data.member_names import shown
+from pipeline.data.member_names import is_hidden, shown
 from pipeline.data.sample import Texts, safe_key
 from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, fingerprint
 from pipeline.data.sources.image_files import ImageFile, listed, read_image
@@ -121,7 +122,7 @@ class FolderSource:
             entries = storage.list_entries(folder)
             if _is_dataset(folder, entries):
                 continue
-            visible = [entry for entry in entries if not entry.name.startswith(".")]
+            visible = [entry for entry in entries if not is_hidden(entry.name)]
             self._num_files[root] += sum(entry.kind != "folder" for entry in visible)
             described: set[str] = set()
             if not is_video:  # what is beside the frames of one describes nothing
@@ -188,7 +189,7 @@ class FolderSource:
                 stamp = xxhash.xxh3_64_hexdigest(json.dumps(frames, sort_keys=True).encode())
                 images.setdefault(entry.name, []).append(ImageFile(location, stamp, "zip"))
                 num_frames[location] = sum(
-                    e.kind != "folder" and not e.name.startswith(".") for e in inside
+                    e.kind != "folder" and not is_hidden(e.name) for e in inside
                 )
         for stem in sorted({*images, *texts}):
             absent = ImageFile.at(storage.join(folder, f"{stem}.jpg"), None)
@@ -252,7 +253,7 @@ def _zipped(record: Record) -> bytes:
     folder = record.image.rstrip("/")
     packed = io.BytesIO()
     try:
-        entries = [e for e in storage.list_entries(folder) if not e.name.startswith(".")]
+        entries = [e for e in storage.list_entries(folder) if not is_hidden(e.name)]
         faulty = next((entry for entry in entries if entry.kind == "other"), None)
         if faulty is not None:
             raise SourceError(f"{folder}/{shown(faulty.name)}: it is {faulty.fault}, no frame")

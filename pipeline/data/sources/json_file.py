@@ -453,6 +453,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes an object of Python's JSON reader, or raises ValueError if a name stands twice."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        name = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{name!r} is given twice in one object")
+    return values
+
+
 def _is_text(value: str) -> bool:
     try:
         value.encode()

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.data.sources.delimited import ANY_FORM, Delimited, TextForm, text_lines, undecoded
-from pipeline.data.sources.json_file import read_json_list, shown
+from pipeline.data.sources.json_file import read_json_list, shown, unique_names
 from pipeline.errors import SourceError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -121,7 +121,7 @@ def _json_line(number: int, line: str, columns: Sequence[str]) -> Row:
         return Row(place, None, fault)
     names = {json.dumps(column.partition(".")[0]) for column in columns}
     if any(line.count(name) > 1 for name in names):
-        return _json_row(place, lambda: json.loads(line, object_pairs_hook=_object))
+        return _json_row(place, lambda: json.loads(line, object_pairs_hook=unique_names))
     return _json_row(place, lambda: json.loads(line))
 
 
@@ -135,15 +135,6 @@ def _json_row(place: str, read: Callable[[], Any]) -> Row:
     if isinstance(values, dict):
         return Row(place, values)
     return Row(place, None, f"expected an object, found {shown(values)}")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        name = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{name!r} is given twice in one object")
-    return values
 
 
 def _parquet_rows(location: str, columns: Sequence[str], image: str) -> Iterator[Row]:

@@ -30,7 +30,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.data.sample import Dialog, Question, Round, Texts
-from pipeline.data.sources.json_file import shown
+from pipeline.data.sources.json_file import shown, unique_names
 
 _ASKS = ("user", "human")
 _REPLIES = ("assistant", "gpt")
@@ -165,9 +165,9 @@ def _literal(text: str) -> Any:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """Returns the object that JSON holds, or raises ValueError."""
+    """Returns the object that JSON holds, or raises ValueError, also if a name stands twice."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unique_names)
     except RecursionError:
         raise ValueError("not valid JSON: nested too deeply") from None
     if not isinstance(value, dict):

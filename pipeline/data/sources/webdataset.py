@@ -16,8 +16,9 @@ of each sample:
 - its image is a link or a device (`special-file`) or is stored in pieces (`sparse-member`).
 - its name is no UTF-8: `name-not-utf8`.
 
-Folders and files whose name begins with a dot are passed over, as WebDataset does, and so is
-`__MACOSX`. A tar that is damaged, cut short, or has no end stops the run.
+Folders are passed over, and files whose name begins with a dot, as WebDataset does; so are
+`__MACOSX`, `Thumbs.db` and `desktop.ini`. A tar that is damaged, cut short, or has no end stops the
+run.
 
 Tars of this project need no mapping beyond the default: it reads what it writes.
 """
@@ -48,12 +49,13 @@ from pipeline.data.sources.base import (
     require_accounted,
 )
 from pipeline.data.sources.image_files import SUFFIXES, ImageFile, image_key, listed
+from pipeline.data.sources.json_file import unique_names
 from pipeline.data.sources.splits import check_splits, hash_split
 from pipeline.data.sources.text_columns import TextColumns
 from pipeline.data.tar_listing import TarMember, list_tar
 from pipeline.errors import ShardError, SourceError, StorageError
 
-_METHOD = 2  # raised when the same settings list other samples, so that tars are listed anew
+_METHOD = 3  # raised when the same settings list other samples, so that tars are listed anew
 _MOST_TEXT_BYTES = 64 * 1024**2  # of a text part, which is read into memory
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -345,7 +347,7 @@ def _value(file: IO[bytes], part: str, member: TarMember) -> Any:
     if not (part == "json" or part.endswith(".json")):
         return text
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_names)
     except RecursionError as error:
         raise ValueError(f"{part}: JSON that is nested too deeply") from error
 

@@ -205,6 +205,26 @@ def test_folders_in_a_video_are_listed_and_a_frame_that_is_no_file_rejects_it(
     assert (report.num_live, report.rejects) == (1, {"unreadable-image": 1})
 
 
+def test_a_field_given_twice_is_no_text(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / "a.json").write_text('{"captions": "one", "captions": "two"}')
+    (entry,) = build("folder", folder=str(tmp_path)).records()
+    assert reason(entry) == "malformed-texts"
+    assert "'captions' is given twice" in entry.detail
+
+
+def test_what_windows_puts_beside_files_is_passed_over(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    described(folder, "a")
+    draw(*(folder / "clip" / f"{n}.png" for n in range(2)))
+    (folder / "clip.txt").write_text("a video")
+    for name in ("Thumbs.db", "desktop.ini", "clip/Thumbs.db"):
+        (folder / name).write_bytes(b"of Windows")
+    source = build("folder", folder=str(folder))
+    assert reasons(source) == {"live": 2}
+    assert ingested(source, tmp_path).num_live == 2
+
+
 def test_a_text_among_frames_makes_no_folder_beside_it_a_video(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     draw(folder / "dog" / "1.png", folder / "dog" / "more" / "1.png")

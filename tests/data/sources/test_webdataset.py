@@ -273,6 +273,7 @@ def test_a_name_that_is_no_utf8_costs_its_record(tmp_path: Path) -> None:
         b"\xff\xfe{",
         b"",
         b"NaN",
+        b'{"captions": ["a"], "captions": ["b"]}',
     ],
 )
 def test_malformed_json_costs_its_record(tmp_path: Path, payload: bytes) -> None:

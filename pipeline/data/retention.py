@@ -73,8 +73,8 @@ def versions_of_run(run: str, dataset: str) -> frozenset[int]:
     location = storage.join(run, "environment.json")
     try:
         found = json.loads(storage.read_bytes(location)).get("versions", {})
-    except ValueError as error:
-        raise ManifestError(f"{location}: not JSON ({error})") from error
+    except (ValueError, AttributeError) as error:
+        raise ManifestError(f"{location}: not a JSON object ({error})") from error
     dataset = storage.absolute(dataset)
     if dataset not in found:
         others = f"; it has read {', '.join(found)}" if found else ""

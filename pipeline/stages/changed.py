@@ -8,13 +8,13 @@ start anew with the old folder moved aside (`--restart`).
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import storage
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.model_files import is_model
 from pipeline.training import checkpoint
 from pipeline.training.assembly import MODEL
@@ -28,8 +28,10 @@ Note = Callable[[str], None]
 
 # With a change of only these, a finished run has something to do without any further step.
 _CHOOSE_WEIGHTS = {"keep_best", "model_weights", "best_by", "best_is"}
+_EXTRACTOR = "features.extractor"
 # Weights of a run that differs in one of these fit no other.
-_SHAPES = ("model.family", "model.sizes", "features.extractor")
+_SHAPES = ("model.family", "model.sizes", _EXTRACTOR)
+_NEW_HEAD = "model.sizes.num_answers"  # but in this, of which a head is made anew
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,14 @@ class Begun:
         """Returns None if the phase was never begun; TrainingError if that cannot be told."""
         if not storage.exists(storage.join(folder, SPEC)):
             return None
-        spec = read_spec(folder).model_copy(update={"folder": storage.absolute(folder)})
+        try:
+            spec = read_spec(folder)
+        except TrainingError as error:
+            raise TrainingError(
+                f"{error}. Put an undamaged copy of that file back, or move {folder} away, and "
+                "start again: the phase is then trained from the first step"
+            ) from error
+        spec = spec.model_copy(update={"folder": storage.absolute(folder)})
         steps = checkpoint.steps_in(storage.join(folder, CHECKPOINTS))
         return cls(folder, spec, tuple(steps), finished_result(spec))
 
@@ -85,10 +94,17 @@ class Begun:
                 return True
 
 
-def refuse(begun: Begun, changed: Sequence[Difference], on_change: OnChange, run: str) -> None:
+def refuse(
+    begun: Begun,
+    changed: Sequence[Difference],
+    on_change: OnChange,
+    run: str,
+    extractor: Mapping[str, Any] | None = None,
+) -> None:
     """Raises ConfigError, saying what leads on, unless the command says what is wanted.
 
-    Goes through silently where there is nothing yet that could be lost.
+    Goes through silently where there is nothing yet that could be lost. `extractor` is the card of
+    now: features can differ though the recipe does not, if another release makes them.
     """
     if not changed or on_change.decision == "restart" or not (begun.steps or begun.has_model):
         return
@@ -109,14 +125,22 @@ def refuse(begun: Begun, changed: Sequence[Difference], on_change: OnChange, run
         ]
     else:
         lines.append(why)
+    is_of_release = extractor is not None and _is_of_release(begun, changed, extractor)
+    if is_of_release:
+        lines.append(
+            "The recipe's extractor is the same: this release makes other features of a picture "
+            "than the one that began the run. That one goes on with it; RUN/environment.json "
+            "names it."
+        )
     moved = aside(begun.folder).rsplit("/", 1)[-1]
     lines += [
         f"To train {phase} anew (what is there is moved to {moved}, nothing is deleted):",
         f"  {on_change.command} --restart",
     ]
     if why is not None:
-        lines += _from_weights(begun, changed, on_change.command, run)
-    if not begun.finished:
+        others = [one for one in changed if not (is_of_release and one.key == _EXTRACTOR)]
+        lines += _from_weights(begun, others, on_change.command, run)
+    if not begun.finished and not is_of_release:
         lines.append("With the old settings it goes on as it was.")
     raise ConfigError("\n".join(lines))
 
@@ -143,6 +167,17 @@ def _why_not_on(begun: Begun, changed: Sequence[Difference]) -> str | None:
     return None
 
 
+def _is_of_release(
+    begun: Begun, changed: Sequence[Difference], extractor: Mapping[str, Any]
+) -> bool:
+    """Whether features differ by nothing that anybody has set."""
+    then = begun.spec.card.get("extractor") or {}
+    same = ("type", "config", "weights", "dim")
+    return any(one.key == _EXTRACTOR for one in changed) and all(
+        key in then and then[key] == extractor[key] for key in same
+    )
+
+
 def _part(phase: str) -> str:
     return f"training.{'pretrain' if phase == 'pretrain' else 'finetune'}"
 
@@ -150,7 +185,8 @@ def _part(phase: str) -> str:
 def _from_weights(begun: Begun, changed: Sequence[Difference], command: str, run: str) -> list[str]:
     """Says how another run starts from what this one has learned, where that is possible."""
     phase = begun.spec.phase
-    if phase == "blind" or any(one.key.startswith(_SHAPES) for one in changed):
+    shapes = [one for one in changed if one.key.startswith(_SHAPES) and one.key != _NEW_HEAD]
+    if phase == "blind" or shapes:
         return []
     weights, new_run = begun.model, f"{run.rstrip('/')}-2"
     lines = ["To start another run from its weights:"]

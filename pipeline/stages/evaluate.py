@@ -1,7 +1,7 @@
 """The evaluate stage: a model's official result files, scores, and pictures to look at."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.benchmarks.base import Benchmark, Evaluation, ResultRow, results_json
 from pipeline.data.loader import Batch
 from pipeline.data.sample import Texts
-from pipeline.errors import StageError
+from pipeline.errors import ConfigError, StageError
 from pipeline.inspect.examples import (
     Attention,
     Example,
@@ -26,6 +26,7 @@ from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, once
 from pipeline.stages.train import DataInputs
 from pipeline.training.model_folder import ModelFolder, load_model, save_decoding
+from pipeline.vision.feature import extractor_name
 
 EVALUATE_VERSION = 1
 BATCH_SIZE = 64
@@ -56,13 +57,15 @@ def run(recipe: Recipe, progress: StageProgress) -> Outcome:
     blind_folder = storage.join(recipe.run, "blind", "model")
     if not is_model(folder):
         raise StageError(f"{folder}: no model; run `sightline finetune` with this recipe first")
+    card = read_own(folder)
+    _require_same_features(folder, card, inputs, progress)
     has_blind = recipe.training.blind_twin and is_model(blind_folder)
     parts = {
         "code": EVALUATE_VERSION,
         "inputs": inputs.identity(recipe.dataset.validation_split),
         "benchmarks": recipe.benchmarks.model_dump(mode="json"),
-        "model": _card_of(folder),
-        "blind": _card_of(blind_folder) if has_blind else None,
+        "model": card,
+        "blind": read_own(blind_folder) if has_blind else None,
     }
 
     def work() -> dict[str, Any]:
@@ -122,6 +125,28 @@ def run(recipe: Recipe, progress: StageProgress) -> Outcome:
         parts,
         work,
         leaves=[storage.join(recipe.run, "evaluation", "metrics.json")],
+    )
+
+
+def _require_same_features(
+    folder: str, card: Mapping[str, Any], inputs: DataInputs, progress: StageProgress
+) -> None:
+    """Raises ConfigError if a model was trained on features of another extractor.
+
+    Those of another release, made by the same settings, are told of.
+    """
+    then, now = card.get("extractor") or {}, inputs.extractor
+    if "identity" not in then or then["identity"] == now["identity"]:
+        return
+    other = extractor_name(then["type"], then["identity"])
+    if any(then.get(key) != now.get(key) for key in ("type", "config", "weights", "live")):
+        raise ConfigError(
+            f"features.extractor: {folder} was trained on features of {other}, and the recipe's "
+            f"are of {inputs.name}; set it as it was, or run `sightline finetune`"
+        )
+    progress.note(
+        f"warning: the model was trained on features of {other}, which an earlier release made, "
+        f"and is scored on those of {inputs.name}"
     )
 
 
@@ -272,10 +297,6 @@ def _id(row: ResultRow) -> int | str:
 def _said(row: ResultRow) -> str:
     said: str = row["answer"] if "answer" in row else row["caption"]
     return said
-
-
-def _card_of(folder: str) -> Any:
-    return read_own(folder)
 
 
 def _device(recipe: Recipe) -> str:

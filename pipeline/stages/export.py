@@ -72,8 +72,6 @@ def _newest(source: str) -> tuple[str, tuple[str, ...]]:
             found = checkpoint.newest(checkpoints, Path(cache), damaged.append)
         if found is not None:
             return storage.join(checkpoints, checkpoint.name_of(found.step)), tuple(damaged)
-        if damaged:
-            raise CheckpointError(f"{phase}: no checkpoint is whole: {'; '.join(damaged)}")
     raise ModelError(
         f"{source}: nothing to export; expected a run, a phase of one such as RUN/finetune, "
         "a checkpoint such as RUN/finetune/checkpoints/step-00001000, or a model folder"
@@ -203,7 +201,12 @@ def _json_of(*place: str) -> dict[str, Any]:
     location = storage.join(*place)
     if not storage.exists(location):
         return {}
-    document: dict[str, Any] = json.loads(storage.read_bytes(location))
+    try:
+        document = json.loads(storage.read_bytes(location))
+    except ValueError as error:
+        raise ModelError(f"{location}: not JSON: {error}; move it away to go without it") from error
+    if not isinstance(document, dict):
+        raise ModelError(f"{location}: not a JSON object; move it away to go without it")
     return document
 
 

@@ -47,7 +47,7 @@ def run(recipe: Recipe, progress: StageProgress) -> Outcome:
         "network_waited": round(report.waited_fraction, 3),
     }
     before = Record.read(recipe.run, NAME)
-    if not report.num_images and before:
+    if not report.num_images and before and before.outputs.get("features") == report.extractor:
         return Outcome("up to date", before.seconds, before.outputs)
     seconds = time.monotonic() - started
     Record(identity({"features": report.extractor}), "done", seconds, outputs).write(

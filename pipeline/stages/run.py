@@ -131,8 +131,14 @@ def _update_summary(recipe: Recipe, name: str, outcome: Outcome, seconds: float)
     location = storage.join(recipe.run, "summary.json")
     summary: Summary = {"name": recipe.name, "stages": {}, "metrics": {}}
     if storage.exists(location):
-        summary |= json.loads(storage.read_bytes(location))
-    summary["name"] = recipe.name
+        with contextlib.suppress(ValueError):  # one that nobody can read is written anew
+            before = json.loads(storage.read_bytes(location))
+            if isinstance(before, dict):
+                summary |= {
+                    part: before[part]
+                    for part in ("stages", "metrics")
+                    if isinstance(before.get(part), dict)
+                }
     stages = summary["stages"] | {
         name: {
             "state": outcome.state,

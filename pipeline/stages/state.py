@@ -42,9 +42,12 @@ class Record:
         if not storage.exists(location):
             return None
         try:
-            return cls(**json.loads(storage.read_bytes(location)))
+            found = cls(**json.loads(storage.read_bytes(location)))
         except (ValueError, TypeError):  # the stage looks for itself at what is done
             return None
+        types = {"identity": str, "state": str, "seconds": (int, float), "outputs": dict}
+        is_whole = all(isinstance(getattr(found, name), one) for name, one in types.items())
+        return found if is_whole else None
 
     def write(self, run: str, stage: str) -> None:
         payload = json.dumps(asdict(self), indent=2, ensure_ascii=False)

@@ -209,7 +209,7 @@ def _phases_done(
         return Outcome("up to date", before.seconds, before.outputs)
     for plan in plans:
         if plan.begun:
-            refuse(plan.begun, plan.changed, on_change, recipe.run)
+            refuse(plan.begun, plan.changed, on_change, recipe.run, inputs.extractor)
     if is_whole and all(plan.is_finished for plan in plans):
         outputs = _outputs([plan.begun.finished for plan in plans if plan.begun], phases)
         if stage == "finetune":

@@ -30,10 +30,18 @@ def from_card(card: Mapping[str, Any], device: str = "cpu") -> Extractor:
     Its identity must come out as on the card: a weights file that was replaced since is refused.
     """
     extractor: Extractor = _EXTRACTOR.validate_python(card["config"]).build(device)
-    found = extractor.card()["identity"]
-    if found != card["identity"]:
+    now = extractor.card()
+    if now["identity"] != card["identity"]:
+        same_weights = now["weights"] == card.get("weights")
+        if same_weights and now["preprocessing"] != card.get("preprocessing"):
+            reason = (
+                "its weights are the same, but this release prepares pictures otherwise; use the "
+                "release that made them, or make features anew and train on those"
+            )
+        else:
+            reason = f"were its weights ({card['config'].get('weights')}) replaced?"
         raise FeatureError(
             f"extractor {card['type']}: its identity was {card['identity']} when the features were "
-            f"made and is {found} now; were its weights ({card['config'].get('weights')}) replaced?"
+            f"made and is {now['identity']} now; {reason}"
         )
     return extractor

@@ -64,3 +64,7 @@ def test_a_run_says_which_versions_it_read(tmp_path: Path) -> None:
         versions_of_run(str(tmp_path), str(tmp_path / "other"))
     with pytest.raises(StorageError, match="no such file"):
         versions_of_run(str(tmp_path / "absent"), dataset)
+    for damaged in ("{", "[1]"):
+        (tmp_path / "environment.json").write_text(damaged)
+        with pytest.raises(ManifestError, match="not a JSON object"):
+            versions_of_run(str(tmp_path), dataset)

@@ -1,6 +1,7 @@
 """What a changed setting does to a phase that was begun: with the stand-in for model and data."""
 
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.cluster import ClusterConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, TrainingError
 from pipeline.stages.changed import Begun, OnChange, aside, make_way, refuse
 from pipeline.training import launch
 from pipeline.training.loop import CHECKPOINTS
@@ -105,6 +106,43 @@ def test_what_would_be_another_run_is_refused_however_it_is_asked_for(tmp_path: 
         assert not any("--from-checkpoint" in line for line in lines)
     wider = now.model_copy(update={"model": {"width": 9}})  # its weights would fit no other
     assert not any("model.initial" in line for line in told(begun, wider))
+
+
+def features_of(spec: TrainingSpec, name: str, **config: Any) -> TrainingSpec:
+    card = {"type": "pixels", "config": config, "weights": None, "dim": 27}
+    return spec.model_copy(update={"features": name, "card": {"extractor": card}})
+
+
+def test_features_that_another_release_makes_are_told_from_another_extractor(
+    tmp_path: Path,
+) -> None:
+    begun = begin(str(tmp_path / "pretrain"))
+    begun = replace(begun, spec=features_of(begun.spec, "pixels-old", image_size=6))
+    for size, is_of_release in ((6, True), (9, False)):
+        now = features_of(make_spec(begun.folder), "pixels-new", image_size=size)
+        changes = begun.changes(now.sequence())
+        with pytest.raises(ConfigError, match="pixels-old then, pixels-new now") as refusal:
+            refuse(begun, changes, OnChange(command=COMMAND), "RUN", now.card["extractor"])
+        text = str(refusal.value)
+        assert ("this release makes other features" in text) == is_of_release
+        assert ("model.initial=" in text) == is_of_release
+        assert ("With the old settings it goes on" in text) == (not is_of_release)
+
+
+def test_other_answers_leave_the_way_open_to_start_from_the_weights(tmp_path: Path) -> None:
+    begun = begin(str(tmp_path / "pretrain"))
+    then = begun.spec.model_copy(update={"model": {"num_answers": 0}})
+    now = make_spec(begun.folder).model_copy(update={"model": {"num_answers": 20}})
+    assert any("model.initial=" in line for line in told(replace(begun, spec=then), now))
+
+
+def test_a_damaged_spec_is_told_with_what_to_do(tmp_path: Path) -> None:
+    folder = tmp_path / "pretrain"
+    folder.mkdir()
+    for damaged in (b"", b"{}", b"[1]"):
+        (folder / "spec.json").write_bytes(damaged)
+        with pytest.raises(TrainingError, match=r"undamaged copy .* or move .*pretrain away"):
+            Begun.read(str(folder))
 
 
 def test_a_finished_phase_goes_on_only_where_there_is_something_to_do(tmp_path: Path) -> None:

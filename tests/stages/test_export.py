@@ -178,6 +178,16 @@ def test_a_model_that_lacks_what_its_page_tells_is_not_exported(
         export(str(model), str(tmp_path / "out"))
 
 
+def test_a_damaged_file_of_the_run_is_named(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished / "run", run)
+    for damaged in (b'{"a": ', b"[1]"):
+        (run / "environment.json").write_bytes(damaged)
+        with pytest.raises(ModelError, match=r"environment\.json: not .*move it away"):
+            export(str(run), str(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_with_something_in_it_is_left_alone(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")

@@ -18,6 +18,7 @@ from pipeline.model_files import is_model
 from pipeline.recipe import Recipe
 from pipeline.stages.changed import OnChange
 from pipeline.stages.run import STAGES, run_stages
+from pipeline.stages.state import Record
 from pipeline.training.launch import read_spec
 from pipeline.training.metrics_log import read_metrics
 
@@ -73,6 +74,37 @@ def test_a_second_run_does_nothing(finished: Path) -> None:
     before = (finished / "run" / "report.html").stat().st_mtime_ns
     assert set(states(finished).values()) == {"up to date"}
     assert (finished / "run" / "report.html").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("damaged", [b"", b'{"name": ', b"[1]", b'{"stages": 3, "metrics": []}'])
+def test_a_summary_that_nobody_can_read_is_written_anew(finished: Path, damaged: bytes) -> None:
+    (finished / "run" / "summary.json").write_bytes(damaged)
+    assert set(states(finished)) == set(STAGES)
+
+
+def test_the_record_names_the_features_of_the_recipe_when_all_are_there(
+    finished: Path, tmp_path: Path
+) -> None:
+    own = small(finished, f"run={tmp_path / 'run'}")
+    patches = ["features.extractor.image_size=16", "features.extractor.patch_size=8"]
+    coarse = small(finished, f"run={tmp_path / 'run'}", *patches)
+    names = []
+    for recipe in (own, coarse, own):
+        run_stages(recipe, ["extract"], Console(stderr=True, quiet=True))
+        record = Record.read(str(tmp_path / "run"), "extract")
+        assert record is not None
+        names.append(record.outputs["features"])
+    assert names[0] == names[2] != names[1]
+
+
+def test_a_model_is_scored_on_features_of_its_own_extractor(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    finer = ["features.extractor.image_size=48", "features.extractor.patch_size=8"]
+    other = small(finished, f"run={tmp_path / 'run'}", *finer)
+    quiet = Console(stderr=True, quiet=True)
+    run_stages(other, ["extract"], quiet)
+    with pytest.raises(ConfigError, match=r"features\.extractor: .* was trained on features of"):
+        run_stages(other, ["evaluate"], quiet)
 
 
 def test_predict_answers_and_captions(

@@ -35,7 +35,8 @@ def test_a_half_done_stage_is_never_taken_for_done(tmp_path: Path) -> None:
 def test_a_record_that_nobody_can_read_is_none(tmp_path: Path) -> None:
     once(str(tmp_path), "ingest", {"lr": 1}, lambda: {})
     record = tmp_path / "stages" / "ingest.json"
-    for damaged in (b"", b"{", b"[1]", b'{"state": "done"}'):
+    wrong = b'{"identity": "a", "state": "done", "seconds": "long", "outputs": null}'
+    for damaged in (b"", b"{", b"[1]", b'{"state": "done"}', wrong):
         record.write_bytes(damaged)
         assert Record.read(str(tmp_path), "ingest") is None
 

@@ -277,10 +277,16 @@ def list_stamps(folder: str) -> dict[str, str]:
 
 
 def folder_identity(folder: str) -> tuple[int, int] | None:
-    """Returns what is equal if and only if two local locations are one folder, or None."""
+    """Returns what is equal if and only if two local locations are one folder, or None.
+
+    Raises StorageError if it is absent.
+    """
     if not is_local(folder):
         return None
-    status = local_path(folder).stat()
+    try:
+        status = local_path(folder).stat()
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be looked up ({error})") from error
     return status.st_dev, status.st_ino
 
 

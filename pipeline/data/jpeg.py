@@ -9,6 +9,7 @@ ends without an end marker, but after its last pixel, is whole, and so is one th
 the segments of its header, or with zeros before its end marker.
 """
 
+import contextlib
 import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ Pixels = npt.NDArray[np.uint8]
 BEGINS = b"\xff\xd8\xff"
 _END = b"\xff\xd9"
 _CORRUPT, _ENDS_EARLY = "Corrupt JPEG data", "Premature end of JPEG file"
+_LAST_ZEROS = (1, 0, 4)  # that the coded pixels of a padded file may end with, the likeliest first
 _SURPLUS = "extraneous bytes before marker"  # of a corrupt file
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _PROFILE = b"ICC_PROFILE\0"
@@ -68,11 +70,9 @@ def decode(payload: bytes, colours: str, **sizes: Any) -> Pixels | None:
                 pass
         raise BadImageError("truncated-image", f"{fault}; {len(payload)} bytes")
     if fault.startswith(_CORRUPT):
-        if _SURPLUS in fault and (bare := _without_padding(payload)) != payload:
-            try:
-                return _decode(bare, colours, sizes)
-            except ValueError:
-                pass
+        for num_zeros in _LAST_ZEROS if _SURPLUS in fault else ():
+            with contextlib.suppress(ValueError):
+                return _decode(_without_padding(payload, num_zeros), colours, sizes)
         advice = "fetch it again, or save it anew if it looks as it should"
         raise BadImageError("corrupt-image", f"{fault}; {len(payload)} bytes; {advice}")
     return None
@@ -127,8 +127,8 @@ def _segments(payload: bytes) -> Iterator[tuple[int | None, int, int]]:
     yield None, at, at
 
 
-def _without_padding(payload: bytes) -> bytes:
-    """Returns a file without what stands between its header's segments, and zeros at its end.
+def _without_padding(payload: bytes, num_zeros: int) -> bytes:
+    """Returns a file without what is between its header's segments, and all but so many last zeros.
 
     Pixels are coded in neither: where zeros are all that is left of some, they are missed.
     """
@@ -140,7 +140,7 @@ def _without_padding(payload: bytes) -> bytes:
             continue
         if marker == _SCAN:
             scans, end, behind = payload[start:].rpartition(_END)
-            stripped = scans.rstrip(b"\0")
+            stripped = scans[: len(scans.rstrip(b"\0")) + num_zeros]
             return b"".join([*kept, stripped, end, behind]) if end else payload
         (length,) = struct.unpack_from(">H", payload, start + 2)
         at = start + 2 + length

@@ -83,6 +83,16 @@ def test_padding_is_no_damage_wherever_the_image_is_read(options: dict[str, obje
         assert np.array_equal(upright_srgb(padded), upright_srgb(payload))
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_coded_pixels_that_end_with_zeros_may_be_padded(progressive: bool) -> None:
+    for grey in range(0, 256, 5):
+        image = Image.new("RGB", (WIDTH, HEIGHT), (grey, 7 * grey % 256, 90))
+        payload = encoded(image, "JPEG", progressive=progressive)
+        padded = payload[:-2] + b"\0" * 99 + payload[-2:]
+        assert check_image(padded, "decode") == (WIDTH, HEIGHT), grey
+        assert np.array_equal(upright_srgb(padded), upright_srgb(payload)), grey
+
+
 def test_zeros_in_place_of_pixels_are_damage() -> None:
     payload = photograph()
     for lost in (40, 400, 2000):

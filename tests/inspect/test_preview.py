@@ -47,6 +47,8 @@ def row(schema: pa.Schema, **values: object) -> dict[str, object]:
     }
     if "tar" in empty:
         empty["tar"] = None  # the images lie in the dataset's own shards
+    if schema is FEATURES:
+        empty["reason"] = None  # there are features
     return empty | values
 
 

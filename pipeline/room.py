@@ -89,11 +89,6 @@ def wait(references: Sequence[Any], waiting: Waiting, has_begun: bool) -> list[A
         waiting.look(is_pending=lambda: not has_begun)
 
 
-def is_own() -> bool:
-    """Tells whether Ray is one of this command's own, to which nobody will add a node."""
-    return not connection.address
-
-
 def _nodes() -> list[dict[str, float]]:
     import ray
 

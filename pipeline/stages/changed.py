@@ -31,7 +31,8 @@ _CHOOSE_WEIGHTS = {"keep_best", "model_weights", "best_by", "best_is"}
 _EXTRACTOR = "features.extractor"
 # Weights of a run that differs in one of these fit no other.
 _SHAPES = ("model.family", "model.sizes", _EXTRACTOR)
-_NEW_HEAD = "model.sizes.num_answers"  # but in this, of which a head is made anew
+# But in these: a head is made anew, and the others are of no shape.
+_FITTING = {f"model.sizes.{name}" for name in ("num_answers", "dropout", "initializer_range")}
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _part(phase: str) -> str:
 def _from_weights(begun: Begun, changed: Sequence[Difference], command: str, run: str) -> list[str]:
     """Says how another run starts from what this one has learned, where that is possible."""
     phase = begun.spec.phase
-    shapes = [one for one in changed if one.key.startswith(_SHAPES) and one.key != _NEW_HEAD]
+    shapes = [one for one in changed if one.key.startswith(_SHAPES) and one.key not in _FITTING]
     if phase == "blind" or shapes:
         return []
     weights, new_run = begun.model, f"{run.rstrip('/')}-2"

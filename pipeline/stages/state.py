@@ -45,9 +45,9 @@ class Record:
             found = cls(**json.loads(storage.read_bytes(location)))
         except (ValueError, TypeError):  # the stage looks for itself at what is done
             return None
-        types = {"identity": str, "state": str, "seconds": (int, float), "outputs": dict}
-        is_whole = all(isinstance(getattr(found, name), one) for name, one in types.items())
-        return found if is_whole else None
+        texts, seconds = (found.identity, found.state), found.seconds
+        is_whole = all(isinstance(text, str) for text in texts) and isinstance(found.outputs, dict)
+        return found if is_whole and isinstance(seconds, int | float) else None
 
     def write(self, run: str, stage: str) -> None:
         payload = json.dumps(asdict(self), indent=2, ensure_ascii=False)

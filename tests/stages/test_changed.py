@@ -129,10 +129,13 @@ def test_features_that_another_release_makes_are_told_from_another_extractor(
         assert ("With the old settings it goes on" in text) == (not is_of_release)
 
 
-def test_other_answers_leave_the_way_open_to_start_from_the_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["num_answers", "dropout"])
+def test_what_has_no_shape_leaves_the_way_open_to_start_from_the_weights(
+    tmp_path: Path, name: str
+) -> None:
     begun = begin(str(tmp_path / "pretrain"))
-    then = begun.spec.model_copy(update={"model": {"num_answers": 0}})
-    now = make_spec(begun.folder).model_copy(update={"model": {"num_answers": 20}})
+    then = begun.spec.model_copy(update={"model": {name: 0}})
+    now = make_spec(begun.folder).model_copy(update={"model": {name: 0.5}})
     assert any("model.initial=" in line for line in told(replace(begun, spec=then), now))
 
 

@@ -138,6 +138,11 @@ class WebDatasetSource:
                 for named in _expanded(storage.absolute(location)):
                     for shard in _tars(named):
                         folder, _, name = shard.rpartition("/")
+                        if not _is_utf8(shard):
+                            raise SourceError(
+                                f"{shown(shard)}: its name is not UTF-8, and manifests name tars; "
+                                "rename it"
+                            )
                         if folder not in stamps:
                             stamps[folder] = storage.list_stamps(folder)
                         if name not in stamps[folder]:

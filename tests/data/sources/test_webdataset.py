@@ -293,6 +293,14 @@ def test_a_range_without_end_is_refused_before_it_is_written_out(last: str) -> N
         list(build("webdataset", shards=f"x-{{000..{last}}}.tar").records())
 
 
+def test_a_tar_whose_own_name_is_no_utf8_is_named(tmp_path: Path) -> None:
+    members = [("a.png", picture(tmp_path)), ("a.txt", b"a")]
+    write_tar(tmp_path / "tars" / "caf\udce9.tar", members)
+    write_tar(tmp_path / "tars" / "b.tar", members)
+    with pytest.raises(SourceError, match=r"caf\\xe9\.tar: its name is not UTF-8.*rename it"):
+        ingested(build("webdataset", shards=str(tmp_path / "tars")), tmp_path)
+
+
 def test_a_packed_tar_among_plain_ones_is_not_passed_over(tmp_path: Path) -> None:
     image = picture(tmp_path)
     write_tar(tmp_path / "tars" / "a.tar", [("a.png", image), ("a.txt", b"a")])

@@ -24,6 +24,14 @@ def natural_order(name: str) -> Order:
     return pieces, name
 
 
+def is_utf8(text: str) -> bool:
+    """Whether it can be written as UTF-8: names of files and strings of JSON may hold halves."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def shown(name: str) -> str:
     """Returns a name as it can be printed and stored: bytes that are no UTF-8 as `\\xe9`."""
     return "".join(map(_shown, name))

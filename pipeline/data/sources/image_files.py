@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from pipeline import storage
-from pipeline.data.member_names import shown
+from pipeline.data.member_names import is_utf8, shown
 from pipeline.data.sample import Texts, safe_key
 from pipeline.data.sources.base import Record, Reject, fingerprint
 from pipeline.errors import SourceError, StorageError
@@ -218,14 +218,6 @@ def _read_file(path: str) -> bytes:
         return payload
     finally:
         os.close(descriptor)
-
-
-def is_utf8(name: str) -> bool:
-    """Whether a file's name, as the system gives it, is UTF-8."""
-    try:
-        return name.isascii() or bool(name.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def image_key(identity: int | str) -> str:

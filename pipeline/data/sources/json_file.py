@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 
 from pipeline import storage
+from pipeline.data.member_names import is_utf8
 from pipeline.data.sources.base import Reject, malformed
 from pipeline.data.sources.gzip_file import is_gzip, unpacked
 from pipeline.errors import SourceError
@@ -211,7 +212,7 @@ class JsonList:
     def strings(self) -> list[str | None]:
         """Returns all elements, None for one that is no string that UTF-8 can hold."""
         values = list(self.made(self.__getitem__, range(len(self))))
-        texts = [value if isinstance(value, str) and _is_text(value) else None for value in values]
+        texts = [value if isinstance(value, str) and is_utf8(value) else None for value in values]
         if texts and not any(text is not None for text in texts):
             raise SourceError(f"{self.where}: expected strings, found {shown(values[0])}")
         return texts
@@ -461,11 +462,3 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         name = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{name!r} is given twice in one object")
     return values
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -35,6 +35,7 @@ import xxhash
 from pydantic import Field, field_validator, model_validator
 
 from pipeline import storage
+from pipeline.data.member_names import is_utf8
 from pipeline.data.sample import Texts, safe_key
 from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, malformed
 from pipeline.data.sources.delimited import Quoting, TextForm
@@ -245,7 +246,7 @@ class TableSource:
             raise _RowError("no-image", f"column {column!r} is empty")
         if not isinstance(path, str):
             raise _RowError("malformed-row", f"{column}: expected a path: {shown(path)}")
-        if not _is_text(path) or "\0" in path:
+        if not is_utf8(path) or "\0" in path:
             raise _RowError("malformed-row", f"{column}: no file is called {shown(path)}")
         known = self._schemes(images)
         found = "data" if path.startswith("data:") else storage.scheme(path)
@@ -356,7 +357,7 @@ def _identity(value: Any, column: str) -> int | str:
         raise _RowError("no-key", f"column {column!r} is empty")
     if type(value) is int and abs(value) <= _MAX_NUMBER:
         return value
-    if not isinstance(value, str) or not _is_text(value):
+    if not isinstance(value, str) or not is_utf8(value):
         raise _RowError("malformed-row", f"{column}: expected a number or a string: {shown(value)}")
     if value.isdecimal() and len(value) <= _MAX_NUMBER_DIGITS and str(int(value)) == value:
         return int(value)
@@ -371,15 +372,6 @@ def _split(value: Any, column: str) -> str:
         raise _RowError("malformed-row", f"{column}: expected a split's name: {shown(value)}")
     check_names(value)
     return value
-
-
-def _is_text(value: str) -> bool:
-    """Whether a string can be written as UTF-8: JSON may hold half a surrogate pair."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _holds(values: Mapping[str, Any], name: str) -> bool:

@@ -37,7 +37,7 @@ from pydantic import Field, model_validator
 
 from pipeline import storage
 from pipeline.data.foreign_tar import ForeignTar
-from pipeline.data.member_names import is_hidden, shown
+from pipeline.data.member_names import is_hidden, is_utf8, shown
 from pipeline.data.read_ahead import ReadAhead, ReadAheadFile
 from pipeline.data.sample import Texts
 from pipeline.data.sources.base import (
@@ -138,7 +138,7 @@ class WebDatasetSource:
                 for named in _expanded(storage.absolute(location)):
                     for shard in _tars(named):
                         folder, _, name = shard.rpartition("/")
-                        if not _is_utf8(shard):
+                        if not is_utf8(shard):
                             raise SourceError(
                                 f"{shown(shard)}: its name is not UTF-8, and manifests name tars; "
                                 "rename it"
@@ -253,7 +253,7 @@ class WebDatasetSource:
         location, split = listed_tar.tar.location, listed_tar.split
         # Moving in or out of the tar makes a sample anew.
         stamp = f"{listed_tar.tar.stamp} in place" if self.in_place else listed_tar.tar.stamp
-        key, name, is_utf8 = image_key(name), shown(name), _is_utf8(name)
+        key, name, is_named = image_key(name), shown(name), is_utf8(name)
         image = ImageFile(f"{location}: {name}.jpg", None, None)
         offset = size = -1
         no_texts = f"{location}: {name}: nothing is written about it"
@@ -264,7 +264,7 @@ class WebDatasetSource:
         texts, fault = Texts(name), ("no-texts", no_texts)
         unusable: tuple[str, str] | None = None
         suffix = next((suffix for suffix in self.config.images() if suffix in parts), None)
-        if not is_utf8:
+        if not is_named:
             unusable = ("name-not-utf8", "a name that is not UTF-8; pack it under another")
         elif suffix is not None and parts[suffix].fault is not None:
             unusable = parts[suffix].fault
@@ -333,14 +333,6 @@ def _without_repeats(members: Iterator[TarMember]) -> list[dict[str, TarMember]]
         found[count[folded]][part] = member
         count[folded] += 1
     return found
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _value(file: IO[bytes], part: str, member: TarMember) -> Any:

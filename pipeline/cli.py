@@ -426,7 +426,7 @@ def job_stop(job: str, address: Address = LOCAL_CLUSTER) -> None:
 @reported
 def data_info(dataset: DatasetUrl, as_json: AsJson = False) -> None:
     """Print what a dataset holds: splits, samples, texts, bytes, features, rejects by reason."""
-    from pipeline.data.info import describe
+    from pipeline.data.manifest.info import describe
 
     found = describe(dataset)
     if as_json:
@@ -475,7 +475,7 @@ def data_rejects(
 
     Without --json a line for each: key, split, reason and detail, with tabs between them.
     """
-    from pipeline.data.info import rejects
+    from pipeline.data.manifest.info import rejects
 
     found = rejects(dataset, version, reason or None).to_pylist()
     if as_json:
@@ -497,7 +497,7 @@ def data_diff(
 
     Without --json a line for each: change, key, split, and what it was; totals go to stderr.
     """
-    from pipeline.data.diff import diff
+    from pipeline.data.manifest.diff import diff
 
     found = diff(dataset, before, after)
     if as_json:
@@ -568,7 +568,7 @@ def data_verify(dataset: DatasetUrl, version: Version = None, as_json: AsJson = 
 
     Without --json a line for each fault: kind, file, key and detail; totals go to stderr.
     """
-    from pipeline.data.verify import verify
+    from pipeline.data.upkeep.verify import verify
     from pipeline.stages.progress import StageProgress
 
     with StageProgress(console, "verify") as progress:
@@ -616,8 +616,8 @@ def data_compact(
 
     Safe at any time, beside ingests and readers, and to repeat. Features are carried over.
     """
-    from pipeline.data.compact import compact
-    from pipeline.data.retention import Retention, versions_of_run
+    from pipeline.data.manifest.retention import Retention, versions_of_run
+    from pipeline.data.upkeep.compact import compact
     from pipeline.stages.progress import StageProgress
 
     of_runs = [versions_of_run(folder, dataset) for folder in run or []]

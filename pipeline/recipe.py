@@ -12,8 +12,8 @@ from pipeline import storage
 from pipeline.benchmarks.benchmark import BenchmarksConfig
 from pipeline.cluster import ClusterConfig
 from pipeline.config import Config
-from pipeline.data.augmentation import AugmentConfig
-from pipeline.data.ingest import IngestConfig
+from pipeline.data.ingest.ingest import IngestConfig
+from pipeline.data.media.augmentation import AugmentConfig
 from pipeline.data.sources import AnySource
 from pipeline.errors import ConfigError
 from pipeline.models.base import ModelConfig

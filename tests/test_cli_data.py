@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import run_job
-from pipeline.data.ingest import IngestConfig, ingest
-from pipeline.data.manifest import Manifest
+from pipeline.data.ingest.ingest import IngestConfig, ingest
+from pipeline.data.manifest.manifest import Manifest
 from tests.data.world import Item, World
 
 CONFIG = IngestConfig(samples_per_shard=4, max_reject_fraction=0.9, shards_in_flight=0)

@@ -36,7 +36,7 @@ ONLY_IN = {
         "pipeline/bench/extract.py",
         "pipeline/cluster.py",
         "pipeline/room.py",
-        "pipeline/data/shard_tasks.py",
+        "pipeline/data/ingest/shard_tasks.py",
         "pipeline/stages/submit.py",
         "pipeline/training/launch.py",
         "pipeline/vision/extract.py",

@@ -29,11 +29,11 @@ from pipeline.bench import measure, photographs
 from pipeline.bench.result import Comparison, Result
 from pipeline.cluster import ClusterConfig, start_ray
 from pipeline.config import Config
-from pipeline.data.ingest import IngestConfig, ingest
-from pipeline.data.manifest import Manifest
+from pipeline.data.ingest.ingest import IngestConfig, ingest
+from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.sample import Texts, safe_key
-from pipeline.data.shard_files import ShardFiles, default_cache
 from pipeline.data.sources.base import Record, fingerprint
+from pipeline.data.tars.shard_files import ShardFiles, default_cache
 from pipeline.errors import ConfigError
 from pipeline.vision.arithmetic import exact_arithmetic
 from pipeline.vision.extract import ExtractConfig, extract, plan_sidecars

@@ -19,9 +19,9 @@ from pipeline.bench.ingest_peers import Img2Dataset
 from pipeline.bench.rerun import measure_rerun
 from pipeline.bench.result import Comparison, Result
 from pipeline.config import Config
-from pipeline.data.image_check import Verify
-from pipeline.data.ingest import IngestConfig, ingest
-from pipeline.data.reencode import ReencodeConfig
+from pipeline.data.ingest.ingest import IngestConfig, ingest
+from pipeline.data.media.image_check import Verify
+from pipeline.data.media.reencode import ReencodeConfig
 from pipeline.data.sources.coco_captions import CocoCaptionsSourceConfig
 from pipeline.errors import PipelineError
 

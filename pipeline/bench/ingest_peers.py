@@ -11,7 +11,7 @@ from pathlib import Path
 import xxhash
 
 from pipeline.data.sample import Sample, Texts
-from pipeline.data.shard import ShardWriter
+from pipeline.data.tars.shard import ShardWriter
 from pipeline.errors import PipelineError
 
 SAMPLES_PER_SHARD = 1000

@@ -24,15 +24,15 @@ from pipeline.bench.loader_data import EXTRACTOR, SPLIT
 from pipeline.bench.loader_peers import Epoch
 from pipeline.bench.result import Comparison, Result
 from pipeline.config import Config
-from pipeline.data.augmentation import View
-from pipeline.data.buffers import BufferPool
-from pipeline.data.dataset import Split
-from pipeline.data.decoding import Picture
-from pipeline.data.images import ImageConfig, LiveConfig, render
-from pipeline.data.loader import Loader
-from pipeline.data.manifest import Manifest
-from pipeline.data.order import Order
-from pipeline.data.shard import shard_location, sidecar_location
+from pipeline.data.load.loader import Loader
+from pipeline.data.load.order import Order
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.media.augmentation import View
+from pipeline.data.media.decoding import Picture
+from pipeline.data.read.buffers import BufferPool
+from pipeline.data.read.dataset import Split
+from pipeline.data.read.images import ImageConfig, LiveConfig, render
+from pipeline.data.tars.shard import shard_location, sidecar_location
 from pipeline.errors import PipelineError
 
 OURS = "ours"

@@ -11,11 +11,11 @@ import pyarrow as pa
 import simplejpeg
 
 from pipeline import storage
-from pipeline.data.dataset import Dataset, Split
-from pipeline.data.images import LiveConfig
-from pipeline.data.manifest import FEATURES, LIVE, SAMPLES, Manifest
+from pipeline.data.manifest.manifest import FEATURES, LIVE, SAMPLES, Manifest
+from pipeline.data.read.dataset import Dataset, Split
+from pipeline.data.read.images import LiveConfig
 from pipeline.data.sample import Sample, Texts
-from pipeline.data.shard import ShardWriter
+from pipeline.data.tars.shard import ShardWriter
 from pipeline.errors import ConfigError
 
 SPLIT = "train"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.dataset import Split
+from pipeline.data.read.dataset import Split
 
 Epoch = Callable[[], Iterator[npt.NDArray[Any]]]  # batches of an epoch: (B, …) each
 _SHUFFLE_SAMPLES = 256  # webdataset's buffer; ours shuffles among more

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.data.ingest import IngestConfig, ingest
-from pipeline.data.manifest import LIVE, SAMPLES, Manifest
+from pipeline.data.ingest.ingest import IngestConfig, ingest
+from pipeline.data.manifest.manifest import LIVE, SAMPLES, Manifest
 from pipeline.data.sample import Texts
 from pipeline.data.sources.base import Record, Reject, fingerprint
 from pipeline.errors import PipelineError

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 
-from pipeline.data.dataset import Split, TextKind
-from pipeline.data.loader import Batch
+from pipeline.data.load.loader import Batch
+from pipeline.data.read.dataset import Split, TextKind
 from pipeline.data.sample import Texts
 from pipeline.models.base import VisionLanguageModel
 from pipeline.models.inputs import Inputs

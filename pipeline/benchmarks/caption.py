@@ -11,8 +11,8 @@ from pydantic import Field, PositiveInt
 from pipeline.benchmarks.base import Benchmark, Evaluation, ResultRow, dtype_of, texts_of
 from pipeline.benchmarks.caption_metrics import MetricName, caption_scores, unavailable
 from pipeline.config import Config
-from pipeline.data.dataset import Split
-from pipeline.data.loader import Batch
+from pipeline.data.load.loader import Batch
+from pipeline.data.read.dataset import Split
 from pipeline.errors import MetricError, ModelError
 from pipeline.models.base import Decoder, VisionLanguageModel
 from pipeline.models.generation import Decoding, EarlyStopping, Penalty, generate

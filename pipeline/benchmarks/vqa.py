@@ -9,10 +9,10 @@ from pydantic import Field, PositiveInt
 from pipeline.benchmarks.base import Benchmark, Evaluation, ResultRow, dtype_of, texts_of
 from pipeline.benchmarks.vqa_accuracy import vqa_accuracy
 from pipeline.config import Config
-from pipeline.data.dataset import Split
-from pipeline.data.loader import Batch, eval_batches
+from pipeline.data.load.loader import Batch, eval_batches
+from pipeline.data.read.dataset import Split
 from pipeline.data.sample import Question
-from pipeline.data.vocabulary import answer_vocabulary
+from pipeline.data.text.vocabulary import answer_vocabulary
 from pipeline.errors import ModelError
 from pipeline.models.base import VisionLanguageModel
 from pipeline.models.inputs import Inputs

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.data.features import FeatureBatch
+from pipeline.data.read.features import FeatureBatch
 
 NUM_TAGS = 8  # more would hide the picture
 TAG_WIDTH, TAG_HEIGHT = 30.0, 7.0  # percent that one takes of a thumbnail of this shape:

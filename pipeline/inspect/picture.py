@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from pipeline.data.image_file import opened
-from pipeline.data.image_pixels import Pixels
+from pipeline.data.media.image_file import opened
+from pipeline.data.media.image_pixels import Pixels
 from pipeline.vision.image import decode
 from pipeline.vision.video import FramesConfig, has_frames, read_frames
 from pipeline.vision.window import AnyWindow

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import storage
-from pipeline.data.dataset import Dataset, FeatureBatch, Split
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.read.dataset import Dataset, FeatureBatch, Split
 from pipeline.data.sample import Texts
 from pipeline.errors import FeatureError
 from pipeline.inspect.colours import colour_layer, principal_colours

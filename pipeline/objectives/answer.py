@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from pipeline.config import Config
-from pipeline.data.loader import Batch
+from pipeline.data.load.loader import Batch
 from pipeline.models.base import VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs
 from pipeline.objectives.base import Encodings, Objective, Stream, Vocabulary

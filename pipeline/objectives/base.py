@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from pipeline.data.dataset import Dataset, TextKind
-from pipeline.data.loader import Batch
+from pipeline.data.load.loader import Batch
+from pipeline.data.read.dataset import Dataset, TextKind
 from pipeline.models.base import MaskKind, VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs
 from pipeline.objectives.turns import Turns

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from pipeline.config import Config
-from pipeline.data.dataset import Dataset, Split
-from pipeline.data.loader import Batch
+from pipeline.data.load.loader import Batch
+from pipeline.data.read.dataset import Dataset, Split
 from pipeline.errors import ConfigError, FeatureError, ModelError
 from pipeline.models.base import VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs

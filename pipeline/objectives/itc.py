@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from pipeline.config import Config
-from pipeline.data.loader import Batch
+from pipeline.data.load.loader import Batch
 from pipeline.errors import ModelError
 from pipeline.models.base import VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs

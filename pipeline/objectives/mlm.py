@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.data.loader import Batch
+from pipeline.data.load.loader import Batch
 from pipeline.objectives.base import (
     IGNORED,
     Encodings,

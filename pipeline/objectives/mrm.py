@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from pipeline.config import Config
-from pipeline.data.features import FeatureBatch
-from pipeline.data.loader import Batch
+from pipeline.data.load.loader import Batch
+from pipeline.data.read.features import FeatureBatch
 from pipeline.errors import FeatureError, ModelError
 from pipeline.models.base import VisionLanguageModel
 from pipeline.models.blocks import to_float

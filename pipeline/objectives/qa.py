@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from pipeline.config import Config
-from pipeline.data.loader import Batch
+from pipeline.data.load.loader import Batch
 from pipeline.errors import ConfigError
 from pipeline.models.base import VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.dataset import TextKind
-from pipeline.data.features import FeatureBatch
-from pipeline.data.loader import Batch
+from pipeline.data.load.loader import Batch
+from pipeline.data.read.dataset import TextKind
+from pipeline.data.read.features import FeatureBatch
 from pipeline.errors import ConfigError, FeatureError
 from pipeline.models.base import VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs

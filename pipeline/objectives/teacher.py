@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pipeline.data.vocabulary import load_tokenizer
+from pipeline.data.text.vocabulary import load_tokenizer
 from pipeline.errors import ConfigError, ModelError
 from pipeline.model_files import read_own, read_weights, require_unchanged
 from pipeline.models import families

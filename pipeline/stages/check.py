@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from pipeline import storage
 from pipeline.cluster import ClusterConfig, resources
-from pipeline.data.dataset import Split
-from pipeline.data.vocabulary import load_tokenizer
+from pipeline.data.read.dataset import Split
+from pipeline.data.text.vocabulary import load_tokenizer
 from pipeline.errors import ConfigError, FeatureError, ManifestError, StoppedError
 from pipeline.models import families
 from pipeline.objectives.objective import ObjectivesConfig

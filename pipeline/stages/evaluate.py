@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.benchmarks.base import Benchmark, Evaluation, ResultRow, results_json
-from pipeline.data.loader import Batch
+from pipeline.data.load.loader import Batch
 from pipeline.data.sample import Texts
 from pipeline.errors import ConfigError, StageError
 from pipeline.inspect.examples import (

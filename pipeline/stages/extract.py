@@ -4,7 +4,7 @@ import time
 from functools import partial
 
 from pipeline.cluster import start_ray
-from pipeline.data.dataset import Dataset
+from pipeline.data.read.dataset import Dataset
 from pipeline.recipe import Recipe
 from pipeline.stages.preflight import require_splits
 from pipeline.stages.progress import StageProgress

@@ -4,7 +4,7 @@ import time
 from functools import partial
 
 from pipeline.cluster import start_ray
-from pipeline.data.ingest import ingest
+from pipeline.data.ingest.ingest import ingest
 from pipeline.recipe import Recipe
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, Record, identity

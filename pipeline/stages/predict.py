@@ -9,12 +9,12 @@ import numpy as np
 from pipeline import storage
 from pipeline.benchmarks.caption import CaptionConfig
 from pipeline.benchmarks.vqa import VqaConfig
-from pipeline.data.features import FeatureBatch, grid_boxes
-from pipeline.data.image_check import BadImageError
-from pipeline.data.images import live_features
-from pipeline.data.loader import Batch
-from pipeline.data.picture_range import PictureRange
+from pipeline.data.load.loader import Batch
+from pipeline.data.media.image_check import BadImageError
+from pipeline.data.read.features import FeatureBatch, grid_boxes
+from pipeline.data.read.images import live_features
 from pipeline.data.sample import Question, Texts
+from pipeline.data.text.picture_range import PictureRange
 from pipeline.errors import ConfigError, FeatureError, ModelError
 from pipeline.model_files import OWN, is_model
 from pipeline.models.generation import Decoding

@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from pipeline import storage
-from pipeline.data.dataset import Dataset
-from pipeline.data.manifest import require_usable
-from pipeline.data.vocabulary import load_tokenizer
+from pipeline.data.manifest.manifest import require_usable
+from pipeline.data.read.dataset import Dataset
+from pipeline.data.text.vocabulary import load_tokenizer
 from pipeline.errors import ConfigError, FeatureError, ManifestError, ModelError, StorageError
 from pipeline.model_files import is_model
 from pipeline.models import families

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline import storage
-from pipeline.data.dataset import Dataset, Split
-from pipeline.data.images import LiveConfig
-from pipeline.data.picture_range import PictureRange
-from pipeline.data.vocabulary import build_tokenizer, load_tokenizer, save_tokenizer
+from pipeline.data.read.dataset import Dataset, Split
+from pipeline.data.read.images import LiveConfig
+from pipeline.data.text.picture_range import PictureRange
+from pipeline.data.text.vocabulary import build_tokenizer, load_tokenizer, save_tokenizer
 from pipeline.errors import ConfigError, PipelineError, StageError, StoppedError
 from pipeline.model_files import OWN, digest, is_model, read_own
 from pipeline.objectives.objective import ObjectivesConfig

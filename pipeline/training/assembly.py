@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import config, storage
-from pipeline.data.dataset import Dataset, Split, TextKind
-from pipeline.data.images import LiveConfig
-from pipeline.data.loader import AnyOrder, AnySplit, Batch, Loader
-from pipeline.data.mixture import MixedOrder, MixedSplit
-from pipeline.data.order import Order
-from pipeline.data.packing import pack, part
-from pipeline.data.vocabulary import load_tokenizer
+from pipeline.data.load.loader import AnyOrder, AnySplit, Batch, Loader
+from pipeline.data.load.mixture import MixedOrder, MixedSplit
+from pipeline.data.load.order import Order
+from pipeline.data.load.packing import pack, part
+from pipeline.data.read.dataset import Dataset, Split, TextKind
+from pipeline.data.read.images import LiveConfig
+from pipeline.data.text.vocabulary import load_tokenizer
 from pipeline.errors import ConfigError
 from pipeline.model_files import is_model, read_own
 from pipeline.models import families

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pipeline.data.loader import Loader, share
+from pipeline.data.load.loader import Loader, share
 from pipeline.data.sample import TextKind
 from pipeline.errors import ConfigError
 from pipeline.objectives.stream import MicroBatch, StreamCollator

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from pipeline import __version__, storage
-from pipeline.data.vocabulary import load_tokenizer
+from pipeline.data.text.vocabulary import load_tokenizer
 from pipeline.errors import ConfigError, ModelError, StorageError
 from pipeline.model_files import (
     CONFIG,

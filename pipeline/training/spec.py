@@ -7,8 +7,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from pipeline import storage
 from pipeline.config import Change, Config, Fixed, Free, OnRequest, change_of
-from pipeline.data.images import LiveConfig
-from pipeline.data.loader import BatchConfig
+from pipeline.data.load.loader import BatchConfig
+from pipeline.data.read.images import LiveConfig
 from pipeline.errors import ConfigError
 from pipeline.models.generation import Decoding
 from pipeline.vision.grid import GridConfig

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.data.image_pixels import Pixels
+from pipeline.data.media.image_pixels import Pixels
 from pipeline.errors import ConfigError
 from pipeline.vision import weights
 from pipeline.vision.grid import IMAGENET_MEAN, IMAGENET_STD, suggest

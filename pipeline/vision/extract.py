@@ -25,9 +25,9 @@ from pydantic import Field
 
 from pipeline import storage
 from pipeline.config import Config
-from pipeline.data.foreign_tar import ForeignTar
-from pipeline.data.manifest import Manifest
-from pipeline.data.shard_files import ShardFiles, default_cache
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.tars.foreign_tar import ForeignTar
+from pipeline.data.tars.shard_files import ShardFiles, default_cache
 from pipeline.errors import ClusterError, ConfigError, FeatureError, PipelineError, RejectError
 from pipeline.room import Waiting, require_cluster, wait
 from pipeline.vision.extractor import AnyExtractor, from_card

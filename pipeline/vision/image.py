@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.data.decoding import Picture
-from pipeline.data.image_file import BadImageError, max_pixels
-from pipeline.data.image_pixels import DECODING, Pixels, scaled
-from pipeline.data.kind import is_dicom, is_video
+from pipeline.data.media.decoding import Picture
+from pipeline.data.media.image_file import BadImageError, max_pixels
+from pipeline.data.media.image_pixels import DECODING, Pixels, scaled
+from pipeline.data.media.kind import is_dicom, is_video
 from pipeline.errors import FeatureError, UnusableImageError
 from pipeline.vision.window import (
     AnyWindow,

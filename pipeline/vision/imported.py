@@ -12,10 +12,10 @@ from pydantic import Field
 
 from pipeline import storage
 from pipeline.config import Config
-from pipeline.data.manifest import FEATURES, Manifest
+from pipeline.data.manifest.manifest import FEATURES, Manifest
 from pipeline.data.sample import safe_key
-from pipeline.data.shard import ShardWriter
 from pipeline.data.sources.image_files import image_name
+from pipeline.data.tars.shard import ShardWriter
 from pipeline.errors import ConfigError, FeatureError, UnusableImageError
 from pipeline.vision.feature import (
     Feature,

@@ -7,9 +7,9 @@ its backbone, which is trained with the rest of it (`grid`).
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.data.augmentation import AugmentConfig
-from pipeline.data.image_pixels import DECODING
-from pipeline.data.images import ImageConfig, LiveConfig
+from pipeline.data.media.augmentation import AugmentConfig
+from pipeline.data.media.image_pixels import DECODING
+from pipeline.data.read.images import ImageConfig, LiveConfig
 from pipeline.vision.extractor import AnyExtractor
 from pipeline.vision.feature import identity
 from pipeline.vision.grid import NORMALIZE, GridConfig

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from pipeline import storage
 from pipeline.config import Config
-from pipeline.data.dataset import Dataset
+from pipeline.data.read.dataset import Dataset
 from pipeline.errors import ConfigError, FeatureError
 from pipeline.vision.feature import Extractor, Feature, Projection, extractor_name, wrapped_identity
 from pipeline.vision.image import Prepared

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import xxhash
 
 from pipeline import storage
-from pipeline.data.member_names import is_hidden
+from pipeline.data.media.member_names import is_hidden
 from pipeline.errors import FeatureError, UnusableImageError
 from pipeline.vision.feature import Feature
 from pipeline.vision.packing import Storage, pack

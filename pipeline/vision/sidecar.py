@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.data.foreign_tar import ForeignTar, ImageReference
-from pipeline.data.manifest import FEATURES
+from pipeline.data.manifest.manifest import FEATURES
 from pipeline.data.sample import Sample
-from pipeline.data.shard import ShardWriter, list_members, read_member, shard_location
-from pipeline.data.shard_files import ShardFiles
+from pipeline.data.tars.foreign_tar import ForeignTar, ImageReference
+from pipeline.data.tars.shard import ShardWriter, list_members, read_member, shard_location
+from pipeline.data.tars.shard_files import ShardFiles
 from pipeline.errors import FeatureError, ShardError, UnusableImageError
 from pipeline.vision.ahead import run_ahead
 from pipeline.vision.feature import Extractor, Feature, Mask

@@ -12,11 +12,11 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pipeline.config import Config
-from pipeline.data.frame_zip import FrameZip
-from pipeline.data.image_file import BadImageError
-from pipeline.data.image_pixels import Pixels
-from pipeline.data.kind import is_dicom, is_video, is_zip
-from pipeline.data.video_file import opened_video, upright
+from pipeline.data.media.frame_zip import FrameZip
+from pipeline.data.media.image_file import BadImageError
+from pipeline.data.media.image_pixels import Pixels
+from pipeline.data.media.kind import is_dicom, is_video, is_zip
+from pipeline.data.media.video_file import opened_video, upright
 from pipeline.errors import ConfigError, FeatureError, UnusableImageError
 from pipeline.vision.image import decode
 from pipeline.vision.window import AnyWindow, decode_dicom, num_images

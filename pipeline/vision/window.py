@@ -13,8 +13,8 @@ import numpy.typing as npt
 from pydantic import Field
 
 from pipeline.config import Config
-from pipeline.data.dicom_file import DicomFile
-from pipeline.data.image_file import BadImageError
+from pipeline.data.media.dicom_file import DicomFile
+from pipeline.data.media.image_file import BadImageError
 from pipeline.errors import ConfigError, FeatureError, UnusableImageError
 
 Pixels = npt.NDArray[np.uint8]

@@ -10,7 +10,7 @@ from pipeline.errors import ConfigError
 
 
 def test_the_built_in_lengths_are_those_of_real_coco_captions(shared_data: Path) -> None:
-    from pipeline.data.vocabulary import load_tokenizer
+    from pipeline.data.text.vocabulary import load_tokenizer
 
     annotations = shared_data / "coco" / "annotations" / "captions_val2017.json"
     captions = [each["caption"] for each in json.loads(annotations.read_text())["annotations"]]

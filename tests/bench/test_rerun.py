@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.bench.rerun import SyntheticListing, measure_rerun
-from pipeline.data.ingest import IngestConfig, ingest
-from pipeline.data.manifest import Manifest
+from pipeline.data.ingest.ingest import IngestConfig, ingest
+from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.sources.base import Record
-from pipeline.data.verify import verify
+from pipeline.data.upkeep.verify import verify
 from pipeline.errors import PipelineError
 
 

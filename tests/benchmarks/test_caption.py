@@ -7,8 +7,8 @@ import pytest
 
 from pipeline.benchmarks.base import results_json
 from pipeline.benchmarks.caption import Caption, CaptionConfig
-from pipeline.data.dataset import Dataset, Split
-from pipeline.data.vocabulary import build_tokenizer
+from pipeline.data.read.dataset import Dataset, Split
+from pipeline.data.text.vocabulary import build_tokenizer
 from pipeline.errors import ModelError
 from pipeline.models.visualbert import VisualBert
 from tests.benchmarks.tiny import make_model

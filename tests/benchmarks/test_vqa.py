@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from pipeline.benchmarks.vqa import Vqa, VqaConfig
-from pipeline.data.dataset import Dataset, Split
-from pipeline.data.loader import eval_batches
+from pipeline.data.load.loader import eval_batches
+from pipeline.data.read.dataset import Dataset, Split
 from pipeline.data.sample import Question
-from pipeline.data.vocabulary import build_tokenizer
+from pipeline.data.text.vocabulary import build_tokenizer
 from pipeline.errors import MetricError, ModelError
 from pipeline.models.visualbert import VisualBert
 from tests.benchmarks.tiny import make_model

@@ -12,8 +12,8 @@ from random import Random
 
 import pytest
 
-from pipeline.data.ingest import IngestConfig, ingest
-from pipeline.data.manifest import Manifest
+from pipeline.data.ingest.ingest import IngestConfig, ingest
+from pipeline.data.manifest.manifest import Manifest
 from pipeline.errors import PipelineError
 from tests.data.chaos import BUILDERS, NUM_IMAGES, damage
 from tests.data.sources.built import build

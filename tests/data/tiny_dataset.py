@@ -10,9 +10,9 @@ import pyarrow as pa
 import xxhash
 
 from pipeline import storage
-from pipeline.data.manifest import FEATURES, LIVE, SAMPLES, Manifest
+from pipeline.data.manifest.manifest import FEATURES, LIVE, SAMPLES, Manifest
 from pipeline.data.sample import Dialog, Question, Round, Sample, Texts
-from pipeline.data.shard import ShardWriter
+from pipeline.data.tars.shard import ShardWriter
 
 EXTRACTOR = "grid-0123abcd"
 

@@ -12,11 +12,11 @@ import xxhash
 from PIL import Image
 
 from pipeline import storage
-from pipeline.data.ingest import IngestConfig, ingest
-from pipeline.data.manifest import Manifest
+from pipeline.data.ingest.ingest import IngestConfig, ingest
+from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.sample import Texts
-from pipeline.data.shard import shard_location
 from pipeline.data.sources.base import Record, Reject, fingerprint
+from pipeline.data.tars.shard import shard_location
 from pipeline.errors import SourceError
 
 WIDTH, HEIGHT = 7, 5

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from pycocotools.mask import encode
 
-from pipeline.data.features import FeatureBatch
+from pipeline.data.read.features import FeatureBatch
 from pipeline.inspect.detections import NUM_TAGS, found
 
 # B=2, R=3: the second sample has two regions, far from each other.

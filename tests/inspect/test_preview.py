@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline.data.dataset import Dataset, FeatureBatch
-from pipeline.data.manifest import FEATURES, LIVE, REJECT, SAMPLES, Manifest
+from pipeline.data.manifest.manifest import FEATURES, LIVE, REJECT, SAMPLES, Manifest
+from pipeline.data.read.dataset import Dataset, FeatureBatch
 from pipeline.data.sample import Dialog, Question, Round, Sample, Texts
-from pipeline.data.shard import ShardWriter
+from pipeline.data.tars.shard import ShardWriter
 from pipeline.errors import FeatureError, ManifestError
 from pipeline.inspect.preview import norms, write_preview
 from pipeline.vision.extract import ExtractConfig, extract

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pipeline import causal_lm
 from pipeline.benchmarks.caption import CaptionConfig
-from pipeline.data.dataset import Dataset
-from pipeline.data.vocabulary import build_tokenizer
+from pipeline.data.read.dataset import Dataset
+from pipeline.data.text.vocabulary import build_tokenizer
 from pipeline.errors import ModelError
 from pipeline.models.base import ModelConfig
 from pipeline.models.families import from_saved, load_weights, to_saved

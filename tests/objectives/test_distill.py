@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from pipeline.data.features import FeatureBatch
+from pipeline.data.read.features import FeatureBatch
 from pipeline.errors import ConfigError, FeatureError, ModelError
 from pipeline.models.base import VisionLanguageModel
 from pipeline.models.families import to_saved

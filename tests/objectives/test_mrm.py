@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from pipeline.data.loader import Batch
+from pipeline.data.load.loader import Batch
 from pipeline.errors import FeatureError, ModelError
 from pipeline.models.inputs import Inputs
 from pipeline.objectives.base import Vocabulary

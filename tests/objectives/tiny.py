@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.data.features import FeatureBatch
-from pipeline.data.loader import Batch
+from pipeline.data.load.loader import Batch
+from pipeline.data.read.features import FeatureBatch
 from pipeline.data.sample import Question, Texts
-from pipeline.data.vocabulary import build_tokenizer
+from pipeline.data.text.vocabulary import build_tokenizer
 from pipeline.models.base import VisionLanguageModel
 from pipeline.models.families import FAMILIES, build
 from pipeline.models.visualbert import VisualBert, VisualBertConfig

@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-from pipeline.data.dataset import Dataset
+from pipeline.data.read.dataset import Dataset
 from pipeline.errors import CheckpointError, ConfigError, ModelError
 from pipeline.models.blocks import fourier_boxes
 from pipeline.models.inputs import Inputs

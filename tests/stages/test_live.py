@@ -8,7 +8,7 @@ from rich.console import Console
 
 from pipeline import storage
 from pipeline.cli import run_job
-from pipeline.data.dataset import Dataset
+from pipeline.data.read.dataset import Dataset
 from pipeline.errors import ConfigError
 from pipeline.model_files import read_own
 from pipeline.stages.check import check

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from pipeline.data.dataset import Dataset
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.read.dataset import Dataset
 from pipeline.inspect.preview import write_preview
 from pipeline.recipe import Recipe
 from pipeline.stages.run import run_stages

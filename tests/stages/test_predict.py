@@ -16,7 +16,7 @@ from rich.console import Console
 
 from pipeline import config
 from pipeline.cli import run_job
-from pipeline.data.dataset import Dataset
+from pipeline.data.read.dataset import Dataset
 from pipeline.errors import ConfigError, ModelError, PipelineError
 from pipeline.model_files import DIGESTS
 from pipeline.recipe import Recipe

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from pipeline import config, storage
 from pipeline.cli import run_job
-from pipeline.data.compact import compact
-from pipeline.data.dataset import Dataset
-from pipeline.data.retention import Retention
+from pipeline.data.manifest.retention import Retention
+from pipeline.data.read.dataset import Dataset
+from pipeline.data.upkeep.compact import compact
 from pipeline.errors import ConfigError, StageError
 from pipeline.model_files import is_model
 from pipeline.recipe import Recipe

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.dataset import Dataset
-from pipeline.data.loader import eval_batches
-from pipeline.data.vocabulary import build_tokenizer, load_tokenizer
+from pipeline.data.load.loader import eval_batches
+from pipeline.data.read.dataset import Dataset
+from pipeline.data.text.vocabulary import build_tokenizer, load_tokenizer
 from pipeline.errors import ConfigError
 from pipeline.models.flops import EncodingFlops
 from pipeline.objectives.objective import ObjectivesConfig

@@ -9,10 +9,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from pipeline.data.augmentation import AugmentConfig
-from pipeline.data.dataset import Dataset, Split
-from pipeline.data.images import ImageConfig, LiveConfig, live_features
-from pipeline.data.vocabulary import build_tokenizer
+from pipeline.data.media.augmentation import AugmentConfig
+from pipeline.data.read.dataset import Dataset, Split
+from pipeline.data.read.images import ImageConfig, LiveConfig, live_features
+from pipeline.data.text.vocabulary import build_tokenizer
 from pipeline.training.assembly import Assembly, assemble
 from pipeline.training.loop import train
 from pipeline.training.metrics_log import read_metrics
@@ -20,7 +20,7 @@ from pipeline.training.model_folder import BACKBONE_WEIGHTS, load_model
 from pipeline.training.spec import Environment, TrainingSpec
 from pipeline.vision.grid import GridConfig
 from pipeline.vision.live import live_card
-from tests.data.test_images import jpeg
+from tests.data.read.test_images import jpeg
 from tests.data.tiny_dataset import TinyDataset, make_texts
 from tests.training.stand_in import OnStep, in_processes, train_and_die, train_on
 from tests.training.test_assembly import SIZES

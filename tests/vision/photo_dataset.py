@@ -8,7 +8,7 @@ import numpy as np
 import xxhash
 from PIL import Image
 
-from pipeline.data.ingest import IngestConfig, ingest
+from pipeline.data.ingest.ingest import IngestConfig, ingest
 from pipeline.data.sample import Texts
 from pipeline.data.sources.base import Record, fingerprint
 

@@ -5,7 +5,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from pipeline.data.images import live_features
+from pipeline.data.read.images import live_features
 from pipeline.vision.backbone import Backbone
 from pipeline.vision.grid import GridConfig
 from pipeline.vision.live import live_card, live_config

@@ -13,13 +13,13 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import webdataset
 
-from pipeline.data.compact import compact
-from pipeline.data.dataset import Dataset
-from pipeline.data.info import describe, rejects
-from pipeline.data.ingest import IngestConfig, ingest
-from pipeline.data.manifest import Manifest
+from pipeline.data.ingest.ingest import IngestConfig, ingest
+from pipeline.data.manifest.info import describe, rejects
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.read.dataset import Dataset
 from pipeline.data.sources.webdataset import WebDatasetSourceConfig
-from pipeline.data.verify import verify
+from pipeline.data.upkeep.compact import compact
+from pipeline.data.upkeep.verify import verify
 from pipeline.errors import ClusterError, ConfigError, FeatureError, RejectError, ShardError
 from pipeline.vision import extract as module
 from pipeline.vision.extract import ExtractConfig, ExtractProgress, ExtractReport, extract

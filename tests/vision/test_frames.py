@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from pipeline.data.sample import Sample, Texts
-from pipeline.data.shard import ShardWriter
-from pipeline.data.shard_files import ShardFiles, default_cache
+from pipeline.data.tars.shard import ShardWriter
+from pipeline.data.tars.shard_files import ShardFiles, default_cache
 from pipeline.errors import FeatureError
 from pipeline.vision.extractor import from_card
 from pipeline.vision.feature import Extractor, measure_invariance

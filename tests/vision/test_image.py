@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from pipeline.data.image_pixels import Pixels
+from pipeline.data.media.image_pixels import Pixels
 from pipeline.errors import FeatureError, UnusableImageError
 from pipeline.vision.image import (
     CentreCrop,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.data.dataset import Dataset
+from pipeline.data.read.dataset import Dataset
 from pipeline.errors import ConfigError, FeatureError, RejectError
 from pipeline.vision.extract import ExtractConfig, extract
 from pipeline.vision.extractor import from_card

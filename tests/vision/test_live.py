@@ -3,8 +3,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.data.augmentation import AugmentConfig
-from pipeline.data.images import live_features
+from pipeline.data.media.augmentation import AugmentConfig
+from pipeline.data.read.images import live_features
 from pipeline.vision.extractor import AnyExtractor
 from pipeline.vision.grid import GridConfig
 from pipeline.vision.imported import ImportedConfig

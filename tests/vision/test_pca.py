@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.dataset import Dataset
+from pipeline.data.read.dataset import Dataset
 from pipeline.errors import ConfigError, FeatureError
 from pipeline.vision.extract import ExtractConfig, extract
 from pipeline.vision.extractor import from_card

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from pipeline.data.shard_files import ShardFiles, default_cache
+from pipeline.data.tars.shard_files import ShardFiles, default_cache
 from pipeline.errors import FeatureError, ShardError
 from pipeline.vision.feature import Extractor, Feature
 from pipeline.vision.grid import GridConfig

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.data.dataset import Dataset
+from pipeline.data.read.dataset import Dataset
 from pipeline.errors import FeatureError
 from pipeline.vision.extract import MEASURED_IMAGES, ExtractConfig, extract
 from pipeline.vision.extractor import AnyExtractor

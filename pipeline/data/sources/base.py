@@ -14,8 +14,8 @@ import xxhash
 
 from pipeline import storage
 from pipeline.config import Config
-from pipeline.data.foreign_tar import ForeignTar
 from pipeline.data.sample import Texts
+from pipeline.data.tars.foreign_tar import ForeignTar
 from pipeline.errors import SourceError
 
 

@@ -21,7 +21,7 @@ from pipeline import storage
 from pipeline.data.sample import Texts
 from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, fingerprint
 from pipeline.data.sources.image_files import ImageFolders, image_key, listed, read_image
-from pipeline.data.sources.json_file import Fields, Groups, Identity, read_json
+from pipeline.data.sources.readers.json_file import Fields, Groups, Identity, read_json
 from pipeline.data.sources.splits import check_splits, folders_of, hash_split
 
 _KIND = "a COCO captions file"

@@ -29,7 +29,7 @@ from pipeline.data.sources.image_files import (
     listed,
     read_image,
 )
-from pipeline.data.sources.json_file import read_text, shown
+from pipeline.data.sources.readers.json_file import read_text, shown
 from pipeline.data.sources.splits import check_splits, folders_of, hash_split
 from pipeline.errors import SourceError
 

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from pipeline import storage
-from pipeline.data.member_names import is_utf8, shown
+from pipeline.data.media.member_names import is_utf8, shown
 from pipeline.data.sample import Texts, safe_key
 from pipeline.data.sources.base import Record, Reject, fingerprint
 from pipeline.errors import SourceError, StorageError

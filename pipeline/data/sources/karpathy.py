@@ -21,7 +21,7 @@ from pipeline.data.sources.image_files import (
     listed,
     read_image,
 )
-from pipeline.data.sources.json_file import Fields, read_json
+from pipeline.data.sources.readers.json_file import Fields, read_json
 from pipeline.data.sources.splits import check_names, folders_of
 
 _KIND = "one of Karpathy's split files"

@@ -26,7 +26,7 @@ from pipeline import storage
 from pipeline.data.sample import Dialog, Round, Texts
 from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, fingerprint
 from pipeline.data.sources.image_files import ImageFolders, image_key, listed, read_image
-from pipeline.data.sources.json_file import (
+from pipeline.data.sources.readers.json_file import (
     Fields,
     Groups,
     Identity,

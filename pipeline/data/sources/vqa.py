@@ -24,7 +24,7 @@ from pipeline import storage
 from pipeline.data.sample import Question, Texts, safe_key
 from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, fingerprint
 from pipeline.data.sources.image_files import ImageFolders, image_key, listed, read_image
-from pipeline.data.sources.json_file import Fields, Groups, Identity, JsonList, read_json
+from pipeline.data.sources.readers.json_file import Fields, Groups, Identity, JsonList, read_json
 from pipeline.data.sources.splits import check_splits, folders_of, hash_split
 from pipeline.errors import SourceError
 

@@ -36,9 +36,7 @@ from msgspec.structs import replace
 from pydantic import Field, model_validator
 
 from pipeline import storage
-from pipeline.data.foreign_tar import ForeignTar
-from pipeline.data.member_names import is_hidden, is_utf8, shown
-from pipeline.data.read_ahead import ReadAhead, ReadAheadFile
+from pipeline.data.media.member_names import is_hidden, is_utf8, shown
 from pipeline.data.sample import Texts
 from pipeline.data.sources.base import (
     ListedTar,
@@ -49,10 +47,12 @@ from pipeline.data.sources.base import (
     require_accounted,
 )
 from pipeline.data.sources.image_files import SUFFIXES, ImageFile, image_key, listed
-from pipeline.data.sources.json_file import unique_names
+from pipeline.data.sources.readers.json_file import unique_names
+from pipeline.data.sources.readers.text_columns import TextColumns
 from pipeline.data.sources.splits import check_splits, hash_split
-from pipeline.data.sources.text_columns import TextColumns
-from pipeline.data.tar_listing import TarMember, list_tar
+from pipeline.data.tars.foreign_tar import ForeignTar
+from pipeline.data.tars.read_ahead import ReadAhead, ReadAheadFile
+from pipeline.data.tars.tar_listing import TarMember, list_tar
 from pipeline.errors import ShardError, SourceError, StorageError
 
 _METHOD = 3  # raised when the same settings list other samples, so that tars are listed anew

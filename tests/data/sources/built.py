@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from pipeline.config import Config, check
-from pipeline.data.ingest import IngestConfig, IngestReport, ingest
+from pipeline.data.ingest.ingest import IngestConfig, IngestReport, ingest
 from pipeline.data.sources import AnySource
 from pipeline.data.sources.base import Record, Reject, Source, accounted
 

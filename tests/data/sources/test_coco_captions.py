@@ -10,8 +10,8 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.config import Config, check
-from pipeline.data.ingest import IngestConfig, ingest
-from pipeline.data.manifest import Manifest
+from pipeline.data.ingest.ingest import IngestConfig, ingest
+from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.sources import AnySource
 from pipeline.data.sources.base import Record, Reject, Source
 from pipeline.errors import ConfigError, SourceError, StorageError

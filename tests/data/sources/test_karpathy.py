@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest.manifest import Manifest
 from pipeline.errors import ConfigError, SourceError
 from tests.data.sources.built import build, draw, ingested, listed, reason, reasons, record
 

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from pipeline.config import check, to_yaml
-from pipeline.data.dataset import Dataset
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.read.dataset import Dataset
 from pipeline.errors import ConfigError
 from tests.data.sources.built import (
     DatasetPart,

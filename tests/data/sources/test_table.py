@@ -10,7 +10,7 @@ import pytest
 import xxhash
 
 from pipeline import storage
-from pipeline.data.dataset import Dataset
+from pipeline.data.read.dataset import Dataset
 from pipeline.data.sources import table as table_module
 from pipeline.errors import ConfigError, SourceError
 from tests.data.sources.built import build, draw, ingested, listed, reason, reasons, record

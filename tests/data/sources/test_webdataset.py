@@ -14,8 +14,8 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.config import check
-from pipeline.data.dataset import Dataset
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.read.dataset import Dataset
 from pipeline.data.sources import webdataset as webdataset_source
 from pipeline.data.sources.base import Record, Reject
 from pipeline.errors import ConfigError, SourceError

@@ -1,0 +1,146 @@
+"""The listing: a source's records as a recipe wants them, to be compared with the manifest.
+
+Captions of unwanted length are gone, and fingerprints tell what the recipe wants told: also of
+the settings that images are treated by, and of the images' bytes where it asks for that. Tars that
+keep their images are listed one by one, so that some of them can be left unopened.
+"""
+
+import dataclasses
+import json
+from collections import deque
+from collections.abc import Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal
+
+from msgspec.structs import replace
+
+from pipeline.data.ingest.treatment import Treatment, digest
+from pipeline.data.sources.base import (
+    ListedTar,
+    Record,
+    Reject,
+    Source,
+    TarSource,
+    accounted,
+    with_image,
+)
+from pipeline.data.tars.foreign_tar import ForeignTar
+from pipeline.errors import ConfigError, SourceError
+
+# `metadata`: what the source tells images apart by without opening them: size, modification
+# time, an object's version. `content`: a digest of every image's bytes, read in each run.
+FingerprintOf = Literal["metadata", "content"]
+
+STAYS_AS_IT_IS = (
+    "reencode: images of a webdataset source that are read in place cannot be encoded anew; set "
+    "its `in_place: false`, which copies them, or leave `reencode` out"
+)
+
+_READS_AT_ONCE = 16
+
+
+class Listing:
+    """A source under the settings of an ingest. Reading images stays the source's own.
+
+    `unopened` tars of the source are not listed.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        treatment: Treatment,
+        fingerprint: FingerprintOf,
+        unopened: Collection[ForeignTar] = (),
+    ) -> None:
+        self._source = source
+        self._treatment = treatment
+        self._by_content = fingerprint == "content"
+        self._unopened = unopened
+
+    def tars(self) -> list[ForeignTar]:
+        """Returns the tars whose images stay in them, and that may be left unopened.
+
+        There are none if the bytes of all images are asked for, or other sources have a say.
+        """
+        if self._by_content or not isinstance(self._source, TarSource):
+            return []
+        if not self._source.in_place:
+            return []
+        return [self._under_settings(listed_tar.tar) for listed_tar in self._source.tars()]
+
+    def records(self) -> Iterator[Record | Reject]:
+        """Lists what the source lists, in its order.
+
+        Raises ConfigError if an image that stays in its tar is to be encoded anew.
+        """
+        if isinstance(self._source, TarSource) and self._source.in_place:
+            for listed_tar in self._source.tars():
+                if self._under_settings(listed_tar.tar) not in self._unopened:
+                    yield from self._of_tar(self._source, listed_tar)
+        else:
+            yield from self._as_wanted(accounted(self._source))
+
+    def _of_tar(self, source: TarSource, listed_tar: ListedTar) -> list[Record | Reject]:
+        """Returns the records of a tar, whose name says how many there are."""
+        found = list(self._as_wanted(source.samples(listed_tar)))
+        name = self._under_settings(listed_tar.tar).of(len(found)).name
+        return [replace(entry, tar=name) for entry in found]
+
+    def _under_settings(self, tar: ForeignTar) -> ForeignTar:
+        settings = [tar.listing, self._treatment.identity()]
+        settings.append(self._treatment.filters.model_dump_json())
+        return dataclasses.replace(tar, listing=digest(json.dumps(settings).encode()))
+
+    def _as_wanted(self, entries: Iterator[Record | Reject]) -> Iterator[Record | Reject]:
+        if self._by_content:
+            entries = self._fingerprinted(entries)
+        identity, filters = self._treatment.identity(), self._treatment.filters
+        if not identity and not filters.has_caption_rule:
+            yield from entries
+            return
+        for entry in entries:
+            if isinstance(entry, Record):
+                if identity:
+                    entry = self._treated(entry, identity)
+                if filters.has_caption_rule:
+                    entry = filters.captioned(entry)
+            yield entry
+
+    def read(self, record: Record) -> bytes:
+        """Returns the image's bytes, as they come."""
+        return self._source.read(record)
+
+    def _treated(self, record: Record, identity: str) -> Record:
+        if record.tar and self._treatment.reencode is not None:
+            raise ConfigError(f"dataset.ingest.{STAYS_AS_IT_IS}")
+        image = f"{record.fingerprint.partition('-')[0]} {identity}"
+        return replace(
+            record,
+            suffix=self._treatment.suffix(record.suffix),
+            fingerprint=with_image(image, record.fingerprint),
+        )
+
+    def _fingerprinted(self, entries: Iterator[Record | Reject]) -> Iterator[Record | Reject]:
+        """Reads a few images at a time; an image that cannot be had is left to be found out."""
+        waiting: deque[Future[Record | Reject]] = deque()
+        with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+            try:
+                for entry in entries:
+                    waiting.append(pool.submit(self._with_content, entry))
+                    if len(waiting) > 2 * _READS_AT_ONCE:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _with_content(self, entry: Record | Reject) -> Record | Reject:
+        if isinstance(entry, Reject):
+            return entry
+        try:
+            content = f"content {digest(self._source.read(entry))}"
+            if entry.tar:  # the same bytes at another place are to be found there
+                content += f" in {entry.image}"
+        except SourceError:
+            return entry
+        return replace(entry, fingerprint=with_image(content, entry.fingerprint))

@@ -1,0 +1,83 @@
+"""The survey for duplicates: every image is looked at before any is kept.
+
+An image is read here and, if it stays, once more when its shard is written: only so can a shard
+be whole and hold no copy, however many Ray tasks write at the same time.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import tee
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.data.ingest.duplicates import Duplicates
+from pipeline.data.ingest.ingest_plan import HOLDERS, ShardPlan
+from pipeline.data.ingest.outcome import Row, record_of, reject_row
+from pipeline.data.ingest.shard_tasks import run_tasks
+from pipeline.data.ingest.treatment import digest
+from pipeline.data.manifest.manifest import SAMPLES
+from pipeline.data.media.image_check import BadImageError
+from pipeline.data.media.perceptual_hash import perceptual_hash
+from pipeline.data.sources.base import Source
+from pipeline.errors import SourceError
+
+# Of each record of a plan: what its image is recognised by, or the row of a reject.
+_LOOKED_AT = pa.schema([*HOLDERS, ("reject", pa.struct(SAMPLES))])
+
+
+def without_duplicates(
+    plans: Iterator[ShardPlan], source: Source, duplicates: Duplicates, bound: int
+) -> Iterator[ShardPlan]:
+    """Yields the plans, in order, without the records that are to be rejected for their images.
+
+    These are in `left_out`. `bound` Ray tasks look at images at a time; with 0 it is done here.
+    """
+    plans, surveyed = tee(plans)
+    looked_at = run_tasks(look_at_images, surveyed, source, bound, in_order=True)
+    for plan, images in zip(plans, looked_at, strict=True):
+        yield plan if plan.keep_images else _decided(plan, images, duplicates)
+
+
+def look_at_images(plan: ShardPlan, source: Source) -> pa.Table:
+    """Reads, checks and hashes the images of a plan; returns a row for each."""
+    rows = [] if plan.keep_images else plan.records.to_pylist()
+    return pa.Table.from_pylist([_looked_at(change, plan, source) for change in rows], _LOOKED_AT)
+
+
+def _looked_at(change: Row, plan: ShardPlan, source: Source) -> Row:
+    record = record_of(change)
+    near = plan.treatment.filters.duplicates == "near"
+    try:
+        payload = source.read(record)
+        plan.treatment.examine(payload)
+        hashed = perceptual_hash(payload) if near else None
+    except SourceError as error:
+        return {"reject": reject_row(record, "unreadable-image", str(error))}
+    except BadImageError as error:
+        detail = f"{record.image}: {error.detail}"
+        return {"reject": reject_row(record, error.reason, detail)}
+    return {"key": record.key, "source_digest": digest(payload), "perceptual_hash": hashed}
+
+
+def _decided(plan: ShardPlan, images: pa.Table, duplicates: Duplicates) -> ShardPlan:
+    whole = pc.is_null(images["reject"])
+    faulty = [row for row in images["reject"].to_pylist() if row is not None]
+    records, images = plan.records.filter(whole), images.filter(whole)
+    copies = duplicates.find(images)
+    unique = pa.array([copy is None for copy in copies], pa.bool_())
+    copied = records.filter(pc.invert(unique)).to_pylist()
+    rejects = [
+        reject_row(record_of(change), copy.reason, f"{change['image']}: {copy.detail}", copy.of)
+        for change, copy in zip(copied, filter(None, copies), strict=True)
+    ]
+    hashes = images["perceptual_hash"]
+    records = records.set_column(
+        records.schema.get_field_index("perceptual_hash"), "perceptual_hash", hashes
+    )
+    return replace(
+        plan,
+        records=records.filter(unique),
+        treatment=replace(plan.treatment, verify="header"),  # they were decoded just now
+        left_out=pa.Table.from_pylist([*faulty, *rejects], SAMPLES),
+    )

@@ -1,0 +1,66 @@
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.data.load.loader import Loader
+from pipeline.data.load.order import Order
+from pipeline.data.load.packing import pack, part
+from pipeline.data.read.dataset import Dataset
+from tests.data.load.test_loader import fingerprints
+from tests.data.tiny_dataset import EXTRACTOR, make_dataset
+
+
+def arrays(passes: int, count: int) -> st.SearchStrategy[np.ndarray]:
+    row = st.lists(st.integers(0, 9), min_size=count, max_size=count)
+    return st.lists(row, min_size=passes, max_size=passes).map(np.array)
+
+
+@given(st.data(), st.integers(1, 12), st.integers(1, 60), st.integers(1, 5))
+def test_every_example_is_in_one_micro_batch_that_is_not_too_large(
+    data: st.DataObject, count: int, most_places: int, most_samples: int
+) -> None:
+    lengths = [data.draw(arrays(2, count)), data.draw(arrays(1, count))]
+    micro_batches = pack(lengths, most_places, most_samples)
+    for number, of_kind in enumerate(lengths):
+        groups = [places[number].tolist() for places in micro_batches]
+        assert sorted(place for places in groups for place in places) == list(range(count))
+        assert all(places == sorted(places) for places in groups)
+        whole = of_kind.sum(axis=0)
+        for one, other in pairwise(groups):
+            assert max(whole[one]) <= min(whole[other])
+    for of_kinds in micro_batches:
+        assert len({len(places) for places in of_kinds}) == 1
+        padded = sum(
+            len(places) * int(of_kind[:, places].max(axis=1).sum())
+            for of_kind, places in zip(lengths, of_kinds, strict=True)
+        )
+        assert len(of_kinds[0]) == 1 or (padded <= most_places and len(of_kinds[0]) <= most_samples)
+
+
+def test_what_is_too_long_is_by_itself_and_no_room_is_left_unused() -> None:
+    lengths = np.array([[5, 2, 30, 2, 4, 2]])
+    found = [places.tolist() for (places,) in pack([lengths], most_places=10, most_samples=9)]
+    assert found == [[1, 3, 5], [0, 4], [2]]
+    found = [places.tolist() for (places,) in pack([lengths], most_places=10, most_samples=2)]
+    assert found == [[1, 3], [4, 5], [0], [2]]
+
+
+def test_a_part_is_what_the_loader_would_have_read(tmp_path: Path) -> None:
+    make_dataset(str(tmp_path))
+    split = Dataset.open(str(tmp_path)).split("train", EXTRACTOR)
+    order = Order(split, "captions", seed=1)
+    loader = Loader(split, order, global_batch_size=6, seed=1, distractors=True)
+    ((whole,),) = loader.batches(0, 1, 0, 1, 6)
+    ((*_, last),) = loader.batches(0, 1, 0, 1, 2)
+    cut = part(whole, np.array([4, 5]))
+    assert fingerprints(cut) == fingerprints(last)
+    assert cut.keys == last.keys
+    assert cut.features is not None
+    assert last.features is not None
+    regions = int(last.features.num_regions.max())
+    assert np.array_equal(cut.features.values[:, :regions], last.features.values)
+    assert np.array_equal(cut.features.boxes[:, :regions], last.features.boxes)
+    assert cut.rng(1).random() == last.rng(1).random()

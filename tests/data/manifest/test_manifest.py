@@ -1,0 +1,211 @@
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable, write_deltalake
+
+from pipeline.data.manifest.manifest import FEATURES, SAMPLES, Manifest
+from pipeline.errors import ManifestError
+
+
+def rows(state: str = "live", **fingerprints: str) -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {"key": key, "split": "train", "state": state, "fingerprint": fingerprint}
+            for key, fingerprint in fingerprints.items()
+        ],
+        SAMPLES,
+    )
+
+
+def held(manifest: Manifest) -> dict[str, str]:
+    table = manifest.samples(["key", "fingerprint"]).to_pydict()
+    return dict(zip(table["key"], table["fingerprint"], strict=True))
+
+
+def test_the_newest_row_of_a_key_holds(tmp_path: Path) -> None:
+    manifest = Manifest.create(str(tmp_path))
+    manifest = manifest.commit(rows(a="1", b="1", c="1"))
+    manifest = manifest.commit(rows(a="2"))
+    manifest = manifest.commit(rows("removed", b="1"))
+    manifest = manifest.commit(rows("reject", d="1"))
+    assert held(manifest) == {"a": "2", "c": "1"}
+    assert manifest.rejects(["key"])["key"].to_pylist() == ["d"]
+    assert manifest.rows().num_rows == 4
+    assert held(Manifest.open(str(tmp_path))) == held(manifest)
+    sequences = manifest.rows(["key", "sequence"]).to_pylist()
+    assert {row["key"]: row["sequence"] for row in sequences} == {"a": 2, "b": 3, "c": 1, "d": 4}
+
+
+def test_every_version_stays_readable(tmp_path: Path) -> None:
+    manifest = Manifest.create(str(tmp_path))
+    for number in range(5):
+        manifest = manifest.commit(rows(a=str(number)))
+    assert [held(Manifest.open(str(tmp_path), version))["a"] for version in range(1, 6)] == [
+        *"01234"
+    ]
+    assert [entry.version for entry in manifest.versions()] == [5, 4, 3, 2, 1, 0]
+    assert held(Manifest.open(str(tmp_path), 0)) == {}
+
+
+def test_nothing_is_committed_without_rows(tmp_path: Path) -> None:
+    manifest = Manifest.create(str(tmp_path))
+    assert manifest.commit(SAMPLES.empty_table()).version == 0
+    assert Manifest.create(str(tmp_path)).version == 0
+
+
+def test_a_commit_on_an_old_version_keeps_what_others_committed(tmp_path: Path) -> None:
+    mine = Manifest.create(str(tmp_path))
+    Manifest.create(str(tmp_path)).commit(rows(a="theirs", b="same"))
+    after = mine.commit(rows(b="same", c="mine"))
+    assert after.version == 2
+    assert held(after) == {"a": "theirs", "b": "same", "c": "mine"}
+    by_key = {row["key"]: row["sequence"] for row in after.rows(["key", "sequence"]).to_pylist()}
+    assert by_key == {"a": 1, "b": 1, "c": 2}
+
+
+def test_a_chain_of_commits_remembers_what_others_did(tmp_path: Path) -> None:
+    mine = Manifest.create(str(tmp_path))
+    Manifest.create(str(tmp_path)).commit(rows(a="same", b="same"))
+    mine = mine.commit(rows(c="mine"))  # finds out about the others
+    mine = mine.commit(rows(a="same"))
+    mine = mine.commit(rows("removed", b="old"))
+    assert mine.version == 2
+    assert held(mine) == {"a": "same", "b": "same", "c": "mine"}
+
+
+def test_a_good_sample_is_not_superseded_by_a_reject_of_the_same_record(tmp_path: Path) -> None:
+    mine = Manifest.create(str(tmp_path))
+    Manifest.create(str(tmp_path)).commit(rows(a="1"))
+    assert held(mine.commit(rows("reject", a="1"))) == {"a": "1"}
+    mine = Manifest.open(str(tmp_path))
+    Manifest.open(str(tmp_path)).commit(rows("reject", b="1"))
+    assert held(mine.commit(rows(b="1"))) == {"a": "1", "b": "1"}
+
+
+def commit_at_once(url: str, num_writers: int, num_commits: int) -> None:
+    def work(writer: int) -> None:
+        manifest = Manifest.create(url)
+        for number in range(num_commits):
+            manifest = manifest.commit(rows(**{f"key-{writer}-{number}": "1", "shared": "1"}))
+
+    with ThreadPoolExecutor(num_writers) as pool:
+        list(pool.map(work, range(num_writers)))
+    manifest = Manifest.open(url)
+    assert manifest.version == num_writers * num_commits
+    assert manifest.samples().num_rows == num_writers * num_commits + 1
+    sequences = manifest.rows(["sequence"])["sequence"].to_pylist()
+    assert set(sequences) == set(range(1, num_writers * num_commits + 1))
+
+
+def test_of_writers_at_once_each_makes_its_own_version(tmp_path: Path) -> None:
+    commit_at_once(str(tmp_path), num_writers=4, num_commits=5)
+
+
+def test_of_writers_at_once_each_makes_its_own_version_on_an_object_store(
+    object_store: str,
+) -> None:
+    commit_at_once(object_store, num_writers=3, num_commits=3)
+
+
+def test_a_dataset_without_a_manifest_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="no manifest here"):
+        Manifest.open(str(tmp_path / "absent"))
+    assert not Manifest.exists(str(tmp_path / "absent"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_absent_version_is_named(tmp_path: Path) -> None:
+    Manifest.create(str(tmp_path))
+    with pytest.raises(ManifestError, match=r"there is no version 7; the newest is \d"):
+        Manifest.open(str(tmp_path), 7)
+
+
+def test_a_lost_file_of_the_manifest_is_named(tmp_path: Path) -> None:
+    manifest = Manifest.create(str(tmp_path)).commit(rows(a="1"))
+    next(tmp_path.rglob("*.parquet")).unlink()
+    with pytest.raises(ManifestError, match="version 1 cannot be read"):
+        manifest.samples()
+
+
+def test_another_table_is_not_taken_for_a_manifest(tmp_path: Path) -> None:
+    from deltalake import write_deltalake
+
+    write_deltalake(str(tmp_path / "manifest" / "samples"), pa.table({"x": [1]}))
+    with pytest.raises(ManifestError, match="columns"):
+        Manifest.open(str(tmp_path))
+
+
+def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    manifest = Manifest.create(str(tmp_path))
+    with pytest.raises(ManifestError, match="do not fit"):
+        manifest.commit(pa.table({"key": ["a"]}))
+    with pytest.raises(ManifestError, match="only 1 different key"):
+        manifest.commit(pa.concat_tables([rows(a="1"), rows(a="2")]))
+
+
+def feature_rows(shard: str, *keys: str, offset: int = 512) -> pa.Table:
+    return pa.Table.from_pylist(
+        [{"key": key, "shard": shard, "values_offset": offset, "num_regions": 9} for key in keys],
+        FEATURES,
+    )
+
+
+def test_features_are_listed_for_each_extractor(tmp_path: Path) -> None:
+    manifest = Manifest.create(str(tmp_path))
+    assert manifest.extractors() == []
+    assert manifest.features("grid-1").rows().num_rows == 0
+    assert manifest.features("grid-1").commit(feature_rows("s1", "a", "b")) == 1
+    assert manifest.features("grid-1").commit(feature_rows("s2", "c")) == 2
+    assert manifest.extractors() == ["grid-1"]
+    assert manifest.features("grid-1").shards() == {"s1", "s2"}
+    assert manifest.features("pixels-2").shards() == set()
+
+
+def test_a_sample_keeps_the_features_of_its_older_shard(tmp_path: Path) -> None:
+    features = Manifest.create(str(tmp_path)).features("grid-1")
+    features.commit(feature_rows("s1", "a"))
+    features.commit(feature_rows("s2", "a"))
+    features.commit(feature_rows("s2", "a", offset=1024))
+    found = features.rows(["shard", "values_offset"]).to_pylist()
+    assert sorted((row["shard"], row["values_offset"]) for row in found) == [
+        ("s1", 512),
+        ("s2", 1024),
+    ]
+
+
+def test_a_list_made_before_there_were_rejects_is_read_and_added_to(tmp_path: Path) -> None:
+    manifest = Manifest.create(str(tmp_path))
+    features = manifest.features("grid-1")
+    location = str(tmp_path / "manifest" / "features" / "grid-1")
+    names = [name for name in FEATURES.names if name not in ("reason", "detail")]
+    old = pa.schema([FEATURES.field(name) for name in names])
+    DeltaTable.create(location, old)
+    rows = feature_rows("s1", "a", "b").select(names)
+    sequence = pa.array([1, 1], pa.int64())
+    rows = rows.set_column(names.index("sequence"), "sequence", sequence)
+    write_deltalake(location, rows, mode="append")
+    assert features.rejects().num_rows == 0
+    assert features.rows(["key", "reason"])["reason"].null_count == 2
+
+    reject = {"key": "c", "shard": "s2", "reason": "truncated-image", "detail": "9 bytes"}
+    features.commit(pa.Table.from_pylist([reject], FEATURES))
+    assert features.rejects().to_pylist() == [reject]
+    assert features.rows().num_rows == 3
+    features.shrink({"s2"}, datetime.now(UTC) + timedelta(days=1))
+    assert features.rows(["key"])["key"].to_pylist() == ["c"]
+
+
+def test_features_listed_twice_at_once_are_kept_once(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    Manifest.create(url)
+
+    def work(writer: int) -> None:
+        for shard in ("s1", "s2", "s3"):
+            Manifest.open(url).features("grid-1").commit(feature_rows(shard, "a", f"b{writer}"))
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, range(3)))
+    assert Manifest.open(url).features("grid-1").rows().num_rows == 3 * 4

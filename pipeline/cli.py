@@ -262,7 +262,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write one self-contained HTML page: curves, metrics, pictures, attention."""
-    from pipeline.inspect.report import write_report
+    from pipeline.report.run_report import write_report
 
     location = write_report(run)
     typer.echo(json.dumps({"report": location}) if as_json else location)
@@ -458,7 +458,7 @@ def data_preview(
     features: Annotated[str, typer.Option(help="Draw this extractor's features.")] = "",
 ) -> None:
     """Write an HTML page of samples with all their texts."""
-    from pipeline.inspect.preview import write_preview
+    from pipeline.report.preview import write_preview
 
     typer.echo(write_preview(dataset, output, limit, features or None))
 
@@ -544,7 +544,7 @@ def data_import_features(
     last is what a recipe needs under `features.extractor` to train on them.
     """
     from pipeline import storage
-    from pipeline.vision.imported import import_features
+    from pipeline.vision.extractors.imported import import_features
 
     names = storage.read_bytes(class_names).decode().splitlines() if class_names else []
     done = import_features(dataset, published, stored, names, boxes)
@@ -663,7 +663,7 @@ def _add_bench_verb(name: str, description: str) -> None:
         as_json: AsJson = False,
     ) -> None:
         from pipeline import config
-        from pipeline.bench.benches import BENCHES
+        from pipeline.perf.benches import BENCHES
 
         bench = BENCHES[name]
         document = config.overridden({}, settings or [])

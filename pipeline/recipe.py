@@ -20,10 +20,10 @@ from pipeline.models.base import ModelConfig
 from pipeline.models.families import FAMILIES
 from pipeline.objectives.objective import ObjectivesConfig
 from pipeline.training.spec import TrainingConfig
-from pipeline.training.trackers import TrackersConfig
+from pipeline.training.tracking.trackers import TrackersConfig
 from pipeline.vision.extract import ExtractConfig
-from pipeline.vision.extractor import AnyExtractor
-from pipeline.vision.live import live_card, refusal
+from pipeline.vision.extractors.extractor import AnyExtractor
+from pipeline.vision.extractors.live import live_card, refusal
 
 # What the data decides; a recipe that sets them could only contradict it.
 _DERIVED_SIZES = ("vocab_size", "feature_dim", "num_answers")

@@ -7,7 +7,7 @@ from pipeline.models import blocks
 from pipeline.models.base import MaskKind
 from pipeline.models.inputs import Encoded, Inputs
 from pipeline.models.layouts import Layout
-from pipeline.models.places import full_mask
+from pipeline.models.packed import full_mask
 from pipeline.models.two_stream import TwoStream, TwoStreamConfig, text_layout
 
 

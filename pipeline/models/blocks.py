@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from pipeline.models.places import Places
+from pipeline.models.packed import Places
 
 LAYER_NORM_EPS = 1e-12  # BERT's, and that of every family here
 

@@ -9,7 +9,7 @@ from pipeline.models import blocks, layouts
 from pipeline.models.base import MaskKind, Size
 from pipeline.models.inputs import Encoded, Inputs
 from pipeline.models.layouts import Layout
-from pipeline.models.places import Places
+from pipeline.models.packed import Places
 from pipeline.models.two_stream import TwoStream, TwoStreamConfig, text_layout
 
 

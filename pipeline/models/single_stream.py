@@ -9,7 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 from pipeline.models import blocks
 from pipeline.models.base import MaskKind, ModelConfig, Size, VisionLanguageModel
 from pipeline.models.inputs import Cache, Encoded, Inputs
-from pipeline.models.places import Places, full_mask, prefix_mask
+from pipeline.models.packed import Places, full_mask, prefix_mask
 
 
 class SingleStreamConfig(ModelConfig):

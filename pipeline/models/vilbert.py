@@ -12,7 +12,7 @@ from pipeline.models import blocks, layouts
 from pipeline.models.base import MaskKind, ModelConfig, Size, VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs
 from pipeline.models.layouts import Layout
-from pipeline.models.places import Places
+from pipeline.models.packed import Places
 
 
 class VilbertConfig(ModelConfig):

@@ -16,7 +16,7 @@ from pipeline.models import blocks
 from pipeline.models.base import MaskKind, ModelConfig, Size, VisionLanguageModel
 from pipeline.models.inputs import Cache, Encoded, Inputs
 from pipeline.models.layouts import Layout
-from pipeline.models.places import full_mask
+from pipeline.models.packed import full_mask
 from pipeline.models.visual_tokens import Projection, Resampler
 
 Pair = tuple[Tensor, Tensor]  # keys and values

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from pipeline.models import blocks
-from pipeline.models.places import full_mask
+from pipeline.models.packed import full_mask
 
 
 class Projection(nn.Module):

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from pipeline.data.text.vocabulary import load_tokenizer
 from pipeline.errors import ConfigError, ModelError
-from pipeline.model_files import read_own, read_weights, require_unchanged
 from pipeline.models import families
 from pipeline.models.base import MaskKind, VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs
+from pipeline.pretrained.files import read_own, read_weights, require_unchanged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

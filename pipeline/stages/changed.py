@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 from pipeline import storage
 from pipeline.errors import CheckpointError, ConfigError, TrainingError
-from pipeline.model_files import is_model
-from pipeline.training import checkpoint
+from pipeline.pretrained.files import is_model
 from pipeline.training.assembly import MODEL
+from pipeline.training.checkpoints import checkpoint
 from pipeline.training.continuation import Difference, differences, fixed
-from pipeline.training.launch import SPEC, read_spec
+from pipeline.training.launch.launch import SPEC, read_spec
 from pipeline.training.lease import only_writer
 from pipeline.training.loop import CHECKPOINTS, finished_result
 from pipeline.training.spec import TrainingResult, TrainingSpec

@@ -31,13 +31,14 @@ from pipeline.recipe import Recipe
 from pipeline.stages import train
 from pipeline.stages.preflight import initial_weights, preflight, small_validation
 from pipeline.stages.progress import StageProgress
-from pipeline.training.assembly import MicroBatch, assemble
-from pipeline.training.engine import require_swapping
-from pipeline.training.launch import launch_all
-from pipeline.training.memory import FP32_BYTES, state_bytes
-from pipeline.training.optimizer import freeze
+from pipeline.training.assembly import assemble
+from pipeline.training.engine.engine import require_swapping
+from pipeline.training.engine.memory import FP32_BYTES, state_bytes
+from pipeline.training.engine.optimizer import freeze
+from pipeline.training.feed.micro_batch import MicroBatch
+from pipeline.training.launch.launch import launch_all
 from pipeline.training.spec import Environment, TrainingConfig, TrainingSpec
-from pipeline.vision.live import backbone_config
+from pipeline.vision.extractors.live import backbone_config
 
 FOLDER = "check"  # RUN/check, while it lasts
 WARM_UP_STEPS, TIMED_STEPS = 2, 5

@@ -21,8 +21,8 @@ from pipeline import __version__, storage
 from pipeline.errors import TrainingError
 from pipeline.recipe import Recipe
 from pipeline.stages.state import Record
-from pipeline.training.launch import read_spec
-from pipeline.training.metrics_log import read_stretches
+from pipeline.training.launch.launch import read_spec
+from pipeline.training.tracking.metrics_log import read_stretches
 
 PHASES = ("pretrain", "finetune", "blind")
 

@@ -12,20 +12,20 @@ from pipeline.benchmarks.base import Benchmark, Evaluation, ResultRow, results_j
 from pipeline.data.load.loader import Batch
 from pipeline.data.sample import Texts
 from pipeline.errors import ConfigError, StageError
-from pipeline.inspect.examples import (
+from pipeline.pretrained.files import is_model, read_own
+from pipeline.pretrained.folder import ModelFolder, load_model, save_decoding
+from pipeline.recipe import Recipe
+from pipeline.report.examples import (
     Attention,
     Example,
     Gallery,
     attention_over_regions,
     write_gallery,
 )
-from pipeline.inspect.picture import thumbnail
-from pipeline.model_files import is_model, read_own
-from pipeline.recipe import Recipe
+from pipeline.report.picture import thumbnail
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, once
 from pipeline.stages.train import DataInputs
-from pipeline.training.model_folder import ModelFolder, load_model, save_decoding
 from pipeline.vision.feature import extractor_name
 
 EVALUATE_VERSION = 1

@@ -10,18 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import config, model_files, storage
+from pipeline import config, storage
 from pipeline.errors import CheckpointError, ConfigError, ModelError
 from pipeline.models import families
 from pipeline.models.base import ModelConfig
-from pipeline.training import checkpoint, model_folder
+from pipeline.pretrained import files as model_files
+from pipeline.pretrained import folder as model_folder
+from pipeline.pretrained.card import ModelCard
+from pipeline.training.checkpoints import checkpoint
 from pipeline.training.continuation import differences, fixed
-from pipeline.training.launch import read_spec
+from pipeline.training.engine.optimizer import AVERAGE
+from pipeline.training.launch.launch import read_spec
 from pipeline.training.loop import CHECKPOINTS
-from pipeline.training.metrics_log import read_metrics
-from pipeline.training.model_card import ModelCard
-from pipeline.training.optimizer import AVERAGE
 from pipeline.training.spec import TrainingSpec
+from pipeline.training.tracking.metrics_log import read_metrics
 
 MODEL = "model"
 PHASES = ("finetune", "pretrain")  # whose state is a run's, the last one first

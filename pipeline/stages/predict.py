@@ -16,11 +16,11 @@ from pipeline.data.read.images import live_features
 from pipeline.data.sample import Question, Texts
 from pipeline.data.text.picture_range import PictureRange
 from pipeline.errors import ConfigError, FeatureError, ModelError
-from pipeline.model_files import OWN, is_model
 from pipeline.models.generation import Decoding
-from pipeline.training.model_folder import ModelFolder, load_model
-from pipeline.vision.extractor import from_card
-from pipeline.vision.live import live_config
+from pipeline.pretrained.files import OWN, is_model
+from pipeline.pretrained.folder import ModelFolder, load_model
+from pipeline.vision.extractors.extractor import from_card
+from pipeline.vision.extractors.live import live_config
 
 NUM_ANSWERS = 5
 

@@ -14,13 +14,13 @@ from pipeline.data.manifest.manifest import require_usable
 from pipeline.data.read.dataset import Dataset
 from pipeline.data.text.vocabulary import load_tokenizer
 from pipeline.errors import ConfigError, FeatureError, ManifestError, ModelError, StorageError
-from pipeline.model_files import is_model
 from pipeline.models import families
 from pipeline.models.layouts import LoadReport
+from pipeline.pretrained.files import is_model
+from pipeline.pretrained.folder import initialise, require_same_words
 from pipeline.recipe import Recipe
 from pipeline.stages.devices import missing_devices
-from pipeline.training.engine import require_known_keys, require_precision
-from pipeline.training.model_folder import initialise, require_same_words
+from pipeline.training.engine.engine import require_known_keys, require_precision
 from pipeline.training.spec import Environment
 
 FEW_SAMPLES = 20  # of a held-out split: fewer tell little

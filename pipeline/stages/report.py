@@ -1,8 +1,8 @@
 """The report stage: one HTML page of what a run left."""
 
 from pipeline import storage
-from pipeline.inspect.report import write_report
 from pipeline.recipe import Recipe
+from pipeline.report.run_report import write_report
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, Record, once
 

@@ -10,21 +10,21 @@ from pipeline.data.read.images import LiveConfig
 from pipeline.data.text.picture_range import PictureRange
 from pipeline.data.text.vocabulary import build_tokenizer, load_tokenizer, save_tokenizer
 from pipeline.errors import ConfigError, PipelineError, StageError, StoppedError
-from pipeline.model_files import OWN, digest, is_model, read_own
 from pipeline.objectives.objective import ObjectivesConfig
+from pipeline.pretrained.files import OWN, digest, is_model, read_own
+from pipeline.pretrained.folder import require_same_words
 from pipeline.recipe import MixedInPart, Recipe
 from pipeline.stages.changed import Begun, OnChange, aside, make_way, refuse
 from pipeline.stages.preflight import require_splits, small_validation
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, Record, identity, once
 from pipeline.training.continuation import Difference
-from pipeline.training.launch import launch_all
-from pipeline.training.metrics_log import STRETCH
-from pipeline.training.model_folder import require_same_words
+from pipeline.training.launch.launch import launch_all
 from pipeline.training.spec import MixedIn, TrainingConfig, TrainingResult, TrainingSpec
-from pipeline.training.trackers import tracking
+from pipeline.training.tracking.metrics_log import STRETCH
+from pipeline.training.tracking.trackers import tracking
+from pipeline.vision.extractors.live import backbone_config, live_config
 from pipeline.vision.feature import extractor_name
-from pipeline.vision.live import backbone_config, live_config
 
 REFUSE = OnChange()
 DATA = "dataset"  # the part of the recipe that says what there is to learn from

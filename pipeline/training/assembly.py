@@ -4,7 +4,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from pipeline.data.read.dataset import Dataset, Split, TextKind
 from pipeline.data.read.images import LiveConfig
 from pipeline.data.text.vocabulary import load_tokenizer
 from pipeline.errors import ConfigError
-from pipeline.model_files import is_model, read_own
 from pipeline.models import families
 from pipeline.models.base import ModelConfig
 from pipeline.models.flops import EncodingFlops
@@ -27,34 +26,15 @@ from pipeline.objectives import stream
 from pipeline.objectives.base import Objective
 from pipeline.objectives.objective import ObjectivesConfig, by_stream
 from pipeline.objectives.stream import ObjectiveModel, StreamCollator
-from pipeline.training import model_folder
+from pipeline.pretrained import folder as model_folder
+from pipeline.pretrained.card import ModelCard
+from pipeline.pretrained.files import is_model, read_own
 from pipeline.training.evaluation import Evaluate
+from pipeline.training.feed.micro_batch import MicroBatch
 from pipeline.training.held_out import evaluate, held_out_parts
-from pipeline.training.model_card import ModelCard
 from pipeline.training.spec import Environment, MixedIn, TrainingSpec
 
 MODEL = "model"  # RUN/<phase>/model
-
-
-class MicroBatch(Protocol):
-    """What a rank holds in one forward pass."""
-
-    @property
-    def num_samples(self) -> int: ...
-
-    @property
-    def num_tokens(self) -> int:
-        """Real tokens and regions."""
-        ...
-
-    @property
-    def num_places(self) -> int:
-        """The same with their padding."""
-        ...
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """Returns what the module's forward takes, on a device, in its weights' dtype."""
-        ...
 
 
 Batches = Callable[[int, int, int], Generator[Sequence[MicroBatch], None, None]]

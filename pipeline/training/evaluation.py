@@ -1,24 +1,21 @@
 """Held-out figures, which tell a better model from a worse one."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from pipeline.errors import TrainingError
+from pipeline.training.feed.micro_batch import MicroBatch
 from pipeline.training.spec import Environment
-
-if TYPE_CHECKING:
-    from pipeline.training.assembly import MicroBatch
 
 # Every rank calls it with the module in evaluation mode; what rank 0 returns is what counts.
 Evaluate = Callable[[nn.Module, Environment], Mapping[str, float]]
 
 
 def held_out_losses(
-    module: nn.Module, batches: Iterable["MicroBatch"], environment: Environment, num_passes: int
+    module: nn.Module, batches: Iterable[MicroBatch], environment: Environment, num_passes: int
 ) -> dict[str, float]:
     """Returns the mean `loss`, and that of each objective, over the samples of all ranks.
 

@@ -30,17 +30,18 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.errors import CheckpointError, ConfigError, LostError, TrainingError
-from pipeline.training import checkpoint
-from pipeline.training.assembly import MODEL, Assembly, MicroBatch, assemble
+from pipeline.training.assembly import MODEL, Assembly, assemble
+from pipeline.training.checkpoints import checkpoint
+from pipeline.training.checkpoints.manager import Keeper
+from pipeline.training.checkpoints.run_state import Tally
 from pipeline.training.continuation import Difference, differences, fixed
-from pipeline.training.device_feed import device_feed
-from pipeline.training.engine import Engine
-from pipeline.training.keeper import Keeper
+from pipeline.training.engine.engine import Engine
+from pipeline.training.engine.peak import peak_flops
+from pipeline.training.feed.device_feed import device_feed
+from pipeline.training.feed.micro_batch import MicroBatch
 from pipeline.training.lease import IsLost, only_writer
-from pipeline.training.metrics_log import MetricsLog, Stretch, last_loss
-from pipeline.training.peak import peak_flops
 from pipeline.training.spec import Environment, TrainingResult, TrainingSpec
-from pipeline.training.tally import Tally
+from pipeline.training.tracking.metrics_log import MetricsLog, Stretch, last_loss
 
 CHECKPOINTS = "checkpoints"
 RESULT = "result.json"

@@ -11,7 +11,7 @@ from pipeline.data.load.loader import BatchConfig
 from pipeline.data.read.images import LiveConfig
 from pipeline.errors import ConfigError
 from pipeline.models.generation import Decoding
-from pipeline.vision.grid import GridConfig
+from pipeline.vision.extractors.grid import GridConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 

@@ -29,11 +29,11 @@ from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.tars.foreign_tar import ForeignTar
 from pipeline.data.tars.shard_files import ShardFiles, default_cache
 from pipeline.errors import ClusterError, ConfigError, FeatureError, PipelineError, RejectError
-from pipeline.room import Waiting, require_cluster, wait
-from pipeline.vision.extractor import AnyExtractor, from_card
+from pipeline.resources import Waiting, require_cluster, wait
+from pipeline.vision.compress.packing import measure_packing
+from pipeline.vision.extractors.extractor import AnyExtractor, from_card
+from pipeline.vision.extractors.network import NetworkConfig, fit_if_absent
 from pipeline.vision.feature import Extractor, measure_invariance
-from pipeline.vision.network import NetworkConfig, fit_if_absent
-from pipeline.vision.packing import measure_packing
 from pipeline.vision.sidecar import Sidecar, SidecarPlan, prepared_images, write_sidecar
 
 COMMIT_SECONDS = 1.0  # the most work a kill can cost beyond the shards in flight

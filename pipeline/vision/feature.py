@@ -11,7 +11,7 @@ import numpy.typing as npt
 import xxhash
 
 from pipeline.errors import FeatureError
-from pipeline.vision.image import Prepared
+from pipeline.vision.preprocess.image import Prepared
 
 LIBRARIES = ("numpy", "pillow", "simplejpeg", "torch", "torchvision")
 

@@ -23,9 +23,9 @@ from pipeline.data.tars.foreign_tar import ForeignTar, ImageReference
 from pipeline.data.tars.shard import ShardWriter, list_members, read_member, shard_location
 from pipeline.data.tars.shard_files import ShardFiles
 from pipeline.errors import FeatureError, ShardError, UnusableImageError
-from pipeline.vision.ahead import run_ahead
+from pipeline.look_ahead import run_ahead
 from pipeline.vision.feature import Extractor, Feature, Mask
-from pipeline.vision.image import Prepared
+from pipeline.vision.preprocess.image import Prepared
 
 BATCHES_AHEAD = 2  # decoded and waiting for the network, or computed and waiting to be written
 

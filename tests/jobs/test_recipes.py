@@ -11,8 +11,8 @@ from pipeline import config
 from pipeline.cli import run_job
 from pipeline.models.families import build
 from pipeline.recipe import Recipe
-from pipeline.training.optimizer import freeze, parameter_groups
-from pipeline.vision.grid import GridConfig
+from pipeline.training.engine.optimizer import freeze, parameter_groups
+from pipeline.vision.extractors.grid import GridConfig
 
 RECIPES = Path(__file__).resolve().parents[2] / "jobs" / "recipes"
 COCO_TINY = str(RECIPES / "coco-tiny.yaml")

@@ -23,7 +23,7 @@ from pipeline.models.inputs import Inputs
 from pipeline.models.visual_prefix import TanhGate, VisualPrefix
 from pipeline.objectives.base import IGNORED
 from pipeline.objectives.lm import LanguageModelling, LmConfig
-from pipeline.training.model_folder import initialise
+from pipeline.pretrained.folder import initialise
 from tests.data.tiny_dataset import EXTRACTOR, make_dataset
 from tests.models.examples import (
     GPT2_STILL,

@@ -14,7 +14,7 @@ from rich.console import Console
 from pipeline import storage
 from pipeline.cli import BUSY_STATUS
 from pipeline.stages.run import run_stages
-from pipeline.training.metrics_log import read_metrics
+from pipeline.training.tracking.metrics_log import read_metrics
 from tests.stages.test_run import QUICKSTART, SMALL, small
 
 STEPS = 60

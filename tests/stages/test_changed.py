@@ -12,7 +12,7 @@ from pipeline import storage
 from pipeline.cluster import ClusterConfig
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.stages.changed import Begun, OnChange, aside, make_way, refuse
-from pipeline.training import launch
+from pipeline.training.launch import launch
 from pipeline.training.loop import CHECKPOINTS
 from pipeline.training.spec import TrainingSpec
 from tests.training.stand_in import make_spec, stand_in

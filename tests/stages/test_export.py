@@ -14,10 +14,10 @@ from pipeline.data.read.dataset import Dataset
 from pipeline.errors import CheckpointError, ConfigError, ModelError
 from pipeline.models.blocks import fourier_boxes
 from pipeline.models.inputs import Inputs
+from pipeline.pretrained.folder import load_model
 from pipeline.stages.export import export
 from pipeline.stages.predict import predict
 from pipeline.stages.run import STAGES, run_stages
-from pipeline.training.model_folder import load_model
 from tests.stages.test_run import small
 
 POSITION_FOURIER = 8  # of the small recipe

@@ -10,15 +10,15 @@ from pipeline import storage
 from pipeline.cli import run_job
 from pipeline.data.read.dataset import Dataset
 from pipeline.errors import ConfigError
-from pipeline.model_files import read_own
+from pipeline.pretrained.files import read_own
+from pipeline.pretrained.folder import BACKBONE_WEIGHTS, load_model
 from pipeline.stages.check import check
 from pipeline.stages.export import export
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.run import STAGES, run_stages
 from pipeline.stages.train import finetune
-from pipeline.training.launch import read_spec
-from pipeline.training.model_folder import BACKBONE_WEIGHTS, load_model
-from pipeline.vision.grid import GridConfig
+from pipeline.training.launch.launch import read_spec
+from pipeline.vision.extractors.grid import GridConfig
 from tests.stages.test_run import small
 
 BACKBONE = (

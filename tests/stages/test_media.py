@@ -11,10 +11,10 @@ from rich.console import Console
 
 from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.read.dataset import Dataset
-from pipeline.inspect.preview import write_preview
 from pipeline.recipe import Recipe
+from pipeline.report.preview import write_preview
 from pipeline.stages.run import run_stages
-from pipeline.training.metrics_log import read_metrics
+from pipeline.training.tracking.metrics_log import read_metrics
 from tests.stages.test_run import small
 from tests.vision.photo_dataset import picture
 from tests.vision.video_files import dicom, folder, frame, video

@@ -18,11 +18,11 @@ from pipeline import config
 from pipeline.cli import run_job
 from pipeline.data.read.dataset import Dataset
 from pipeline.errors import ConfigError, ModelError, PipelineError
-from pipeline.model_files import DIGESTS
+from pipeline.pretrained.files import DIGESTS
+from pipeline.pretrained.folder import GENERATION, load_model
 from pipeline.recipe import Recipe
 from pipeline.stages.predict import predict
 from pipeline.stages.run import STAGES, run_stages
-from pipeline.training.model_folder import GENERATION, load_model
 from tests.stages.test_run import small
 
 SEED = 11

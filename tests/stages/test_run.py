@@ -14,13 +14,13 @@ from pipeline.data.manifest.retention import Retention
 from pipeline.data.read.dataset import Dataset
 from pipeline.data.upkeep.compact import compact
 from pipeline.errors import ConfigError, StageError
-from pipeline.model_files import is_model
+from pipeline.pretrained.files import is_model
 from pipeline.recipe import Recipe
 from pipeline.stages.changed import OnChange
 from pipeline.stages.run import STAGES, run_stages
 from pipeline.stages.state import Record
-from pipeline.training.launch import read_spec
-from pipeline.training.metrics_log import read_metrics
+from pipeline.training.launch.launch import read_spec
+from pipeline.training.tracking.metrics_log import read_metrics
 
 QUICKSTART = str(Path(__file__).resolve().parents[2] / "jobs" / "recipes" / "quickstart.yaml")
 SMALL = [

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.stages.run import run_stages
-from pipeline.training.metrics_log import read_metrics
+from pipeline.training.tracking.metrics_log import read_metrics
 from tests.stages.test_run import QUICKSTART, SMALL, small
 
 STEPS = 200

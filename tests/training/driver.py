@@ -19,10 +19,10 @@ import torch
 
 from pipeline.cluster import ClusterConfig, start_ray
 from pipeline.errors import PipelineError
-from pipeline.training import launch
 from pipeline.training.assembly import Assembly
-from pipeline.training.metrics_log import read_metrics
+from pipeline.training.launch import launch
 from pipeline.training.spec import TrainingSpec
+from pipeline.training.tracking.metrics_log import read_metrics
 from tests.training.stand_in import leave_pid, make_spec, ray_worker, stand_in, without_dropout
 
 STEPS = 100  # of a twentieth of a second and more: time to be killed in the middle

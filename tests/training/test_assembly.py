@@ -15,11 +15,11 @@ from pipeline.errors import ConfigError
 from pipeline.models.flops import EncodingFlops
 from pipeline.objectives.objective import ObjectivesConfig
 from pipeline.objectives.stream import MicroBatch, StreamCollator
+from pipeline.pretrained.folder import load_model
 from pipeline.training.assembly import Assembly, assemble
 from pipeline.training.loop import train
-from pipeline.training.metrics_log import read_events, read_metrics
-from pipeline.training.model_folder import load_model
 from pipeline.training.spec import Environment, TrainingConfig, TrainingSpec
+from pipeline.training.tracking.metrics_log import read_events, read_metrics
 from tests.data.tiny_dataset import EXTRACTOR, make_dataset, make_texts
 from tests.training.stand_in import in_processes, train_on
 

@@ -13,13 +13,13 @@ from pipeline.data.media.augmentation import AugmentConfig
 from pipeline.data.read.dataset import Dataset, Split
 from pipeline.data.read.images import ImageConfig, LiveConfig, live_features
 from pipeline.data.text.vocabulary import build_tokenizer
+from pipeline.pretrained.folder import BACKBONE_WEIGHTS, load_model
 from pipeline.training.assembly import Assembly, assemble
 from pipeline.training.loop import train
-from pipeline.training.metrics_log import read_metrics
-from pipeline.training.model_folder import BACKBONE_WEIGHTS, load_model
 from pipeline.training.spec import Environment, TrainingSpec
-from pipeline.vision.grid import GridConfig
-from pipeline.vision.live import live_card
+from pipeline.training.tracking.metrics_log import read_metrics
+from pipeline.vision.extractors.grid import GridConfig
+from pipeline.vision.extractors.live import live_card
 from tests.data.read.test_images import jpeg
 from tests.data.tiny_dataset import TinyDataset, make_texts
 from tests.training.stand_in import OnStep, in_processes, train_and_die, train_on

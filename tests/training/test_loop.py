@@ -15,13 +15,14 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.errors import CheckpointError, ConfigError, LostError, TrainingError
-from pipeline.training import checkpoint, lease, loop
+from pipeline.training import lease, loop
 from pipeline.training.assembly import Assembly
-from pipeline.training.engine import Engine
+from pipeline.training.checkpoints import checkpoint
+from pipeline.training.engine.engine import Engine
+from pipeline.training.engine.schedule import rate_factor
 from pipeline.training.loop import finished_result, request_stop, step_seed, train
-from pipeline.training.metrics_log import read_metrics, read_stretches
-from pipeline.training.schedule import rate_factor
 from pipeline.training.spec import Environment, TrainingSpec
+from pipeline.training.tracking.metrics_log import read_metrics, read_stretches
 from tests.training.stand_in import (
     Poisoned,
     evaluated,

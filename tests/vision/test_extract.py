@@ -23,8 +23,8 @@ from pipeline.data.upkeep.verify import verify
 from pipeline.errors import ClusterError, ConfigError, FeatureError, RejectError, ShardError
 from pipeline.vision import extract as module
 from pipeline.vision.extract import ExtractConfig, ExtractProgress, ExtractReport, extract
-from pipeline.vision.grid import GridConfig
-from pipeline.vision.pixels import PixelsConfig
+from pipeline.vision.extractors.grid import GridConfig
+from pipeline.vision.extractors.pixels import PixelsConfig
 from tests.vision.photo_dataset import make_dataset, picture, pictures
 
 PIXELS = PixelsConfig(image_size=12, patch_size=4)

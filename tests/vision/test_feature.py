@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.errors import FeatureError
 from pipeline.vision.feature import Feature, identity, measure_invariance
-from pipeline.vision.image import Prepared
+from pipeline.vision.preprocess.image import Prepared
 
 
 def prepared(count: int) -> list[Prepared]:

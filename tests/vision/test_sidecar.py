@@ -10,10 +10,10 @@ import webdataset
 
 from pipeline.data.tars.shard_files import ShardFiles, default_cache
 from pipeline.errors import FeatureError, ShardError
+from pipeline.vision.extractors.grid import GridConfig
+from pipeline.vision.extractors.pixels import PixelsConfig
 from pipeline.vision.feature import Extractor, Feature
-from pipeline.vision.grid import GridConfig
-from pipeline.vision.image import Prepared
-from pipeline.vision.pixels import PixelsConfig
+from pipeline.vision.preprocess.image import Prepared
 from pipeline.vision.sidecar import SidecarPlan, prepared_images, shard_images, write_sidecar
 from tests.vision.photo_dataset import make_dataset, pictures
 

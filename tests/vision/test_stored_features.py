@@ -10,10 +10,10 @@ import pytest
 from pipeline.data.read.dataset import Dataset
 from pipeline.errors import FeatureError
 from pipeline.vision.extract import MEASURED_IMAGES, ExtractConfig, extract
-from pipeline.vision.extractor import AnyExtractor
-from pipeline.vision.grid import GridConfig
-from pipeline.vision.regions import RegionsConfig
-from pipeline.vision.segments import SegmentsConfig
+from pipeline.vision.extractors.detection.regions import RegionsConfig
+from pipeline.vision.extractors.detection.segments import SegmentsConfig
+from pipeline.vision.extractors.extractor import AnyExtractor
+from pipeline.vision.extractors.grid import GridConfig
 from tests.vision.photo_dataset import make_dataset, picture
 
 HERE = ExtractConfig(actors=0, batch_size=2)

@@ -1,0 +1,1 @@
+"""Ingest: from a source's records to samples in shards that the manifest lists."""

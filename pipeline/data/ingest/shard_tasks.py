@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from pipeline.data.ingest.ingest_plan import ShardPlan
 from pipeline.data.sources.base import Source
 from pipeline.errors import ClusterError, PipelineError, ShardError
-from pipeline.room import Waiting, require_cluster, wait
+from pipeline.resources import Waiting, require_cluster, wait
 
 _RETRIES = 3  # for a lost worker or node; an error is not retried
 

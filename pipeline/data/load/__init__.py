@@ -1,0 +1,1 @@
+"""Loading: the samples of each step on each rank, in an order that is arithmetic."""

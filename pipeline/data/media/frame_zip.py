@@ -11,8 +11,8 @@ import zipfile
 from typing import Self
 
 from pipeline.data.media.image_file import BadImageError
-from pipeline.data.media.member_names import is_hidden, natural_order, shown
 from pipeline.data.media.unpacking import most_bytes
+from pipeline.data.tars.member_names import is_hidden, natural_order, shown
 
 MOST_FRAMES = 100_000
 MOST_FRAME_BYTES = 256 * 1024**2

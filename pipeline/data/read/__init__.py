@@ -1,0 +1,1 @@
+"""Reading: texts, features and pictures of the samples of one version, by position."""

@@ -31,13 +31,13 @@ import xxhash
 from pydantic import Field, model_validator
 
 from pipeline import storage
-from pipeline.data.media.member_names import is_hidden, shown
 from pipeline.data.sample import Texts, safe_key
 from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, fingerprint
 from pipeline.data.sources.image_files import ImageFile, listed, read_image
 from pipeline.data.sources.readers.json_file import read_text
 from pipeline.data.sources.readers.text_columns import TextColumns, gathered, json_object
 from pipeline.data.sources.splits import check_splits, hash_split
+from pipeline.data.tars.member_names import is_hidden, shown
 from pipeline.errors import PipelineError, SourceError, StorageError
 
 _TEXT_SUFFIXES = ("txt", "json")

@@ -18,9 +18,9 @@ from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from pipeline import storage
-from pipeline.data.media.member_names import is_utf8, shown
 from pipeline.data.sample import Texts, safe_key
 from pipeline.data.sources.base import Record, Reject, fingerprint
+from pipeline.data.tars.member_names import is_utf8, shown
 from pipeline.errors import SourceError, StorageError
 
 MEDIA = ("mp4", "mov", "webm", "mkv", "zip", "dcm")  # videos, frames in a ZIP, DICOM

@@ -35,7 +35,6 @@ import xxhash
 from pydantic import Field, field_validator, model_validator
 
 from pipeline import storage
-from pipeline.data.media.member_names import is_utf8
 from pipeline.data.sample import Texts, safe_key
 from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, malformed
 from pipeline.data.sources.gathering import Gathering
@@ -53,6 +52,7 @@ from pipeline.data.sources.readers.json_file import shown
 from pipeline.data.sources.readers.tables import Row, count_rows, read_cell, rows, table_files
 from pipeline.data.sources.readers.text_columns import TextColumns, cell, gathered
 from pipeline.data.sources.splits import check_names, check_splits, hash_split
+from pipeline.data.tars.member_names import is_utf8
 from pipeline.errors import ShardError, SourceError
 
 _CELL = "cell:"  # begins the locator of bytes in a table

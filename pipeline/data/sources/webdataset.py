@@ -36,7 +36,6 @@ from msgspec.structs import replace
 from pydantic import Field, model_validator
 
 from pipeline import storage
-from pipeline.data.media.member_names import is_hidden, is_utf8, shown
 from pipeline.data.sample import Texts
 from pipeline.data.sources.base import (
     ListedTar,
@@ -51,6 +50,7 @@ from pipeline.data.sources.readers.json_file import unique_names
 from pipeline.data.sources.readers.text_columns import TextColumns
 from pipeline.data.sources.splits import check_splits, hash_split
 from pipeline.data.tars.foreign_tar import ForeignTar
+from pipeline.data.tars.member_names import is_hidden, is_utf8, shown
 from pipeline.data.tars.read_ahead import ReadAhead, ReadAheadFile
 from pipeline.data.tars.tar_listing import TarMember, list_tar
 from pipeline.errors import ShardError, SourceError, StorageError

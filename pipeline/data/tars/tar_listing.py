@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import IO, NamedTuple, NoReturn
 
-from pipeline.data.media.member_names import shown
+from pipeline.data.tars.member_names import shown
 from pipeline.errors import SourceError
 
 _BLOCK = 512

@@ -1,0 +1,1 @@
+"""Text: the word pieces and answers that a model knows."""

@@ -1,0 +1,1 @@
+"""Upkeep of a dataset: whether it is whole, and files no larger than what they hold."""

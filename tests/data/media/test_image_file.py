@@ -56,7 +56,7 @@ def test_pillow_opens_images_in_one_place_and_of_named_formats() -> None:
         for path in (ROOT / folder).rglob("*.py")
     }
     calls = {path: found for path, found in calls.items() if found}
-    assert set(calls) == {"pipeline/data/media/image_file.py", "pipeline/bench/extract.py"}
+    assert set(calls) == {"pipeline/data/media/image_file.py", "pipeline/perf/extract.py"}
     assert all("formats=" in call for found in calls.values() for call in found)
 
 

@@ -11,7 +11,7 @@ from pipeline.data.media.decoding import Picture
 from pipeline.data.media.image_check import BadImageError, check_image
 from pipeline.data.media.image_pixels import is_animated, upright_srgb
 from pipeline.data.media.reencode import ReencodeConfig, reencode
-from pipeline.vision.image import decode
+from pipeline.vision.preprocess.image import decode
 from tests.data.album import encoded, picture
 
 WIDTH, HEIGHT = 37, 23

@@ -18,8 +18,8 @@ from pipeline.data.read.images import (
 )
 from pipeline.data.sample import Texts
 from pipeline.errors import ConfigError, ShardError
-from pipeline.vision.image import Prepared
-from pipeline.vision.pixels import PixelsConfig
+from pipeline.vision.extractors.pixels import PixelsConfig
+from pipeline.vision.preprocess.image import Prepared
 from tests.data.tiny_dataset import TinyDataset, make_texts
 
 SIZE = 16

@@ -1,0 +1,1 @@
+"""Readers of file formats, whatever stands in the files."""

@@ -23,9 +23,9 @@ import msgspec
 import numpy as np
 
 from pipeline import storage
-from pipeline.data.media.member_names import is_utf8
 from pipeline.data.sources.base import Reject, malformed
 from pipeline.data.sources.readers.gzip_file import is_gzip, unpacked
+from pipeline.data.tars.member_names import is_utf8
 from pipeline.errors import SourceError
 
 _SMALLEST, _LARGEST = -(1 << 63), (1 << 63) - 1  # numbers that JSON holds everywhere

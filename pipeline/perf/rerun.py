@@ -1,0 +1,126 @@
+"""The unchanged re-run: a long listing, and a manifest that has it all.
+
+Memory is that of a process of its own, which has only what an ingest needs: the bench runs
+`python -m pipeline.perf.rerun URL RECORDS`, which prints JSON. Nothing here imports torch.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.data.ingest.ingest import IngestConfig, ingest
+from pipeline.data.manifest.manifest import LIVE, SAMPLES, Manifest
+from pipeline.data.sample import Texts
+from pipeline.data.sources.base import Record, Reject, fingerprint
+from pipeline.errors import PipelineError
+
+_ROWS_AT_ONCE = 100_000
+_SAMPLES_PER_SHARD = 1000
+_IMAGE_BYTES, _TEXTS_BYTES = 65_000, 300
+
+
+@dataclass(frozen=True)
+class SyntheticListing:
+    """Records with a caption each, made up as they are listed; there are no images."""
+
+    num_records: int
+
+    def records(self) -> Iterator[Record | Reject]:
+        for number in range(self.num_records):
+            texts = Texts(number, (f"A picture of number {number}, in colour.",))
+            image = f"/images/{number:012d}.jpg"
+            identity = fingerprint(f"{image} 65000-1700000000", texts)
+            yield Record(f"{number:012d}", "train", image, "jpg", texts, identity)
+
+    def read(self, record: Record) -> bytes:
+        raise PipelineError(f"{record.key}: an unchanged run has opened an image")
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """What an unchanged run took, beside going through its listing alone."""
+
+    listing_seconds: float
+    seconds: float
+    processor_seconds: float
+    peak_bytes: int  # of the whole process
+
+
+def measure_rerun(num_records: int, folder: Path) -> Rerun:
+    """Lists the records in a manifest, then measures a run that finds them all there."""
+    url = str(folder.absolute() / "dataset")
+    _fill(url, num_records)
+    command = [sys.executable, "-m", "pipeline.perf.rerun", url, str(num_records)]
+    package = Path(__file__).parents[2]  # not the working folder, whose modules would come first
+    done = subprocess.run(command, cwd=package, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PipelineError(f"an unchanged run failed: {done.stderr}")
+    return Rerun(**json.loads(done.stdout))
+
+
+def _fill(url: str, num_records: int) -> None:
+    manifest = Manifest.create(url)
+    rows = []
+    for number, record in enumerate(SyntheticListing(num_records).records()):
+        shard, place = divmod(number, _SAMPLES_PER_SHARD)
+        rows.append(
+            {
+                "key": record.key,
+                "split": record.split,
+                "state": LIVE,
+                "reason": "",
+                "detail": "",
+                "fingerprint": record.fingerprint,
+                "digest": f"{hash(record.key) % 2**64:032x}",
+                "shard": f"{shard:016x}",
+                "suffix": "jpg",
+                "image_offset": place * (_IMAGE_BYTES + _TEXTS_BYTES),
+                "image_size": _IMAGE_BYTES,
+                "texts_shard": f"{shard:016x}",
+                "texts_offset": place * (_IMAGE_BYTES + _TEXTS_BYTES) + _IMAGE_BYTES,
+                "texts_size": _TEXTS_BYTES,
+                "num_captions": 1,
+                "num_questions": 0,
+                "num_rounds": 0,
+                "width": 640,
+                "height": 480,
+            }
+        )
+        if len(rows) == _ROWS_AT_ONCE or number == num_records - 1:
+            manifest = manifest.commit(pa.Table.from_pylist(rows, SAMPLES))
+            rows = []
+
+
+def _rerun(url: str, num_records: int) -> Rerun:
+    listing = SyntheticListing(num_records)
+    start = time.perf_counter()
+    for _ in listing.records():
+        pass
+    listed = time.perf_counter()
+    before = time.process_time()
+    report = ingest(listing, url, IngestConfig(shards_in_flight=0))
+    if report.num_unchanged != num_records:
+        raise PipelineError(f"{report.num_unchanged} of {num_records} records were unchanged")
+    return Rerun(
+        listing_seconds=listed - start,
+        seconds=time.perf_counter() - listed,
+        processor_seconds=time.process_time() - before,
+        peak_bytes=_peak_bytes(),
+    )
+
+
+def _peak_bytes() -> int:
+    """Of this process alone. Not `getrusage`, which begins with its parent's peak."""
+    status = Path("/proc/self/status").read_text()
+    (peak,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(peak) * 1024
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(_rerun(sys.argv[1], int(sys.argv[2])))))

@@ -1,0 +1,1 @@
+"""Models on disk: files and folders that others open, and what is read of theirs."""

@@ -1,0 +1,1 @@
+"""Checkpoints: what a run writes in order to go on exactly, and which of them it keeps."""

@@ -1,0 +1,1 @@
+"""The feed: micro-batches, collated and on the device before their step begins."""

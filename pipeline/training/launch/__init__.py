@@ -1,0 +1,1 @@
+"""The launch of ranks: on Ray Train, or in this process."""

@@ -1,0 +1,1 @@
+"""Compression: the values of a feature that a sidecar stores."""

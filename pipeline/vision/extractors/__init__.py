@@ -1,0 +1,1 @@
+"""Extractors: frozen networks with their preprocessing and selection rule, one file each."""

@@ -1,0 +1,1 @@
+"""Detectors: boxes and outlines that a frozen R-CNN finds, with the features of each."""

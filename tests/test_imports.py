@@ -45,6 +45,17 @@ ORDER: dict[str, list[str]] = {
         "load",
         "text",
     ],
+    "pipeline.data.manifest": [
+        "schema",
+        "versions",
+        "earlier_form",
+        "table",
+        "features",
+        "manifest",
+        "retention",
+        "diff",
+        "info",
+    ],
     "pipeline.data.sources": [
         "base",
         "image_files",

@@ -7,10 +7,12 @@ because the manifest has them all, are left alone together.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import islice, pairwise
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -18,39 +20,38 @@ import pyarrow.compute as pc
 import xxhash
 
 from pipeline.data.ingest.treatment import Treatment
-from pipeline.data.manifest.manifest import LIVE, REJECT, REMOVED, SAMPLES, Manifest
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import (
+    SAMPLES,
+    Int64Array,
+    SampleRow,
+    State,
+    arrow_schema,
+    foreign_tars,
+    judgements,
+    to_table,
+)
 from pipeline.data.sample import check_key, safe_key
-from pipeline.data.sources.base import Record, Reject, Source, same_image
+from pipeline.data.sources.base import Record, Reject, Source
+from pipeline.data.tars.foreign_tar import ForeignTar
 from pipeline.errors import SourceError
+from pipeline.reason import Reason
 
+_IDENTITY = ("split", "image_fingerprint", "texts_fingerprint")
+_COMPARED = ("key", *_IDENTITY, "state", "reason", "detail", "suffix", "tar", "duplicate_of")
 _LISTING_CHUNK = 8192  # records compared with the manifest at once
 
 # Records to be written. Tables, because a listing of millions would not fit as Python objects.
-CHANGED = pa.schema(
-    [
-        ("key", pa.string()),
-        ("split", pa.string()),
-        ("image", pa.string()),
-        ("suffix", pa.string()),
-        ("texts", pa.binary()),  # canonical JSON
-        ("fingerprint", pa.string()),
-        ("detail", pa.string()),
-        ("tar", pa.string()),  # that the image stays in; else null
-        ("image_offset", pa.int64()),  # in that tar; else -1
-        ("image_size", pa.int64()),
-        ("perceptual_hash", pa.int64()),  # once the image was looked at for that; else null
-    ]
-)
+CHANGED = arrow_schema(Record)
 
 # What a sample's image is recognised by, should another be a copy of it.
-HOLDERS = pa.schema(
-    [("key", pa.string()), ("source_digest", pa.string()), ("perceptual_hash", pa.int64())]
-)
+HOLDERS = pa.schema([SAMPLES.field(name) for name in ("key", "source_digest", "perceptual_hash")])
+
+_IMAGE_COLUMNS = ("split", "suffix", "image_fingerprint")  # an image can stay if these are the same
 
 _LOST = pa.schema([("key", pa.string()), ("reason", pa.string())])
 
 Hashes = npt.NDArray[np.uint64]
-Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 
@@ -111,16 +112,15 @@ class IngestPlan:
         self, rows: Int64Array, samples_per_shard: int, keep_images: bool
     ) -> Iterator[Int64Array]:
         """Cuts rows of one split into shards: images that stay in a tar of others make one."""
-        tar = self.changed["tar"].take(pa.array(rows)).combine_chunks().dictionary_encode()
-        number = pc.fill_null(tar.indices, -1).to_numpy()
+        tars, number = foreign_tars(self.changed["tar"].take(pa.array(rows)))
         if keep_images:
             number = np.full_like(number, -1)
         copied = rows[number < 0]
         for start in range(0, len(copied), samples_per_shard):
             yield copied[start : start + samples_per_shard]
-        offsets = self.changed["image_offset"].to_numpy()[rows]
+        offsets = self.changed["image_offset"].fill_null(-1).to_numpy()[rows]
         in_order = np.lexsort((offsets, number))
-        ends = np.searchsorted(number[in_order], np.arange(len(tar.dictionary) + 1))
+        ends = np.searchsorted(number[in_order], np.arange(len(tars) + 1))
         for start, end in pairwise(ends.tolist()):
             if end > start:
                 yield rows[in_order[start:end]]
@@ -128,7 +128,7 @@ class IngestPlan:
     @property
     def num_live(self) -> int:
         """The samples of the dataset before anything is done."""
-        return int(self.held.filter(pc.equal(self.held["state"], LIVE)).num_rows)
+        return int(self.held.filter(pc.equal(self.held["state"], State.LIVE)).num_rows)
 
     def holders(self) -> pa.Table:
         """Returns the live samples whose images this run leaves as they are; schema HOLDERS."""
@@ -145,39 +145,37 @@ class IngestPlan:
     def _old_rows(self) -> tuple[Int64Array, BoolArray]:
         """Returns for each changed record its row in `known`, or -1, and if its image stays."""
         old_row = pc.index_in(self.changed["key"], value_set=self.known["key"].combine_chunks())
-        old_row = pc.fill_null(old_row, -1).to_numpy()
-        keeps_image = np.zeros(self.changed.num_rows, bool)
-        edited = np.flatnonzero(old_row >= 0)
-        keeps_image[edited] = _same_images(
-            self.changed.take(edited), self.known.take(old_row[edited])
-        )
-        return old_row, keeps_image
+        old = self.known.select(_IMAGE_COLUMNS).take(old_row)  # null where there is none
+        same = [pc.equal(self.changed[name], old[name]) for name in _IMAGE_COLUMNS]
+        keeps_image = pc.fill_null(reduce(pc.and_kleene, same), False).to_numpy()
+        return pc.fill_null(old_row, -1).to_numpy(), keeps_image
 
 
 class SharedKeyError(Exception):
     """A listed key is also that of a record in a tar that was left unopened."""
 
 
-def plan_ingest(source: Source, manifest: Manifest, unopened: Sequence[str] = ()) -> IngestPlan:
+def plan_ingest(
+    source: Source, manifest: Manifest, unopened: Collection[ForeignTar] = ()
+) -> IngestPlan:
     """Compares a source's listing with a manifest.
 
     The second and later records of a key become `duplicate-id` rejects under keys of their own.
-    What the manifest has of `unopened` tars, by their names, counts as listed and unchanged; a
+    What the manifest has of `unopened` tars counts as listed and unchanged; a
     record that shares its key with one of those raises SharedKeyError, since which of them is
     the first cannot be told. Raises SourceError if nothing is listed: an empty listing would
     remove every sample.
     """
-    rows = manifest.rows(
-        ["key", "split", "state", "reason", "detail", "fingerprint", "tar", "duplicate_of"]
-    )
-    rows = rows.filter(pc.not_equal(rows["state"], REMOVED)).combine_chunks()
-    known, seen, renamed = _Known(rows), _Seen(), _Renamed()
-    is_unopened = np.asarray(pc.is_in(rows["tar"], pa.array(unopened, pa.string())))
+    rows = manifest.rows(_COMPARED)
+    rows = rows.filter(pc.not_equal(rows["state"], State.REMOVED)).combine_chunks()
+    tars, tar_of_row = foreign_tars(rows["tar"])
+    known, seen, renamed = _Known(rows), _Seen(), _Renamed(tars, tar_of_row)
+    is_unopened = np.isin(tar_of_row, [i for i, tar in enumerate(tars) if tar in unopened])
     is_copy = np.asarray(pc.is_valid(rows["duplicate_of"]))
     copies = [CHANGED.empty_table()]
     changed, settled = [CHANGED.empty_table()], [SAMPLES.empty_table()]
     listed, unchanged = np.tile(is_unopened, (2, 1))
-    is_live = np.asarray(pc.equal(rows["state"], LIVE))
+    is_live = np.asarray(pc.equal(rows["state"], State.LIVE))
     lost = [_LOST.empty_table()]
     num_listed, num_changed = int(np.count_nonzero(is_unopened)), 0
     entries = iter(source.records())
@@ -193,11 +191,10 @@ def plan_ingest(source: Source, manifest: Manifest, unopened: Sequence[str] = ()
         listed[row[row >= 0]] = True
         unchanged[row[same]] = True
         fresh = [chunk[i] for i in np.flatnonzero(~same).tolist()]
-        changed.append(_to_write([entry for entry in fresh if isinstance(entry, Record)]))
+        changed.append(_records(fresh))
         if same.any() and is_copy[row[same]].any():
-            unmoved = [chunk[i] for i in np.flatnonzero(same) if is_copy[row[i]]]
-            copies.append(_to_write([entry for entry in unmoved if isinstance(entry, Record)]))
-        rejects = _rejected([entry for entry in fresh if isinstance(entry, Reject)])
+            copies.append(_records([chunk[i] for i in np.flatnonzero(same) if is_copy[row[i]]]))
+        rejects = _rejects(fresh)
         settled.append(rejects)
         if rejects.num_rows and is_live.any():
             changed_rows = row[(row >= 0) & ~same]
@@ -215,18 +212,19 @@ def plan_ingest(source: Source, manifest: Manifest, unopened: Sequence[str] = ()
     changed += [_of_keys(table, rows["key"].filter(pa.array(freed))) for table in copies]
     num_changed += int(np.count_nonzero(freed))
     removed = rows.filter(pa.array(~listed))
-    vanished = removed.filter(pc.equal(removed["state"], LIVE))["key"]
+    vanished = removed.filter(pc.equal(removed["state"], State.LIVE))["key"]
     lost.append(pa.table([vanished, pa.repeat("", len(vanished))], _LOST))
-    old_rejects = rows.filter(pc.and_(pa.array(unchanged), pc.equal(rows["state"], REJECT)))
+    old_rejects = rows.filter(pc.and_(pa.array(unchanged), pc.equal(rows["state"], State.REJECT)))
     to_write = pa.concat_tables(changed)
     to_write = to_write.take(np.argsort(_column_hashes(to_write["key"]), kind="stable"))
+    settled += [_removals(removed), renamed.rows(manifest, rows["key"])]
     num_edited = int(np.count_nonzero(listed & ~unchanged))
     why = ["reason", "detail"]
     return IngestPlan(
         manifest=manifest,
         changed=to_write,
         known=_live_rows(manifest, to_write["key"]),
-        settled=pa.concat_tables([*settled, _removals(removed), renamed.rows(manifest, rows)]),
+        settled=pa.concat_tables(settled),
         rejects=pa.concat_tables([table.select(why) for table in (*settled, old_rejects)]),
         held=rows.select(["state", "reason"]),
         lost=pa.concat_tables(lost),
@@ -243,7 +241,7 @@ def _without_original(rows: pa.Table, known: "_Known", stays: BoolArray) -> Bool
     copies = np.flatnonzero(np.asarray(pc.is_valid(rows["duplicate_of"])) & stays)
     if len(copies):
         original = known.find(_column_hashes(rows["duplicate_of"].take(pa.array(copies))))
-        live = np.asarray(pc.equal(rows["state"], LIVE)) & stays
+        live = np.asarray(pc.equal(rows["state"], State.LIVE)) & stays
         freed[copies] = (original < 0) | ~live[original]
     return freed
 
@@ -262,7 +260,7 @@ class _Known:
         hashes = _column_hashes(rows["key"])
         self._row = np.argsort(hashes)
         self._hashes = hashes[self._row]
-        self._identity = rows.select(["split", "fingerprint"])
+        self._identity = rows.select(_IDENTITY).append_column("judgement", judgements(rows))
 
     def find(self, hashes: Hashes) -> Int64Array:
         """Returns each key's row, or -1 if it has none."""
@@ -275,42 +273,48 @@ class _Known:
         """Returns whether the row of each entry, if it has one, says the same as the entry."""
         if (row < 0).all():
             return np.zeros(len(row), bool)
-        here = pa.array(row, mask=row < 0)
-        there = self._identity.take(here)
-        split = pa.array([entry.split for entry in entries], pa.string())
-        fingerprint = pa.array([_fingerprint(entry) for entry in entries], pa.string())
-        same = pc.and_(pc.equal(there["split"], split), pc.equal(there["fingerprint"], fingerprint))
-        found: BoolArray = pc.fill_null(same, False).to_numpy()
+        there = self._identity.take(pa.array(row, mask=row < 0))
+        here = {
+            "split": [entry.split for entry in entries],
+            "image_fingerprint": [entry.image_fingerprint for entry in entries],
+            "texts_fingerprint": [entry.texts_fingerprint for entry in entries],
+            "judgement": [_judgement(entry) for entry in entries],
+        }
+        same = [pc.equal(there[name], pa.array(here[name], pa.string())) for name in here]
+        found: BoolArray = pc.fill_null(reduce(pc.and_kleene, same), False).to_numpy()
         return found
 
 
 class _Renamed:
     """Unchanged records in tars that are listed by other settings now, or with other records."""
 
-    def __init__(self) -> None:
-        self._row: list[Int64Array] = []
-        self._tar: list[str] = []
+    def __init__(self, tars: Sequence[ForeignTar], tar_of_row: Int64Array) -> None:
+        self._known = [*tars, None]  # -1: a row has none
+        self._tar_of_row = tar_of_row
+        self._rows: list[int] = []
+        self._tars: list[ForeignTar | None] = []
 
     def add(self, row: Int64Array, same: BoolArray, entries: Sequence[Record | Reject]) -> None:
         """Notes those of the entries that say the `same` as their `row`, but for their tar."""
-        if any(entry.tar for entry in entries):
-            self._row.append(row[same])
-            self._tar += [entries[i].tar for i in np.flatnonzero(same).tolist()]
+        if not any(entry.tar for entry in entries):
+            return
+        for i in np.flatnonzero(same).tolist():
+            if entries[i].tar != self._known[self._tar_of_row[row[i]]]:
+                self._rows.append(row[i])
+                self._tars.append(entries[i].tar)
 
-    def rows(self, manifest: Manifest, known: pa.Table) -> pa.Table:
-        """Returns their rows with the tars' new names, given the rows they were compared with."""
-        row = np.concatenate([np.empty(0, np.int64), *self._row])
-        tar = pa.array(self._tar, pa.string())
-        other = pc.fill_null(pc.not_equal(known["tar"].take(pa.array(row)), tar), True)
-        if not pc.any(other).as_py():
+    def rows(self, manifest: Manifest, known: pa.ChunkedArray) -> pa.Table:
+        """Returns their rows with the tars they are in now, given the keys of what they said."""
+        if not self._rows:
             return SAMPLES.empty_table()
-        keys = known["key"].take(pa.array(row)).filter(other).combine_chunks()
-        names = tar.filter(other.combine_chunks())
         held = manifest.rows()
+        keys = known.take(pa.array(self._rows)).combine_chunks()
         place = pc.index_in(held["key"], value_set=keys)
         held, place = held.filter(pc.is_valid(place)), place.drop_null()
+        tars = msgspec.to_builtins(self._tars)
         column = held.schema.get_field_index("tar")
-        return held.set_column(column, "tar", names.take(place.combine_chunks()))
+        tar = pa.array(tars, SAMPLES.field("tar").type).take(place.combine_chunks())
+        return held.set_column(column, "tar", tar)
 
 
 class _Seen:
@@ -343,7 +347,15 @@ class _Seen:
             self._num_copies[entry.key] += 1
             key = safe_key(f"{entry.key}-duplicate-{self._num_copies[entry.key] + 1}")
         detail = f"key {entry.key} is listed more than once; its first record holds"
-        return Reject(key, entry.split, "duplicate-id", detail, entry.fingerprint, tar=entry.tar)
+        return Reject(
+            key,
+            entry.split,
+            Reason.DUPLICATE_ID,
+            detail,
+            entry.image_fingerprint,
+            entry.texts_fingerprint,
+            tar=entry.tar,
+        )
 
     def _has_one(self, hashed: int) -> bool:
         return bool(self._has(np.array([hashed], np.uint64))[0])
@@ -362,11 +374,9 @@ class _Seen:
         self._sorted.append(hashes)
 
 
-def _fingerprint(entry: Record | Reject) -> str:
-    """A listed reject's starts with the reason: the same files may be judged anew one day."""
-    if isinstance(entry, Reject):
-        return f"{entry.reason}:{entry.fingerprint}"
-    return entry.fingerprint
+def _judgement(entry: Record | Reject) -> str:
+    """As `judgements` of rows."""
+    return entry.reason if isinstance(entry, Reject) else ""
 
 
 def _hashes(texts: Iterable[str]) -> Hashes:
@@ -380,70 +390,36 @@ def _column_hashes(column: pa.ChunkedArray) -> Hashes:
     return np.concatenate([np.empty(0, np.uint64), *hashes])
 
 
-def _same_images(changed: pa.Table, known: pa.Table) -> list[bool]:
-    """Says for each pair of rows whether the sample's image can stay where it is."""
-    columns = ["split", "suffix", "fingerprint"]
-    pairs = zip(changed.select(columns).to_pylist(), known.select(columns).to_pylist(), strict=True)
-    return [
-        new["split"] == old["split"]
-        and new["suffix"] == old["suffix"]
-        and same_image(new["fingerprint"], old["fingerprint"])
-        for new, old in pairs
+def _records(entries: Sequence[Record | Reject]) -> pa.Table:
+    """Returns the records among what is listed; schema CHANGED."""
+    return to_table([entry for entry in entries if isinstance(entry, Record)], Record)
+
+
+def _rejects(entries: Sequence[Record | Reject]) -> pa.Table:
+    """Returns the rows of the rejects among what is listed; schema SAMPLES."""
+    rows = [
+        SampleRow(
+            key=entry.key,
+            split=entry.split,
+            state=State.REJECT,
+            reason=entry.reason,
+            detail=entry.detail,
+            image_fingerprint=entry.image_fingerprint,
+            texts_fingerprint=entry.texts_fingerprint,
+            tar=entry.tar,
+        )
+        for entry in entries
+        if isinstance(entry, Reject)
     ]
-
-
-def _to_write(records: Sequence[Record]) -> pa.Table:
-    return pa.Table.from_pydict(
-        {
-            "key": [record.key for record in records],
-            "split": [record.split for record in records],
-            "image": [record.image for record in records],
-            "suffix": [record.suffix for record in records],
-            "texts": [record.texts.to_json() for record in records],
-            "fingerprint": [record.fingerprint for record in records],
-            "detail": [record.detail for record in records],
-            "tar": [record.tar or None for record in records],
-            "image_offset": [record.image_offset for record in records],
-            "image_size": [record.image_size for record in records],
-            "perceptual_hash": [None] * len(records),
-        },
-        CHANGED,
-    )
-
-
-def _rejected(rejects: Sequence[Reject]) -> pa.Table:
-    return _rows(
-        key=[reject.key for reject in rejects],
-        split=[reject.split for reject in rejects],
-        state=[REJECT] * len(rejects),
-        reason=[reject.reason for reject in rejects],
-        detail=[reject.detail for reject in rejects],
-        fingerprint=[_fingerprint(reject) for reject in rejects],
-        tar=[reject.tar or None for reject in rejects],
-    )
+    return to_table(rows, SampleRow)
 
 
 def _removals(rows: pa.Table) -> pa.Table:
-    return _rows(
-        key=rows["key"],
-        split=rows["split"],
-        state=[REMOVED] * rows.num_rows,
-        reason=[""] * rows.num_rows,
-        detail=[""] * rows.num_rows,
-        fingerprint=rows["fingerprint"],
-    )
-
-
-def _rows(**columns: Sequence[str | None] | pa.ChunkedArray) -> pa.Table:
-    """Returns rows of the manifest with these columns, the others null."""
-    num_rows = len(columns["key"])
-    return pa.Table.from_pydict(
-        {
-            column.name: columns.get(column.name, pa.nulls(num_rows, column.type))
-            for column in SAMPLES
-        },
-        SAMPLES,
-    )
+    """Returns rows that say of their keys that they are listed no more."""
+    state = pa.repeat(State.REMOVED.value, rows.num_rows)
+    known = rows.select(["key", *_IDENTITY]).append_column("state", state)
+    columns = {column.name: pa.nulls(rows.num_rows, column.type) for column in SAMPLES}
+    return pa.table(columns | {name: known[name] for name in known.column_names}, SAMPLES)
 
 
 def _live_rows(manifest: Manifest, keys: pa.ChunkedArray) -> pa.Table:

@@ -10,7 +10,7 @@ from pipeline import storage
 from pipeline.errors import CheckpointError
 from pipeline.training.checkpoints import checkpoint
 from pipeline.training.checkpoints.retention import Kept, superfluous
-from pipeline.training.checkpoints.run_state import Tally
+from pipeline.training.checkpoints.run_state import RunState
 from pipeline.training.spec import TrainingConfig
 
 OnEvent = Callable[..., None]
@@ -48,13 +48,13 @@ class Keeper:
             except CheckpointError as error:
                 self._on_event("damaged-checkpoint", step=found, reason=str(error))
             else:
-                self._keep(found, manifest.written, manifest.tally)
+                self._keep(found, manifest.written, manifest.run_state)
 
-    def save(self, step: int, states: Iterator[tuple[str, Tensor]], tally: Tally) -> None:
+    def save(self, step: int, states: Iterator[tuple[str, Tensor]], run_state: RunState) -> None:
         """Returns once the state is copied; the one before it is published by then."""
         began = time.perf_counter()
         self.finish()
-        self._saving = checkpoint.Saving(self._folder, step, states, tally, self._writer)
+        self._saving = checkpoint.Saving(self._folder, step, states, run_state, self._writer)
         self._seconds_waited = time.perf_counter() - began
 
     def is_written(self) -> bool:
@@ -70,7 +70,7 @@ class Keeper:
         saving.finish()
         if torch.distributed.get_rank() != 0:
             return
-        self._keep(saving.step, saving.written, saving.tally)
+        self._keep(saving.step, saving.written, saving.run_state)
         for step in superfluous(self._kept.values(), self._config):
             storage.remove(self._location(step))
             del self._kept[step]
@@ -92,5 +92,5 @@ class Keeper:
     def _location(self, step: int) -> str:
         return storage.join(self._folder, checkpoint.name_of(step))
 
-    def _keep(self, step: int, written: float, tally: Tally) -> None:
-        self._kept[step] = Kept(step, written, tally.evaluation.get(self._config.best_by))
+    def _keep(self, step: int, written: float, run_state: RunState) -> None:
+        self._kept[step] = Kept(step, written, run_state.evaluation.get(self._config.best_by))

@@ -12,10 +12,10 @@ from pipeline.errors import CheckpointError
 from pipeline.training.checkpoints import checkpoint
 from pipeline.training.checkpoints.checkpoint import Writer
 from pipeline.training.checkpoints.manager import Keeper
-from pipeline.training.checkpoints.run_state import Tally
+from pipeline.training.checkpoints.run_state import RunState
 from tests.training.stand_in import make_spec
 
-WRITER = Writer(sequence={"seed": 1}, zero_stage=1, precision="fp32")
+WRITER = Writer(reproducibility_key={"seed": 1}, zero_stage=1, precision="fp32")
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -48,7 +48,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 def test_training_goes_on_while_the_disk_is_busy(tmp_path: Path, disk: threading.Event) -> None:
     told: list[dict[str, Any]] = []
     keeper = make_keeper(tmp_path, told)
-    keeper.save(3, states(3), Tally())
+    keeper.save(3, states(3), RunState())
     assert not keeper.is_written()
     assert checkpoint.steps_in(str(tmp_path)) == []
     disk.set()
@@ -65,9 +65,9 @@ def test_training_goes_on_while_the_disk_is_busy(tmp_path: Path, disk: threading
 
 def test_a_save_waits_for_the_one_before_it(tmp_path: Path, disk: threading.Event) -> None:
     keeper = make_keeper(tmp_path, [])
-    keeper.save(3, states(3), Tally())
+    keeper.save(3, states(3), RunState())
     threading.Timer(0.3, disk.set).start()
-    keeper.save(6, states(6), Tally())
+    keeper.save(6, states(6), RunState())
     assert disk.is_set()
     assert checkpoint.steps_in(str(tmp_path)) == [3]
     keeper.finish()
@@ -82,7 +82,7 @@ def test_a_full_disk_is_an_error_when_the_run_next_asks(
 
     keeper = make_keeper(tmp_path, [])
     monkeypatch.setattr(checkpoint, "save_file", full)
-    keeper.save(3, states(3), Tally())
+    keeper.save(3, states(3), RunState())
     keeper.wait()
     assert keeper.is_written()
     with pytest.raises(CheckpointError, match=r"rank 0 could not write its part.*No space left"):
@@ -94,14 +94,14 @@ def test_what_no_rule_wants_is_removed_once_its_successor_is_published(tmp_path:
     settings: dict[str, Any] = {"evaluate_every_steps": 1, "keep_best_checkpoints": 1}
     keeper = make_keeper(tmp_path, [], **settings)
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 4.0)):
-        keeper.save(step, states(step), Tally(evaluation={"loss": loss}))
+        keeper.save(step, states(step), RunState(evaluation={"loss": loss}))
     keeper.finish()
     assert checkpoint.steps_in(str(tmp_path)) == [2, 3, 4]
     # a run that continues from step 4 goes by the same figures
     keeper = make_keeper(tmp_path, [], **settings)
     keeper.look(4)
     for step in (5, 6):
-        keeper.save(step, states(step), Tally())
+        keeper.save(step, states(step), RunState())
     keeper.finish()
     assert checkpoint.steps_in(str(tmp_path)) == [2, 5, 6]
 
@@ -109,7 +109,7 @@ def test_what_no_rule_wants_is_removed_once_its_successor_is_published(tmp_path:
 def test_a_damaged_checkpoint_is_told_of_and_left_where_it_is(tmp_path: Path) -> None:
     keeper = make_keeper(tmp_path, [])
     for step in (1, 2):
-        keeper.save(step, states(step), Tally())
+        keeper.save(step, states(step), RunState())
     keeper.finish()
     (tmp_path / "step-00000001" / "manifest.json").write_text("torn")
     told: list[dict[str, Any]] = []
@@ -119,6 +119,6 @@ def test_a_damaged_checkpoint_is_told_of_and_left_where_it_is(tmp_path: Path) ->
     assert (event["event"], event["step"]) == ("damaged-checkpoint", 1)
     assert "step-00000001/manifest.json is damaged" in event["reason"]
     for step in (3, 4):
-        keeper.save(step, states(step), Tally())
+        keeper.save(step, states(step), RunState())
     keeper.finish()
     assert checkpoint.steps_in(str(tmp_path)) == [1, 3, 4]

@@ -32,7 +32,7 @@ from pipeline import storage
 from pipeline.errors import CheckpointError, ConfigError, LostError, TrainingError
 from pipeline.training.assembly import MODEL, Assembly, assemble
 from pipeline.training.checkpoints import checkpoint
-from pipeline.training.checkpoints.manager import Keeper
+from pipeline.training.checkpoints.manager import CheckpointManager
 from pipeline.training.checkpoints.run_state import RunState
 from pipeline.training.continuation import Difference, differences, fixed
 from pipeline.training.engine.engine import Engine
@@ -80,7 +80,7 @@ def train(
         is_first = environment.rank == 0
         is_lost = stack.enter_context(only_writer(spec.folder)) if is_first else _never
         dist.barrier()  # the others touch nothing before the folder is ours
-        return _Run(spec, environment, assembled, is_lost).to_end()
+        return _Run(spec, environment, assembled, is_lost).run()
 
 
 def finished_result(spec: TrainingSpec) -> TrainingResult | None:
@@ -175,9 +175,9 @@ class _Run:
             zero_stage=self.config.zero_stage,
             precision=self.config.resolved_precision(environment.device),
         )
-        self.keeper = Keeper(self.checkpoints, self.config, writer, self._event)
+        self.manager = CheckpointManager(self.checkpoints, self.config, writer, self._event)
 
-    def to_end(self) -> TrainingResult:
+    def run(self) -> TrainingResult:
         config = self.config
         if config.evaluate_every_steps is not None and self.evaluate is None:
             raise ConfigError("training.evaluate_every_steps: this run has no held-out data")
@@ -192,10 +192,10 @@ class _Run:
                 self.log = stack.enter_context(log)
             self._tell_start(start, damaged)
             if self.is_first:
-                self.keeper.look(start)
-            stack.callback(self.keeper.wait)
+                self.manager.adopt_existing(start)
+            stack.callback(self.manager.wait)
             step, stopped = self._steps(start)
-            self.keeper.finish()
+            self.manager.finish()
             if stopped:
                 self._event("stopped", step=step)
                 loss = last_loss(self.spec.folder) if self.is_first else math.nan
@@ -299,7 +299,7 @@ class _Run:
                     self.run_state = self.run_state.after_update()
                     self._report(step, figures, rate, meter)
                 if figures.written:
-                    self.keeper.finish()
+                    self.manager.finish()
                 last = step == config.steps or self.run_state.is_patience_spent(config)
                 due = step % config.checkpoint_every_steps == 0
                 best = self.run_state.is_best(step) and (
@@ -373,7 +373,7 @@ class _Run:
             wait_seconds,
             self._is_stop_requested(),
             self.is_lost(),
-            self.keeper.is_written(),
+            self.manager.is_written(),
         ]
         mine = torch.cat([means, means.new_tensor(counts)])
         ranks = [torch.empty_like(mine) for _ in range(self.environment.world_size)]
@@ -445,7 +445,7 @@ class _Run:
                 self._roll_back(step, fault)
                 return
             refusal = f", and the run was rolled back {self.run_state.roll_backs} times before"
-        self.keeper.finish()  # what came before is whole
+        self.manager.finish()  # what came before is whole
         raise TrainingError(f"{self.spec.phase}, step {step}, {fault}{refusal}; {self._advice()}")
 
     def _advice(self) -> str:
@@ -472,7 +472,7 @@ class _Run:
         So did PaLM after a spike of its loss (arXiv:2204.02311, 5.1): the batches harm only
         together with the weights that met them, so going back alone would meet them again.
         """
-        self.keeper.finish()
+        self.manager.finish()
         times = self.run_state.roll_backs + 1
         self.engine.close()
         self.assembly = replace(self.assembly, module=self.assembled(self.spec).module)
@@ -489,7 +489,7 @@ class _Run:
         self.run_state = replace(
             self.run_state, skipped=self.engine.skipped, loss_scale=self.engine.loss_scale()
         )
-        self.keeper.save(step, self.engine.states(), self.run_state)
+        self.manager.save(step, self.engine.states(), self.run_state)
 
     def _finish(self, step: int) -> TrainingResult:
         """Writes the model folder and, last, the file that says the run is complete."""

@@ -525,9 +525,9 @@ class _Run:
 
     def _weights(self, chosen: int, step: int) -> dict[str, Tensor]:
         """Returns the weights of a step on rank 0, as the config wants them; `step` is the last."""
-        averaged = self.config.model_weights == "average"
+        ema = self.config.model_weights == "average"
         if chosen == step:
-            return self.engine.weights(averaged)
+            return self.engine.weights(ema)
         if not self.is_first:
             return {}
         location = storage.join(self.checkpoints, checkpoint.name_of(chosen))
@@ -543,7 +543,7 @@ class _Run:
                     "the last step's weights"
                 ) from error
             read = checkpoint.reader(location, manifest, Path(cache))
-            return checkpoint.weights(manifest, read, averaged)
+            return checkpoint.weights(manifest, read, ema)
 
     def _tell_start(self, start: int, damaged: list[str]) -> None:
         for reason in damaged:

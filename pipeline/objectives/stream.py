@@ -50,7 +50,7 @@ class MicroBatch:
         return sum(int((~padding).sum()) for padding in self._paddings())
 
     @property
-    def num_places(self) -> int:
+    def num_tokens_with_padding(self) -> int:
         """The same with their padding."""
         return sum(padding.numel() for padding in self._paddings())
 
@@ -227,11 +227,11 @@ def encode_texts(
     for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         tokens[i, : 1 + length + len(closing)] = [vocabulary.cls, *row[:length], *closing]
         words[i, 1 : 1 + length] = encoded.word_ids(i)[:length]
-    place, ends = np.arange(width), lengths[:, None]
+    column, ends = np.arange(width), lengths[:, None]
     return Encodings(
         tokens=tokens,
-        padding=place >= ends + 1 + len(closing),
-        is_word=(place >= 1) & (place < ends + 1),
+        padding=column >= ends + 1 + len(closing),
+        is_word=(column >= 1) & (column < ends + 1),
         words=words,
     )
 
@@ -248,13 +248,13 @@ def make_inputs(
         features = _no_regions(len(encodings.tokens), blind_dim)
     if features is None:
         raise FeatureError("this batch has no features; open the split with an extractor's name")
-    places = np.arange(features.values.shape[1])
+    columns = np.arange(features.values.shape[1])
     return Inputs(
         tokens=torch.from_numpy(encodings.tokens),
         token_padding=torch.from_numpy(encodings.padding),
         features=torch.from_numpy(features.values),
         boxes=torch.from_numpy(features.boxes),
-        region_padding=torch.from_numpy(places >= features.num_regions[:, None]),
+        region_padding=torch.from_numpy(columns >= features.num_regions[:, None]),
     )
 
 

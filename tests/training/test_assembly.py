@@ -141,7 +141,7 @@ def test_objectives_of_two_kinds_of_text_share_a_step(data: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("blind", [False, True])
-def test_micro_batches_take_at_most_so_many_places_and_a_step_is_the_same(
+def test_micro_batches_take_at_most_so_many_tokens_and_a_step_is_the_same(
     data: Path, tmp_path: Path, blind: bool
 ) -> None:
     objectives: dict[str, Any] = {"answer": {}, "lm": {}, "itm": {}}
@@ -167,7 +167,7 @@ def test_micro_batches_take_at_most_so_many_places_and_a_step_is_the_same(
             for batch in batches:
                 sizes = {len(batch.streams[stream].inputs.tokens) for stream in streams}
                 assert len(sizes) == 1
-                assert batch.num_places <= most or sizes == {1}
+                assert batch.num_tokens_with_padding <= most or sizes == {1}
             assert sum(batch.num_samples for batch in batches) == share.num_samples
             for stream in streams:
                 assert sorted(words(batches, stream)) == sorted(words([share], stream))

@@ -95,10 +95,10 @@ def assemble(spec: TrainingSpec) -> Assembly:
     return Assembly(module, _batches(spec, objectives), save, _evaluation(spec), flops, initial)
 
 
-def _flops(sizes: ModelConfig) -> Callable[[stream.MicroBatch], int]:
+def _flops(sizes: ModelConfig) -> Callable[[stream.CollatedBatch], int]:
     encoding = EncodingFlops(sizes)
 
-    def flops(batch: stream.MicroBatch) -> int:
+    def flops(batch: stream.CollatedBatch) -> int:
         lengths: Counter[tuple[int, int]] = Counter()
         for one in batch.streams.values():
             num_tokens = (~one.inputs.token_padding).sum(dim=1).tolist()
@@ -121,7 +121,7 @@ class _Feed:
 
     def batches(
         self, start: int, stop: int, rank: int, world_size: int
-    ) -> Generator[list[stream.MicroBatch], None, None]:
+    ) -> Generator[list[stream.CollatedBatch], None, None]:
         """Yields for each step in [start, stop) the rank's micro-batches."""
         self._require_one_pass(world_size)
         read_at_once = self.micro_batch_size
@@ -157,8 +157,8 @@ class _Feed:
                     "global_batch_size = micro_batch_size x ranks"
                 )
 
-    def _collated(self, batches: Mapping[TextKind, Batch]) -> stream.MicroBatch:
-        return stream.MicroBatch(
+    def _collated(self, batches: Mapping[TextKind, Batch]) -> stream.CollatedBatch:
+        return stream.CollatedBatch(
             {
                 collate.stream.name: collate(batches[collate.stream.kind])
                 for collate in self.collators
@@ -264,7 +264,7 @@ def _batches(spec: TrainingSpec, objectives: list[Objective]) -> Batches:
 
     def batches(
         start: int, rank: int, world_size: int
-    ) -> Generator[list[stream.MicroBatch], None, None]:
+    ) -> Generator[list[stream.CollatedBatch], None, None]:
         return feed.batches(start, spec.training.steps, rank, world_size)
 
     return batches

@@ -14,7 +14,7 @@ from pipeline.data.text.vocabulary import build_tokenizer, load_tokenizer
 from pipeline.errors import ConfigError
 from pipeline.models.flops import EncodingFlops
 from pipeline.objectives.objective import ObjectivesConfig
-from pipeline.objectives.stream import MicroBatch, StreamCollator
+from pipeline.objectives.stream import CollatedBatch, StreamCollator
 from pipeline.pretrained.folder import load_model
 from pipeline.training.assembly import Assembly, assemble
 from pipeline.training.loop import train
@@ -270,7 +270,7 @@ def by_hand(spec: TrainingSpec) -> dict[str, float]:
         kind = objective.stream.kind
         collate = StreamCollator([objective], load_tokenizer(spec.tokenizer), 9, ANSWERS)
         found = [
-            float(module(MicroBatch({objective.stream.name: collate(batch)}))[1][objective.name])
+            float(module(CollatedBatch({objective.stream.name: collate(batch)}))[1][objective.name])
             for batch in eval_batches(split, kind, 1)
         ]
         assert len(found) == split.counts(kind).sum()

@@ -9,7 +9,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/sightline run jobs/recipes/quickstart.yaml
 
 fast: $(VENV)/installed-dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --fast --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --fast --numprocesses 2 --dist worksteal
 
 test: $(VENV)/installed-dev lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal

@@ -15,6 +15,7 @@ from pipeline.stages.changed import Begun, OnChange, aside, make_way, refuse
 from pipeline.training.launch import launch
 from pipeline.training.loop import CHECKPOINTS
 from pipeline.training.spec import TrainingSpec
+from tests.processes import DISK_AND_OBJECT_STORE
 from tests.training.stand_in import make_spec, stand_in
 from tests.training.test_loop import interrupt_at
 
@@ -52,7 +53,7 @@ def told(
     return []
 
 
-@pytest.fixture(params=["disk", "object store"])
+@pytest.fixture(params=DISK_AND_OBJECT_STORE)
 def phase(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "disk":
         return str(tmp_path / "run" / "pretrain")

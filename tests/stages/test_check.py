@@ -1,7 +1,6 @@
 """A recipe looked at before its run, with and without its data."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,14 +26,6 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("extracted")
     run_stages(small(folder), ["ingest", "extract"], QUIET)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors: a second thread only waits for the first
-    yield
-    torch.set_num_threads(threads)
 
 
 def looked_at(folder: Path, *overrides: str) -> Report:

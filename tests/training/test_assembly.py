@@ -289,6 +289,7 @@ def test_held_out_figures_are_means_over_every_example_once(
     assert figures(spec) == pytest.approx(by_hand(spec), rel=1e-5)
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("alone")
 def test_held_out_figures_know_neither_batch_size_nor_ranks(data: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
@@ -323,6 +324,7 @@ def test_at_most_so_many_examples_are_held_out(data: Path, tmp_path: Path) -> No
     assert figures(many) == figures(held_out(data, tmp_path, (12, 3)))
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("alone")
 def test_contrast_is_held_out_in_global_batches_of_like_size(data: Path, tmp_path: Path) -> None:
     """33 captions in global batches of 12: three of 11, of which each of two ranks has a part."""
@@ -426,6 +428,7 @@ def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("stage", "precision", "tokens"), [(1, "fp32", None), (3, "bf16", None), (2, "fp32", 60)]
 )

@@ -179,6 +179,7 @@ def test_the_average_is_shown_to_an_evaluation_and_the_weights_come_back(
     assert evaluated[0] != evaluated[1]
 
 
+@pytest.mark.processes
 def test_a_killed_run_with_state_in_files_ends_as_the_unbroken_one(
     tmp_path: Path, nvme: Path
 ) -> None:
@@ -195,6 +196,7 @@ def test_a_killed_run_with_state_in_files_ends_as_the_unbroken_one(
     ]
 
 
+@pytest.mark.processes
 def test_a_run_goes_from_memory_to_files_and_back_with_other_ranks_and_stages(
     tmp_path: Path, nvme: Path
 ) -> None:

@@ -22,6 +22,8 @@ import s3fs
 from pipeline.cluster import ClusterConfig, start_ray
 from tests.ray_head import RayHead
 
+pytest_plugins = ["tests.processes"]
+
 _home = pytest.StashKey[str]()
 
 

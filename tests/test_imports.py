@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # `*` stands for all that a list does not name; among them there is no order.
 ORDER: dict[str, list[str]] = {
     "pipeline": [
+        "reason",
         "errors",
         "storage",
         "config",
@@ -95,6 +96,7 @@ ORDER: dict[str, list[str]] = {
 
 # What may meet a heavy or stateful library; everything else stays plain functions.
 ONLY_IN = {
+    "duckdb": {"pipeline/data/manifest/engine.py"},
     "deepspeed": {"pipeline/training/engine/engine.py"},
     "ray": {
         "pipeline/perf/extract.py",

@@ -80,9 +80,9 @@ class Begun:
     def has_model(self) -> bool:
         return is_model(self.model)
 
-    def changes(self, sequence: dict[str, Any]) -> tuple[Difference, ...]:
+    def changes(self, reproducibility_key: dict[str, Any]) -> tuple[Difference, ...]:
         """Compares with settings of now: with all of them, or with those that are known yet."""
-        return differences(self.spec.sequence(), sequence, self.spec.phase)
+        return differences(self.spec.reproducibility_key(), reproducibility_key, self.spec.phase)
 
     def is_beyond_repair(self) -> bool:
         """Whether it has checkpoints, and none that can be gone on from."""

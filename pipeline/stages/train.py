@@ -176,7 +176,7 @@ def refuse_changes(recipe: Recipe, stage: str, on_change: OnChange) -> None:
         ):
             continue
         known = {
-            "training": training.sequence(),
+            "training": training.reproducibility_key(),
             "seed": recipe.training.seed,
             "family": recipe.model.family,
             "max_tokens": recipe.model.max_tokens,
@@ -256,7 +256,7 @@ class _Plan:
 
     @property
     def changed(self) -> Sequence[Difference]:
-        return self.begun.changes(self.spec.sequence()) if self.begun else ()
+        return self.begun.changes(self.spec.reproducibility_key()) if self.begun else ()
 
     @property
     def is_finished(self) -> bool:
@@ -276,11 +276,11 @@ def _identity(plans: Sequence[_Plan]) -> str:
 
 def _lasting(spec: TrainingSpec) -> dict[str, Any]:
     """Returns what a finished phase depends on: of its data the content, not the version."""
-    sequence = spec.sequence()
-    del sequence["dataset_version"]
-    for other in sequence["mixed_in"]:
+    reproducibility_key = spec.reproducibility_key()
+    del reproducibility_key["dataset_version"]
+    for other in reproducibility_key["mixed_in"]:
         del other["dataset_version"]
-    return sequence
+    return reproducibility_key
 
 
 def _publish(recipe: Recipe, model: str, progress: StageProgress) -> None:

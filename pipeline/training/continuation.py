@@ -41,7 +41,7 @@ class Difference:
 def differences(
     then: Mapping[str, Any], now: Mapping[str, Any], phase: str
 ) -> tuple[Difference, ...]:
-    """Compares two of `TrainingSpec.sequence`, of runs of this phase, setting by setting.
+    """Compares two reproducibility keys of runs of this phase, setting by setting.
 
     A setting that one of them does not record is not compared: an older release did not have it,
     or it has no effect.

@@ -127,7 +127,7 @@ class TrainingConfig(BatchConfig):
                 raise ValueError(f"deepspeed.{key} is decided by {ours}; set that instead")
         return self
 
-    def sequence(self) -> dict[str, Any]:
+    def reproducibility_key(self) -> dict[str, Any]:
         """Returns the settings that the loss curve is a function of, but for rounding.
 
         Absent is how a run is spread over ranks, how often it saves and logs, what it does if a
@@ -223,14 +223,14 @@ class TrainingSpec(Config):
         """Ranks have working directories of their own."""
         return None if location is None else storage.absolute(location)
 
-    def sequence(self) -> dict[str, Any]:
+    def reproducibility_key(self) -> dict[str, Any]:
         """Returns what the loss curve is a function of, for comparing two runs.
 
         Absent are the settings that are free to change: where the run lies, and those that
-        `TrainingConfig.sequence` leaves out.
+        `TrainingConfig.reproducibility_key` leaves out.
         """
         spec = self.model_dump(mode="json", exclude=_free(type(self)))
-        spec["training"] = self.training.sequence()
+        spec["training"] = self.training.reproducibility_key()
         return spec
 
 

@@ -17,6 +17,7 @@ from pipeline.training.launch import launch
 from pipeline.training.loop import CHECKPOINTS
 from pipeline.training.spec import TrainingSpec
 from tests.data.cards import make_card
+from tests.processes import DISK_AND_OBJECT_STORE
 from tests.training.stand_in import make_spec, stand_in
 from tests.training.test_loop import interrupt_at
 
@@ -48,13 +49,13 @@ def told(
     """Returns the lines of a refusal; none if nothing is refused."""
     run = begun.folder.rsplit("/", 1)[0]
     try:
-        refuse(begun, begun.changes(now.sequence()), OnChange(decision, COMMAND), run)
+        refuse(begun, begun.changes(now.reproducibility_key()), OnChange(decision, COMMAND), run)
     except ConfigError as refusal:
         return str(refusal).replace(run, "RUN").splitlines()
     return []
 
 
-@pytest.fixture(params=["disk", "object store"])
+@pytest.fixture(params=DISK_AND_OBJECT_STORE)
 def phase(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "disk":
         return str(tmp_path / "run" / "pretrain")
@@ -70,7 +71,7 @@ def test_settings_that_do_not_touch_the_curve_are_not_asked_about(tmp_path: Path
     free = {"log_every_steps": 4, "keep_checkpoints": 5, "loader_threads": 1, "zero_stage": 2}
     now = make_spec(begun.folder, timeout_seconds=9, not_finite="skip", **free)
     assert told(begun, now) == []
-    assert not make_way(begun, begun.changes(now.sequence()), "refuse", print)
+    assert not make_way(begun, begun.changes(now.reproducibility_key()), "refuse", print)
 
 
 def test_a_refusal_names_each_key_with_both_values_and_the_commands_that_lead_on(
@@ -122,7 +123,7 @@ def test_features_that_another_release_makes_are_told_from_another_extractor(
     begun = replace(begun, spec=features_of(begun.spec, "pixels-old", image_size=6))
     for size, is_of_release in ((6, True), (9, False)):
         now = features_of(make_spec(begun.folder), "pixels-new", image_size=size)
-        changes = begun.changes(now.sequence())
+        changes = begun.changes(now.reproducibility_key())
         with pytest.raises(ConfigError, match="pixels-old then, pixels-new now") as refusal:
             refuse(begun, changes, OnChange(command=COMMAND), "RUN", extractor_of(now.card))
         text = str(refusal.value)
@@ -176,7 +177,9 @@ def test_a_restart_moves_all_aside_and_deletes_nothing(phase: str) -> None:
             name: storage.read_bytes(f"{phase}/{name}") for name in ("spec.json", "metrics.jsonl")
         }
         checkpoints = storage.list_names(f"{phase}/checkpoints/step-00000003")
-        changed = begun.changes(make_spec(phase).model_copy(update={"seed": 99}).sequence())
+        changed = begun.changes(
+            make_spec(phase).model_copy(update={"seed": 99}).reproducibility_key()
+        )
         notes: list[str] = []
         assert make_way(begun, changed, "restart", notes.append)
         moved = f"{phase}.replaced-{number}"
@@ -193,7 +196,7 @@ def test_what_was_stopped_before_its_first_checkpoint_makes_way_with_its_logs(
     begun = begin(str(tmp_path / "pretrain"), 2)
     now = make_spec(begun.folder, learning_rate=0.01)
     assert told(begun, now) == []
-    assert make_way(begun, begun.changes(now.sequence()), "refuse", print)
+    assert make_way(begun, begun.changes(now.reproducibility_key()), "refuse", print)
     assert (tmp_path / "pretrain.replaced-1" / "metrics.jsonl").exists()
 
 
@@ -215,7 +218,7 @@ def test_the_model_of_a_finished_phase_is_kept_beside_the_one_that_is_trained_on
     begun = begin(str(tmp_path / "pretrain"), None)
     weights = (tmp_path / "pretrain" / "model" / "model.safetensors").read_bytes()
     longer = make_spec(begun.folder, steps=10)
-    assert not make_way(begun, begun.changes(longer.sequence()), "continue", print)
+    assert not make_way(begun, begun.changes(longer.reproducibility_key()), "continue", print)
     begin(begun.folder, None, steps=10)
     kept = tmp_path / "pretrain" / "model.step-00000008" / "model.safetensors"
     assert kept.read_bytes() == weights
@@ -226,7 +229,7 @@ def test_the_many_processes_of_torchrun_move_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = begin(str(tmp_path / "pretrain"))
-    changed = begun.changes(make_spec(begun.folder, steps=9).sequence())
+    changed = begun.changes(make_spec(begun.folder, steps=9).reproducibility_key())
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"move it to .*pretrain\.replaced-1 yourself"):
         make_way(begun, changed, "restart", print)

@@ -1,7 +1,6 @@
 """A recipe looked at before its run, with and without its data."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,14 +28,6 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors: a second thread only waits for the first
-    yield
-    torch.set_num_threads(threads)
-
-
 def looked_at(folder: Path, *overrides: str) -> Report:
     return check(small(folder, *overrides), QUIET)
 
@@ -60,7 +51,7 @@ class Layers(nn.Module):
 class Numbers:
     """Two samples of five numbers, as a micro-batch is moved."""
 
-    num_samples = num_tokens = num_places = 2
+    num_samples = num_tokens = num_tokens_with_padding = 2
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.ones(2, 5, device=device, dtype=dtype)

@@ -40,8 +40,8 @@ def test_each_class_has_the_settings_that_it_is_for() -> None:
 
 
 def told(now: TrainingSpec, then: TrainingSpec | None = None) -> list[str]:
-    before = (then or make_spec("here")).sequence()
-    return [str(one) for one in differences(before, now.sequence(), now.phase)]
+    before = (then or make_spec("here")).reproducibility_key()
+    return [str(one) for one in differences(before, now.reproducibility_key(), now.phase)]
 
 
 def changed(**fields: Any) -> TrainingSpec:
@@ -74,7 +74,10 @@ def test_content_is_told_apart_wherever_it_lies() -> None:
         "model.vocab_size: 400 then, 500 now",
     ]
     assert told(now, changed()) == []  # nobody recorded it
-    assert len(fixed(differences(before.sequence(), now.sequence(), "pretrain"))) == 2
+    assert (
+        len(fixed(differences(before.reproducibility_key(), now.reproducibility_key(), "pretrain")))
+        == 2
+    )
 
 
 def test_a_run_that_begins_to_evaluate_is_told_so_once() -> None:
@@ -96,7 +99,10 @@ def test_how_evaluations_are_made_is_compared_only_where_there_are_any() -> None
 
 
 def test_a_setting_that_an_older_release_did_not_have_is_not_compared() -> None:
-    before = make_spec("here").sequence()
+    before = make_spec("here").reproducibility_key()
     del before["training"]["precision"], before["contents"]
     before["training"]["gone"] = 1
-    assert differences(before, make_spec("here", precision="fp32").sequence(), "pretrain") == ()
+    assert (
+        differences(before, make_spec("here", precision="fp32").reproducibility_key(), "pretrain")
+        == ()
+    )

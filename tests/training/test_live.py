@@ -103,6 +103,7 @@ def backbone_of(spec: TrainingSpec) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(Path(spec.folder) / "model" / BACKBONE_WEIGHTS)
 
 
+@pytest.mark.processes
 def test_two_ranks_train_as_one_does_and_a_killed_run_as_the_unbroken_one(
     data: Path, tmp_path: Path
 ) -> None:

@@ -77,9 +77,9 @@ def test_locations_mean_the_same_in_every_working_directory(
 
 
 def test_a_run_is_the_same_however_it_is_spread_and_another_with_another_rate() -> None:
-    run = make_spec("here").sequence()
+    run = make_spec("here").reproducibility_key()
     spread = make_spec("there", zero_stage=3, micro_batch_size=4, checkpoint_every_steps=1)
-    assert spread.sequence() == run
-    assert make_spec("here", not_finite="skip", keep_every_hours=1).sequence() == run
-    assert make_spec("here", freeze=["*.bias"]).sequence() != run
-    assert make_spec("here", learning_rate=1e-5).sequence() != run
+    assert spread.reproducibility_key() == run
+    assert make_spec("here", not_finite="skip", keep_every_hours=1).reproducibility_key() == run
+    assert make_spec("here", freeze=["*.bias"]).reproducibility_key() != run
+    assert make_spec("here", learning_rate=1e-5).reproducibility_key() != run

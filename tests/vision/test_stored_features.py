@@ -117,5 +117,5 @@ def test_a_card_without_the_scales_of_int8_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FeatureError, match="int8 without scales"):
         Dataset.open(str(tmp_path)).split("train", name)
     location.write_text(json.dumps(card | {"parts": {"scales": 3}}))
-    with pytest.raises(FeatureError, match=r"card\.json: not the card of an extractor: parts.scales"):
+    with pytest.raises(FeatureError, match=r"card\.json: not the card of .*parts\.scales"):
         Dataset.open(str(tmp_path)).split("train", name)

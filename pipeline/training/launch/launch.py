@@ -120,8 +120,8 @@ def read_spec(folder: str) -> TrainingSpec:
 def _record(spec: TrainingSpec) -> None:
     """Leaves the spec in its folder, unless another run is there, which the ranks will refuse."""
     with contextlib.suppress(TrainingError):  # there is none, or one that nobody can use
-        begun = read_spec(spec.folder).sequence()
-        if fixed(differences(begun, spec.sequence(), spec.phase)):
+        begun = read_spec(spec.folder).reproducibility_key()
+        if fixed(differences(begun, spec.reproducibility_key(), spec.phase)):
             return
     location = storage.join(spec.folder, SPEC)
     storage.write_bytes(location, spec.model_dump_json(indent=1).encode())

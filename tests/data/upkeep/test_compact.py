@@ -413,6 +413,7 @@ def after(step: object, function: object) -> object:
     return stepped
 
 
+@pytest.mark.processes
 def test_kills_at_random_moments_leave_a_valid_dataset(tmp_path: Path) -> None:
     url = str(tmp_path)
     random = Random(8)

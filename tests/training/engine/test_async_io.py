@@ -93,6 +93,7 @@ def lock_more_than_is_allowed(*_: Any) -> None:
     async_io._require_lockable(1 << 12)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(os.getuid() != 0, reason="only the superuser can become another user")
 def test_memory_that_may_not_be_locked_is_an_error(tmp_path: Path) -> None:
     assert in_processes(1, lock_more_than_is_allowed, make_spec(tmp_path / "run")) == [0]

@@ -88,6 +88,7 @@ ORDER: dict[str, list[str]] = {
 
 # What may meet a heavy or stateful library; everything else stays plain functions.
 ONLY_IN = {
+    "duckdb": {"pipeline/data/manifest/engine.py"},
     "deepspeed": {"pipeline/training/engine/engine.py"},
     "ray": {
         "pipeline/perf/extract.py",

@@ -51,7 +51,7 @@ class Layers(nn.Module):
 class Numbers:
     """Two samples of five numbers, as a micro-batch is moved."""
 
-    num_samples = num_tokens = num_places = 2
+    num_samples = num_tokens = num_tokens_with_padding = 2
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.ones(2, 5, device=device, dtype=dtype)

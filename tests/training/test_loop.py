@@ -447,7 +447,7 @@ class TestAlone:
         read = checkpoint.reader(
             str(tmp_path / "run" / "checkpoints" / kept[0]), manifest, tmp_path
         )
-        best = checkpoint.weights(manifest, read, averaged=False)
+        best = checkpoint.weights(manifest, read, ema=False)
         assert weights(spec) == {name: tensor.tolist() for name, tensor in best.items()}
         assert train(spec, HERE, stand_in).already_finished
 
@@ -542,7 +542,7 @@ class TestAlone:
             location = str(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
             manifest = checkpoint.read_manifest(location)
             now = checkpoint.weights(
-                manifest, checkpoint.reader(location, manifest, tmp_path), averaged=False
+                manifest, checkpoint.reader(location, manifest, tmp_path), ema=False
             )
             for name, tensor in now.items():
                 average[name] = torch.lerp(average[name], tensor, 0.25)

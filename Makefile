@@ -9,10 +9,10 @@ quickstart: $(VENV)/installed
 	$(BIN)/sightline run jobs/recipes/quickstart.yaml
 
 fast: $(VENV)/installed-dev lint
-	$(BIN)/python -m pytest --fast --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --fast --numprocesses 2
 
 test: $(VENV)/installed-dev lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses 3
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -151,6 +151,7 @@ def test_adaptive_regions_differ_in_number_and_fixed_ones_do_not(photos: list[by
         assert (np.diff(feature.parts["scores"]) <= 1e-6).mean() > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

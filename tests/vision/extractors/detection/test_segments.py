@@ -82,6 +82,7 @@ def test_a_mask_pooled_feature_is_the_mean_of_what_the_mask_covers() -> None:
     assert not found[2].any()  # an empty mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pool", "dim"), [("box", 1024), ("mask", 256), ("both", 1280)])
 def test_the_pool_says_how_wide_features_are(
     pool: Any, dim: int, extractor: Extractor, shared_data: Path

@@ -59,7 +59,15 @@ ORDER: dict[str, list[str]] = {
         "*",
         "merged",
     ],
-    "pipeline.vision": ["preprocess", "feature", "compress", "sidecar", "extractors", "extract"],
+    "pipeline.vision": [
+        "preprocess",
+        "feature",
+        "extractor",
+        "compress",
+        "sidecar",
+        "extractors",
+        "extract",
+    ],
     "pipeline.vision.extractors": [
         "arithmetic",
         "weights",
@@ -72,7 +80,7 @@ ORDER: dict[str, list[str]] = {
         "pixels",
         "published",
         "imported",
-        "extractor",
+        "registry",
         "live",
     ],
     "pipeline.training": [

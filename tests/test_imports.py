@@ -70,6 +70,7 @@ ORDER: dict[str, list[str]] = {
         "live",
     ],
     "pipeline.training": [
+        "config",
         "spec",
         "lease",
         "continuation",

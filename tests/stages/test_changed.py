@@ -19,7 +19,7 @@ from tests.training.stand_in import make_spec, stand_in
 from tests.training.test_loop import interrupt_at
 
 PROCESS = ClusterConfig(runner="process")
-COMMAND = "sightline run birds.yaml training.pretrain.learning_rate=0.01"
+COMMAND = "sightline run birds.yaml training.pretrain.optimizer.learning_rate=0.01"
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -46,7 +46,7 @@ def told(
     """Returns the lines of a refusal; none if nothing is refused."""
     run = begun.folder.rsplit("/", 1)[0]
     try:
-        refuse(begun, begun.changes(now.sequence()), OnChange(decision, COMMAND), run)
+        refuse(begun, begun.changes(now.reproducibility_key()), OnChange(decision, COMMAND), run)
     except ConfigError as refusal:
         return str(refusal).replace(run, "RUN").splitlines()
     return []
@@ -65,20 +65,25 @@ def test_a_phase_that_was_never_begun_is_none(tmp_path: Path) -> None:
 
 def test_settings_that_do_not_touch_the_curve_are_not_asked_about(tmp_path: Path) -> None:
     begun = begin(str(tmp_path / "pretrain"))
-    free = {"log_every_steps": 4, "keep_checkpoints": 5, "loader_threads": 1, "zero_stage": 2}
+    free = {
+        "log_every_steps": 4,
+        "checkpoints": {"keep_last": 5},
+        "loading": {"threads": 1},
+        "zero_stage": 2,
+    }
     now = make_spec(begun.folder, timeout_seconds=9, not_finite="skip", **free)
     assert told(begun, now) == []
-    assert not make_way(begun, begun.changes(now.sequence()), "refuse", print)
+    assert not make_way(begun, begun.changes(now.reproducibility_key()), "refuse", print)
 
 
 def test_a_refusal_names_each_key_with_both_values_and_the_commands_that_lead_on(
     tmp_path: Path,
 ) -> None:
     begun = begin(str(tmp_path / "pretrain"))
-    now = make_spec(begun.folder, learning_rate=0.01, steps=12)
+    now = make_spec(begun.folder, optimizer={"learning_rate": 0.01}, steps=12)
     assert told(begun, now) == [
         "pretrain in RUN has checkpoints up to step 3 of 8, and was begun with other settings:",
-        "  training.pretrain.learning_rate: 0.02 then, 0.01 now",
+        "  training.pretrain.optimizer.learning_rate: 0.02 then, 0.01 now",
         "  training.pretrain.steps: 8 then, 12 now",
         "To go on from step 3 with the new settings:",
         f"  {COMMAND} --from-checkpoint",
@@ -92,12 +97,13 @@ def test_a_refusal_names_each_key_with_both_values_and_the_commands_that_lead_on
 
 def test_what_would_be_another_run_is_refused_however_it_is_asked_for(tmp_path: Path) -> None:
     begun = begin(str(tmp_path / "pretrain"))
-    now = make_spec(begun.folder, shuffle_window_shards=3)
+    now = make_spec(begun.folder, loading={"shuffle_window_shards": 3})
     for decision in ("refuse", "continue"):
         lines = told(begun, now, decision)
         assert lines[1:3] == [
-            "  training.pretrain.shuffle_window_shards: 8 then, 3 now",
-            "A run cannot go on with another value of training.pretrain.shuffle_window_shards.",
+            "  training.pretrain.loading.shuffle_window_shards: 8 then, 3 now",
+            "A run cannot go on with another value of "
+            "training.pretrain.loading.shuffle_window_shards.",
         ]
         assert f"  {COMMAND} --restart" in lines
         assert "  sightline export RUN/pretrain RUN-pretrain-model" in lines
@@ -120,7 +126,7 @@ def test_features_that_another_release_makes_are_told_from_another_extractor(
     begun = replace(begun, spec=features_of(begun.spec, "pixels-old", image_size=6))
     for size, is_of_release in ((6, True), (9, False)):
         now = features_of(make_spec(begun.folder), "pixels-new", image_size=size)
-        changes = begun.changes(now.sequence())
+        changes = begun.changes(now.reproducibility_key())
         with pytest.raises(ConfigError, match="pixels-old then, pixels-new now") as refusal:
             refuse(begun, changes, OnChange(command=COMMAND), "RUN", now.card["extractor"])
         text = str(refusal.value)
@@ -150,14 +156,14 @@ def test_a_damaged_spec_is_told_with_what_to_do(tmp_path: Path) -> None:
 
 def test_a_finished_phase_goes_on_only_where_there_is_something_to_do(tmp_path: Path) -> None:
     begun = begin(str(tmp_path / "pretrain"), None)
-    slower = make_spec(begun.folder, learning_rate=0.01)
+    slower = make_spec(begun.folder, optimizer={"learning_rate": 0.01})
     for decision in ("refuse", "continue"):
         lines = told(begun, slower, decision)
         assert lines[0].startswith("pretrain in RUN is finished, with 8 steps, and was begun")
         assert lines[2].endswith(
             "with a larger training.pretrain.steps and --from-checkpoint it goes on."
         )
-    longer = make_spec(begun.folder, learning_rate=0.01, steps=9)
+    longer = make_spec(begun.folder, optimizer={"learning_rate": 0.01}, steps=9)
     assert told(begun, longer)[3] == "To go on from step 8 with the new settings:"
     assert told(begun, longer, "continue") == []
     shorter = make_spec(begun.folder, steps=7)
@@ -174,7 +180,9 @@ def test_a_restart_moves_all_aside_and_deletes_nothing(phase: str) -> None:
             name: storage.read_bytes(f"{phase}/{name}") for name in ("spec.json", "metrics.jsonl")
         }
         checkpoints = storage.list_names(f"{phase}/checkpoints/step-00000003")
-        changed = begun.changes(make_spec(phase).model_copy(update={"seed": 99}).sequence())
+        changed = begun.changes(
+            make_spec(phase).model_copy(update={"seed": 99}).reproducibility_key()
+        )
         notes: list[str] = []
         assert make_way(begun, changed, "restart", notes.append)
         moved = f"{phase}.replaced-{number}"
@@ -189,9 +197,9 @@ def test_what_was_stopped_before_its_first_checkpoint_makes_way_with_its_logs(
     tmp_path: Path,
 ) -> None:
     begun = begin(str(tmp_path / "pretrain"), 2)
-    now = make_spec(begun.folder, learning_rate=0.01)
+    now = make_spec(begun.folder, optimizer={"learning_rate": 0.01})
     assert told(begun, now) == []
-    assert make_way(begun, begun.changes(now.sequence()), "refuse", print)
+    assert make_way(begun, begun.changes(now.reproducibility_key()), "refuse", print)
     assert (tmp_path / "pretrain.replaced-1" / "metrics.jsonl").exists()
 
 
@@ -213,7 +221,7 @@ def test_the_model_of_a_finished_phase_is_kept_beside_the_one_that_is_trained_on
     begun = begin(str(tmp_path / "pretrain"), None)
     weights = (tmp_path / "pretrain" / "model" / "model.safetensors").read_bytes()
     longer = make_spec(begun.folder, steps=10)
-    assert not make_way(begun, begun.changes(longer.sequence()), "continue", print)
+    assert not make_way(begun, begun.changes(longer.reproducibility_key()), "continue", print)
     begin(begun.folder, None, steps=10)
     kept = tmp_path / "pretrain" / "model.step-00000008" / "model.safetensors"
     assert kept.read_bytes() == weights
@@ -224,7 +232,7 @@ def test_the_many_processes_of_torchrun_move_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = begin(str(tmp_path / "pretrain"))
-    changed = begun.changes(make_spec(begun.folder, steps=9).sequence())
+    changed = begun.changes(make_spec(begun.folder, steps=9).reproducibility_key())
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"move it to .*pretrain\.replaced-1 yourself"):
         make_way(begun, changed, "restart", print)

@@ -11,7 +11,7 @@ from pipeline.errors import CheckpointError
 from pipeline.training.checkpoints import checkpoint
 from pipeline.training.checkpoints.retention import Kept, superfluous
 from pipeline.training.checkpoints.run_state import Tally
-from pipeline.training.spec import TrainingConfig
+from pipeline.training.config import TrainingConfig
 
 OnEvent = Callable[..., None]
 
@@ -93,4 +93,6 @@ class Keeper:
         return storage.join(self._folder, checkpoint.name_of(step))
 
     def _keep(self, step: int, written: float, tally: Tally) -> None:
-        self._kept[step] = Kept(step, written, tally.evaluation.get(self._config.best_by))
+        self._kept[step] = Kept(
+            step, written, tally.evaluation.get(self._config.evaluation.best_by)
+        )

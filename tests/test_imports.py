@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # `*` stands for all that a list does not name; among them there is no order.
 ORDER: dict[str, list[str]] = {
     "pipeline": [
+        "reason",
         "errors",
         "storage",
         "config",

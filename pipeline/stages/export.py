@@ -119,7 +119,9 @@ def _from_checkpoint(location: str, folder: str, skipped: tuple[str, ...]) -> Ex
     spec = read_spec(phase)
     with tempfile.TemporaryDirectory(prefix="sightline-") as cache:
         manifest = checkpoint.verify(location, Path(cache))
-        others = fixed(differences(manifest.sequence, spec.reproducibility_key(), spec.phase))
+        others = fixed(
+            differences(manifest.reproducibility_key, spec.reproducibility_key(), spec.phase)
+        )
         if others:
             raise CheckpointError(
                 f"{location}: it is not of the run that {phase} describes; it differs in "

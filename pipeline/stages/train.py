@@ -278,11 +278,11 @@ def _identity(plans: Sequence[_Plan]) -> str:
 
 def _lasting(spec: TrainingSpec) -> dict[str, Any]:
     """Returns what a finished phase depends on: of its data the content, not the version."""
-    key = spec.reproducibility_key()
-    del key["dataset_version"]
-    for other in key["mixed_in"]:
+    reproducibility_key = spec.reproducibility_key()
+    del reproducibility_key["dataset_version"]
+    for other in reproducibility_key["mixed_in"]:
         del other["dataset_version"]
-    return key
+    return reproducibility_key
 
 
 def _publish(recipe: Recipe, model: str, progress: StageProgress) -> None:

@@ -2,7 +2,7 @@
 
 A step is: take the micro-batches, forward and backward each, clip, update, log. Nothing random
 outlives a step: data and corruption are functions of the step, and dropout is seeded from
-(seed, step, rank) when the step begins. So the step number, the tally and the tensors of a
+(seed, step, rank) when the step begins. So the step number, the run state and the tensors of a
 checkpoint are all that a run is, and it goes on bit-identically on the same number of ranks.
 
 On another number of ranks, or with other micro-batches, data, corruption, rates and, without
@@ -32,8 +32,8 @@ from pipeline import storage
 from pipeline.errors import CheckpointError, ConfigError, LostError, TrainingError
 from pipeline.training.assembly import MODEL, Assembly, assemble
 from pipeline.training.checkpoints import checkpoint
-from pipeline.training.checkpoints.manager import Keeper
-from pipeline.training.checkpoints.run_state import Tally
+from pipeline.training.checkpoints.manager import CheckpointManager
+from pipeline.training.checkpoints.run_state import RunState
 from pipeline.training.continuation import Difference, differences, fixed
 from pipeline.training.engine.engine import Engine
 from pipeline.training.engine.peak import peak_flops
@@ -80,7 +80,7 @@ def train(
         is_first = environment.rank == 0
         is_lost = stack.enter_context(only_writer(spec.folder)) if is_first else _never
         dist.barrier()  # the others touch nothing before the folder is ours
-        return _Run(spec, environment, assembled, is_lost).to_end()
+        return _Run(spec, environment, assembled, is_lost).run()
 
 
 def finished_result(spec: TrainingSpec) -> TrainingResult | None:
@@ -93,7 +93,8 @@ def finished_result(spec: TrainingSpec) -> TrainingResult | None:
         return None
     try:
         document = json.loads(storage.read_bytes(where))
-        sequence = dict(document["sequence"])
+        name = "sequence" if "sequence" in document else "reproducibility_key"  # it was the former
+        reproducibility_key = dict(document[name])
         result = TrainingResult(
             **document["result"], model_folder=model_folder, already_finished=True
         )
@@ -101,7 +102,7 @@ def finished_result(spec: TrainingSpec) -> TrainingResult | None:
         raise CheckpointError(
             f"{where}: damaged: {error}; remove it, and the run ends anew from its last checkpoint"
         ) from error
-    if _changed(spec, sequence, spec.folder):
+    if _changed(spec, reproducibility_key, spec.folder):
         return None
     return result
 
@@ -146,7 +147,7 @@ class _StepFigures:
 
 class _Run:
     engine: Engine
-    tally: Tally
+    run_state: RunState
     ranks_before: int | None = None  # those that wrote the checkpoint it goes on from
 
     def __init__(
@@ -170,13 +171,13 @@ class _Run:
         self.changed: tuple[Difference, ...] = ()  # since the checkpoint that is gone on from
         self.checkpoints = storage.join(spec.folder, CHECKPOINTS)
         writer = checkpoint.Writer(
-            sequence=spec.reproducibility_key(),
+            reproducibility_key=spec.reproducibility_key(),
             zero_stage=self.config.zero_stage,
             precision=self.config.resolved_precision(environment.device),
         )
-        self.keeper = Keeper(self.checkpoints, self.config, writer, self._event)
+        self.manager = CheckpointManager(self.checkpoints, self.config, writer, self._event)
 
-    def to_end(self) -> TrainingResult:
+    def run(self) -> TrainingResult:
         config = self.config
         if config.evaluation.every_steps is not None and self.evaluate is None:
             raise ConfigError("training.evaluation.every_steps: this run has no held-out data")
@@ -191,10 +192,10 @@ class _Run:
                 self.log = stack.enter_context(log)
             self._tell_start(start, damaged)
             if self.is_first:
-                self.keeper.look(start)
-            stack.callback(self.keeper.wait)
+                self.manager.adopt_existing(start)
+            stack.callback(self.manager.wait)
             step, stopped = self._steps(start)
-            self.keeper.finish()
+            self.manager.finish()
             if stopped:
                 self._event("stopped", step=step)
                 loss = last_loss(self.spec.folder) if self.is_first else math.nan
@@ -229,18 +230,18 @@ class _Run:
             if told[1] is not None:
                 raise CheckpointError(told[1])
             if not found:
-                self._build(0, given_up, Tally(), None)
+                self._build(0, given_up, RunState(), None)
             else:
                 location = storage.join(self.checkpoints, checkpoint.name_of(found))
                 manifest = checkpoint.read_manifest(location)
-                self.changed = _changed(self.spec, manifest.sequence, location)
-                tally = manifest.tally
+                self.changed = _changed(self.spec, manifest.reproducibility_key, location)
+                run_state = manifest.run_state
                 if self.changed:
                     prefix = f"{training_key(self.spec.phase)}."
                     names = {one.key.removeprefix(prefix) for one in self.changed}
-                    tally = tally.in_new_stretch(not names & _EVALUATED)
+                    run_state = run_state.in_new_stretch(not names & _EVALUATED)
                 read = checkpoint.reader(location, manifest, cache)
-                self._build(manifest.step, given_up, tally, read)
+                self._build(manifest.step, given_up, run_state, read)
                 self.ranks_before = manifest.world_size
         return found
 
@@ -252,18 +253,18 @@ class _Run:
         return Stretch(start, changed, self.spec.dataset_version, time.time())
 
     def _build(
-        self, at: int, given_up: int | None, tally: Tally, read: checkpoint.ReadTensor | None
+        self, at: int, given_up: int | None, run_state: RunState, read: checkpoint.ReadTensor | None
     ) -> None:
         step = at if given_up is None else given_up
-        self.tally = replace(tally, skipped=tally.skipped + step - at)
+        self.run_state = replace(run_state, skipped=run_state.skipped + step - at)
         self.engine = Engine(
             self.assembly.module,
             self.config,
             self.environment,
             step,
             read,
-            skipped=self.tally.skipped,
-            loss_scale=tally.loss_scale,
+            skipped=self.run_state.skipped,
+            loss_scale=run_state.loss_scale,
         )
 
     def _steps(self, start: int) -> tuple[int, bool]:
@@ -274,7 +275,7 @@ class _Run:
         step = start
         device, dtype = self.engine.device, self.engine.dtype
         with device_feed(source, config.loading.prefetch_steps, device, dtype) as take:
-            while step < config.steps and not self.tally.is_patience_spent(config):
+            while step < config.steps and not self.run_state.is_patience_spent(config):
                 step += 1
                 began = time.perf_counter()
                 batches = take()
@@ -295,13 +296,13 @@ class _Run:
                 if figures.fault is not None:
                     self._not_finite(step, figures.fault)
                 else:
-                    self.tally = self.tally.after_update()
+                    self.run_state = self.run_state.after_update()
                     self._report(step, figures, rate, meter)
                 if figures.written:
-                    self.keeper.finish()
-                last = step == config.steps or self.tally.is_patience_spent(config)
+                    self.manager.finish()
+                last = step == config.steps or self.run_state.is_patience_spent(config)
                 due = step % config.checkpoints.every_steps == 0
-                best = self.tally.is_best(step) and (
+                best = self.run_state.is_best(step) and (
                     config.evaluation.restore_best or config.checkpoints.keep_best > 0
                 )
                 if due or best or last or figures.stop:
@@ -336,7 +337,7 @@ class _Run:
         if evaluates:
             began = time.perf_counter()
             found = self._evaluate()
-            self.tally = self.tally.after_evaluation(step, found, config)
+            self.run_state = self.run_state.after_evaluation(step, found, config)
             line["evaluation"] = found
             meter.leave_out(time.perf_counter() - began)
         if self.log:
@@ -372,7 +373,7 @@ class _Run:
             wait_seconds,
             self._is_stop_requested(),
             self.is_lost(),
-            self.keeper.is_written(),
+            self.manager.is_written(),
         ]
         mine = torch.cat([means, means.new_tensor(counts)])
         ranks = [torch.empty_like(mine) for _ in range(self.environment.world_size)]
@@ -431,20 +432,20 @@ class _Run:
     def _not_finite(self, step: int, fault: str) -> None:
         """Does what the config says about it, or raises TrainingError."""
         config = self.config
-        self.tally = self.tally.after_skip()
+        self.run_state = self.run_state.after_skip()
         refusal = ""
         if config.not_finite == "skip":
-            in_a_row = self.tally.skips_in_a_row
+            in_a_row = self.run_state.skips_in_a_row
             if in_a_row <= config.max_skips_in_a_row:
                 self._event("skipped", step=step, reason=fault, in_a_row=in_a_row)
                 return
             refusal = f", and {in_a_row - 1} steps before it were skipped"
         if config.not_finite == "roll_back":
-            if self.tally.roll_backs < config.max_roll_backs:
+            if self.run_state.roll_backs < config.max_roll_backs:
                 self._roll_back(step, fault)
                 return
-            refusal = f", and the run was rolled back {self.tally.roll_backs} times before"
-        self.keeper.finish()  # what came before is whole
+            refusal = f", and the run was rolled back {self.run_state.roll_backs} times before"
+        self.manager.finish()  # what came before is whole
         raise TrainingError(f"{self.spec.phase}, step {step}, {fault}{refusal}; {self._advice()}")
 
     def _advice(self) -> str:
@@ -471,13 +472,13 @@ class _Run:
         So did PaLM after a spike of its loss (arXiv:2204.02311, 5.1): the batches harm only
         together with the weights that met them, so going back alone would meet them again.
         """
-        self.keeper.finish()
-        times = self.tally.roll_backs + 1
+        self.manager.finish()
+        times = self.run_state.roll_backs + 1
         self.engine.close()
         self.assembly = replace(self.assembly, module=self.assembled(self.spec).module)
         damaged: list[str] = []
         to_step = self._start(damaged.append, given_up=step)
-        self.tally = replace(self.tally, roll_backs=times)
+        self.run_state = replace(self.run_state, roll_backs=times)
         for reason in damaged:
             self._event("damaged-checkpoint", reason=reason)
         self._event("rolled-back", step=step, reason=fault, to_step=to_step, times=times)
@@ -485,10 +486,10 @@ class _Run:
     def _save(self, step: int) -> None:
         if self.log:
             self.log.flush()
-        self.tally = replace(
-            self.tally, skipped=self.engine.skipped, loss_scale=self.engine.loss_scale()
+        self.run_state = replace(
+            self.run_state, skipped=self.engine.skipped, loss_scale=self.engine.loss_scale()
         )
-        self.keeper.save(step, self.engine.states(), self.tally)
+        self.manager.save(step, self.engine.states(), self.run_state)
 
     def _finish(self, step: int) -> TrainingResult:
         """Writes the model folder and, last, the file that says the run is complete."""
@@ -502,16 +503,16 @@ class _Run:
                     "no finished run; was it removed, or was every step skipped?"
                 )
             self.assembly.save(weights, chosen)
-            figures = self.tally.evaluation.items()
+            figures = self.run_state.evaluation.items()
             finite = {name: value for name, value in figures if math.isfinite(value)}
             document = {
-                "sequence": self.spec.reproducibility_key(),
+                "reproducibility_key": self.spec.reproducibility_key(),
                 "result": {"state": "finished", "step": step, "steps": steps, "loss": loss},
-                "tally": asdict(self.tally) | {"evaluation": finite},
+                "run_state": asdict(self.run_state) | {"evaluation": finite},
             }
             payload = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False).encode()
             storage.write_bytes(storage.join(self.spec.folder, RESULT), payload)
-            self._event("finished", step=step, best_step=self.tally.best_step)
+            self._event("finished", step=step, best_step=self.run_state.best_step)
         dist.barrier()
         finished = finished_result(self.spec)
         assert finished is not None
@@ -519,7 +520,7 @@ class _Run:
 
     def _chosen(self, step: int) -> int:
         """Returns the step whose weights the model folder gets."""
-        best = self.tally.best_step
+        best = self.run_state.best_step
         return best if self.config.evaluation.restore_best and best is not None else step
 
     def _weights(self, chosen: int, step: int) -> dict[str, Tensor]:
@@ -619,9 +620,11 @@ class _Meter:
         return line
 
 
-def _changed(spec: TrainingSpec, sequence: dict[str, Any], where: str) -> tuple[Difference, ...]:
+def _changed(
+    spec: TrainingSpec, reproducibility_key: dict[str, Any], where: str
+) -> tuple[Difference, ...]:
     """Returns the settings that are not those recorded; CheckpointError if it is another run's."""
-    found = differences(sequence, spec.reproducibility_key(), spec.phase)
+    found = differences(reproducibility_key, spec.reproducibility_key(), spec.phase)
     others = fixed(found)
     if others:
         raise CheckpointError(

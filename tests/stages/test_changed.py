@@ -1,5 +1,6 @@
 """What a changed setting does to a phase that was begun: with the stand-in for model and data."""
 
+import json
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import xxhash
 
 from pipeline import storage
 from pipeline.cluster import ClusterConfig
@@ -15,6 +17,8 @@ from pipeline.stages.changed import Begun, OnChange, aside, make_way, refuse
 from pipeline.training.launch import launch
 from pipeline.training.loop import CHECKPOINTS
 from pipeline.training.spec import TrainingSpec
+from pipeline.training.tracking.metrics_log import read_metrics, read_stretches
+from tests.training import flat_settings
 from tests.training.stand_in import make_spec, stand_in
 from tests.training.test_loop import interrupt_at
 
@@ -226,6 +230,49 @@ def test_the_model_of_a_finished_phase_is_kept_beside_the_one_that_is_trained_on
     kept = tmp_path / "pretrain" / "model.step-00000008" / "model.safetensors"
     assert kept.read_bytes() == weights
     assert (tmp_path / "pretrain" / "model" / "model.safetensors").read_bytes() != weights
+
+
+def as_recorded_flat(folder: Path) -> None:
+    """Leaves in a phase's folder what the release before the groups of settings left there."""
+    places = (("FOLDER", str(folder)), ("PLACE", str(Path.cwd())))
+    spec, sequence = flat_settings.SPEC, flat_settings.SEQUENCE
+    for word, place in places:
+        spec, sequence = spec.replace(word, place), sequence.replace(word, place)
+    (folder / "spec.json").write_text(spec)
+    for path in [*folder.rglob("manifest.json"), folder / "result.json"]:
+        if path.exists():
+            document = json.loads(path.read_bytes())
+            document["sequence"] = json.loads(sequence)
+            del document["reproducibility_key"]
+            document["tally"] = document.pop("run_state")
+            if path.name == "manifest.json":
+                document |= {"format": 3}
+                del document["digest"]
+                digest = xxhash.xxh3_128(json.dumps(document, indent=1).encode()).hexdigest()
+                document["digest"] = digest
+            path.write_text(json.dumps(document, indent=1))
+
+
+def test_a_phase_begun_when_settings_had_no_groups_goes_on_exactly(tmp_path: Path) -> None:
+    begin(str(tmp_path / "pretrain"))
+    as_recorded_flat(tmp_path / "pretrain")
+    begun = Begun.read(str(tmp_path / "pretrain"))
+    assert begun is not None
+    now = make_spec(begun.folder)
+    assert begun.spec == now
+    assert begun.changes(now.reproducibility_key()) == ()
+    begin(begun.folder, None)
+    unbroken = begin(str(tmp_path / "unbroken"), None)
+    losses = [[line["loss"] for line in read_metrics(one.folder)] for one in (begun, unbroken)]
+    assert losses[0] == losses[1]
+    assert not read_stretches(begun.folder)
+    as_recorded_flat(tmp_path / "pretrain")
+    again = Begun.read(begun.folder)
+    assert again is not None
+    assert again.finished is not None
+    assert told(again, make_spec(begun.folder, optimizer={"learning_rate": 0.01}))[1] == (
+        "  training.pretrain.optimizer.learning_rate: 0.02 then, 0.01 now"
+    )
 
 
 def test_the_many_processes_of_torchrun_move_nothing(

@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import pytest
@@ -6,6 +7,7 @@ from pipeline.config import Change, Config, change_of, settings
 from pipeline.training.config import TrainingConfig
 from pipeline.training.continuation import differences, fixed
 from pipeline.training.spec import TrainingSpec
+from tests.training import flat_settings
 from tests.training.stand_in import make_spec
 
 
@@ -113,3 +115,34 @@ def test_a_setting_that_an_older_release_did_not_have_is_not_compared() -> None:
         differences(before, make_spec("here", precision="fp32").reproducibility_key(), "pretrain")
         == ()
     )
+
+
+def test_settings_that_were_recorded_without_groups_are_compared_by_what_they_are_called_now() -> (
+    None
+):
+    flat = json.loads(flat_settings.TRAINING)
+    then = make_spec("here").reproducibility_key() | {"training": flat}
+    now = make_spec(
+        "here",
+        optimizer={
+            "ema_decay": 0.9,
+            "freeze": ["unused.*"],
+            "learning_rate_factors": {"hidden.*": 0.3},
+        },
+        evaluation={
+            "every_steps": 2,
+            "examples": 3,
+            "best_by": "sq",
+            "patience": 7,
+            "restore_best": True,
+        },
+        loading={"group_by_length": True, "shuffle_window_shards": 9},
+        model_weights="average",
+    )
+    assert set(flat) == {
+        *TrainingConfig.moved,
+        *(key for key in settings(TrainingConfig) if "." not in key),
+    }
+    assert [str(one) for one in differences(then, now.reproducibility_key(), "pretrain")] == [
+        "training.pretrain.loading.shuffle_window_shards: 8 then, 9 now"
+    ]

@@ -5,7 +5,6 @@ the settings that images are treated by, and of the images' bytes where it asks 
 keep their images are listed one by one, so that some of them can be left unopened.
 """
 
-import dataclasses
 import json
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -89,7 +88,7 @@ class Listing:
     def _under_settings(self, tar: ForeignTar) -> ForeignTar:
         settings = [tar.listing, self._treatment.identity()]
         settings.append(self._treatment.filters.model_dump_json())
-        return dataclasses.replace(tar, listing=digest(json.dumps(settings).encode()))
+        return replace(tar, listing=digest(json.dumps(settings).encode()))
 
     def _as_wanted(self, entries: Iterator[Record | Reject]) -> Iterator[Record | Reject]:
         if self._by_content:

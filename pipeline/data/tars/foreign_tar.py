@@ -6,24 +6,24 @@ shards of ours alone, whatever becomes of the tar.
 """
 
 import os
-from dataclasses import dataclass, replace
 from typing import Self
 
 import msgspec
 import xxhash
+from msgspec.structs import replace
 
 from pipeline.errors import ManifestError, ShardError
 
 REFERENCE = ".ref"  # ends the name of a part that stands for an image
 
 
-@dataclass(frozen=True)
-class ForeignTar:
+class ForeignTar(msgspec.Struct, frozen=True):
     """A tar as it was when it was indexed."""
 
     location: str  # absolute
     stamp: str  # as `storage.stamp` gives it: it changes when the tar does
     listing: str = ""  # by which settings it was listed, and how many records were found
+    num_records: int = -1  # that were listed of it; -1 before it is listed
 
     def __str__(self) -> str:
         return self.location

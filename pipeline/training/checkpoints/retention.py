@@ -1,4 +1,4 @@
-"""Checkpoint retention: which of a run's checkpoints it can do without."""
+"""Checkpoint retention: which of a run's published checkpoints have expired."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ SECONDS_PER_HOUR = 3600.0
 
 
 @dataclass(frozen=True)
-class Kept:
+class Published:
     """A published checkpoint as retention sees it."""
 
     step: int
@@ -18,8 +18,8 @@ class Kept:
     figure: float | None  # `best_by` of the evaluation after its step, if there was one
 
 
-def superfluous(checkpoints: Iterable[Kept], config: TrainingConfig) -> list[int]:
-    """Returns the steps, in rising order, of the checkpoints that no rule of the config wants."""
+def expired(checkpoints: Iterable[Published], config: TrainingConfig) -> list[int]:
+    """Returns the steps, in rising order, of the checkpoints that no rule of the config retains."""
     rising = sorted(checkpoints, key=lambda kept: kept.step)
     wanted = {kept.step for kept in rising[-config.checkpoints.keep_last :]}
     wanted.update(_best(rising, config))
@@ -32,7 +32,7 @@ def superfluous(checkpoints: Iterable[Kept], config: TrainingConfig) -> list[int
     return [kept.step for kept in rising if kept.step not in wanted]
 
 
-def _best(rising: Sequence[Kept], config: TrainingConfig) -> list[int]:
+def _best(rising: Sequence[Published], config: TrainingConfig) -> list[int]:
     """The best few by their evaluations; the model that is written may come from the best."""
     count = max(config.checkpoints.keep_best, int(config.evaluation.restore_best))
     sign = 1 if config.evaluation.best_is == "lowest" else -1
@@ -44,9 +44,9 @@ def _best(rising: Sequence[Kept], config: TrainingConfig) -> list[int]:
     return [step for _, step in sorted(evaluated)[:count]]
 
 
-def _spaced(rising: Sequence[Kept], seconds: float) -> list[int]:
+def _spaced(rising: Sequence[Published], seconds: float) -> list[int]:
     """The first, and then each that was written long enough after the one chosen before it."""
-    chosen: list[Kept] = []
+    chosen: list[Published] = []
     for kept in rising:
         if not chosen or kept.written - chosen[-1].written >= seconds:
             chosen.append(kept)

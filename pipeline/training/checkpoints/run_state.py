@@ -10,7 +10,7 @@ from pipeline.training.config import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tally:
+class RunState:
     """A run's counts after a step. Every rank has the same."""
 
     skipped: int = 0  # steps whose update is not in the weights
@@ -23,15 +23,15 @@ class Tally:
     loss_scale: dict[str, float] | None = None  # the state of fp16's
 
     def after_update(self) -> Self:
-        """Returns the tally after a step whose figures were finite."""
+        """Returns the state after a step whose figures were finite."""
         return replace(self, skips_in_a_row=0, evaluation={})
 
     def after_skip(self) -> Self:
-        """Returns the tally after a step that made no update since it was not finite."""
+        """Returns the state after a step that made no update since it was not finite."""
         return replace(self, skips_in_a_row=self.skips_in_a_row + 1, evaluation={})
 
     def in_new_stretch(self, is_comparable: bool) -> Self:
-        """Returns the tally with which a run goes on with other settings.
+        """Returns the state with which a run goes on with other settings.
 
         Waiting for a better evaluation begins anew; and so does looking for the best, unless later
         figures can be compared with earlier ones.
@@ -43,7 +43,7 @@ class Tally:
     def after_evaluation(
         self, step: int, found: Mapping[str, float], config: TrainingConfig
     ) -> Self:
-        """Returns the tally with an evaluation; ConfigError if `best_by` is none of its figures.
+        """Returns the state with an evaluation; ConfigError if `best_by` is none of its figures.
 
         A figure that is not finite is never better.
         """

@@ -1,8 +1,8 @@
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from msgspec.structs import replace
 
 from pipeline.data.ingest.unopened import find_unopened
 from pipeline.data.manifest.manifest import LIVE, REJECT, REMOVED, SAMPLES, Manifest

@@ -3,24 +3,24 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from pipeline.training.checkpoints.retention import Kept, superfluous
+from pipeline.training.checkpoints.retention import Published, expired
 from tests.training.stand_in import make_spec
 
 HOUR = 3600.0
 
 
 def removed(
-    checkpoints: Sequence[Kept],
+    checkpoints: Sequence[Published],
     retention: Mapping[str, object] = {},
     evaluation: Mapping[str, object] = {},
 ) -> list[int]:
     evaluation = {"every_steps": 1, **evaluation}
     config = make_spec("run", evaluation=evaluation, checkpoints=retention).training
-    return superfluous(checkpoints, config)
+    return expired(checkpoints, config)
 
 
-def plain(*steps: int) -> list[Kept]:
-    return [Kept(step, written=step * HOUR, figure=None) for step in steps]
+def plain(*steps: int) -> list[Published]:
+    return [Published(step, written=step * HOUR, figure=None) for step in steps]
 
 
 def test_the_last_few_are_kept_whatever_their_order() -> None:
@@ -43,10 +43,10 @@ def test_the_best_few_are_kept_and_those_not_evaluated_are_none(
     figures = [0.4, 0.1, 0.3, math.nan, None, 0.5, None]
     if best_is == "highest":
         figures = [0.8, 0.3, 0.6, math.nan, 0.7, 0.5, None]
-    checkpoints = [Kept(step, 0.0, figure) for step, figure in enumerate(figures, start=1)]
-    assert removed(checkpoints, {"keep_best": 2}, evaluation={"best_is": best_is}) == expected
+    checkpoints = [Published(step, 0.0, figure) for step, figure in enumerate(figures, start=1)]
+    assert removed(checkpoints, {"keep_best": 2}, {"best_is": best_is}) == expected
 
 
 def test_the_checkpoint_that_the_model_is_written_from_is_kept() -> None:
-    checkpoints = [Kept(step, 0.0, float(step)) for step in (1, 2, 3, 4)]
+    checkpoints = [Published(step, 0.0, float(step)) for step in (1, 2, 3, 4)]
     assert removed(checkpoints, evaluation={"restore_best": True}) == [2]

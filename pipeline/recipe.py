@@ -14,6 +14,7 @@ from pipeline.cluster import ClusterConfig
 from pipeline.config import Config
 from pipeline.data.ingest.ingest import IngestConfig
 from pipeline.data.media.augmentation import AugmentConfig
+from pipeline.data.read.extractor_card import ExtractorCard
 from pipeline.data.sources import AnySource
 from pipeline.errors import ConfigError
 from pipeline.models.base import ModelConfig
@@ -22,8 +23,8 @@ from pipeline.objectives.objective import ObjectivesConfig
 from pipeline.training.config import TrainingConfig
 from pipeline.training.tracking.trackers import TrackersConfig
 from pipeline.vision.extract import ExtractConfig
-from pipeline.vision.extractors.extractor import AnyExtractor
 from pipeline.vision.extractors.live import live_card, refusal
+from pipeline.vision.extractors.registry import AnyExtractor
 
 # What the data decides; a recipe that sets them could only contradict it.
 _DERIVED_SIZES = ("vocab_size", "feature_dim", "num_answers")
@@ -74,12 +75,11 @@ class FeaturesPart(Config):
             raise ValueError(f"live=true: extractor.type={self.extractor.type}: {reason}")
         return self
 
-    def card(self) -> dict[str, Any]:
+    def card(self) -> ExtractorCard:
         """Returns what makes the features; raises FeatureError if its weights cannot be had."""
         if self.live:
             return live_card(self.extractor, self.augment)
-        card: dict[str, Any] = self.extractor.build("cpu").card()
-        return card
+        return self.extractor.build("cpu").card()
 
 
 class ModelPart(Config):

@@ -22,11 +22,16 @@ import s3fs
 from pipeline.cluster import ClusterConfig, start_ray
 from tests.ray_head import RayHead
 
+pytest_plugins = ["tests.order", "tests.processes"]
+
 _home = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_home] = os.environ["HOME"] = tempfile.mkdtemp(prefix="sightline-home-")
+    config.stash[_home] = home = tempfile.mkdtemp(prefix="sightline-home-")
+    os.environ["HOME"] = home
+    if not hasattr(config, "workerinput"):  # the processes of pytest-xdist compile what they share
+        os.environ["TORCH_EXTENSIONS_DIR"] = f"{home}/torch_extensions"
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

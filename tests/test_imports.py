@@ -54,7 +54,15 @@ ORDER: dict[str, list[str]] = {
         "*",
         "merged",
     ],
-    "pipeline.vision": ["preprocess", "feature", "compress", "sidecar", "extractors", "extract"],
+    "pipeline.vision": [
+        "preprocess",
+        "feature",
+        "extractor",
+        "compress",
+        "sidecar",
+        "extractors",
+        "extract",
+    ],
     "pipeline.vision.extractors": [
         "arithmetic",
         "weights",
@@ -67,7 +75,7 @@ ORDER: dict[str, list[str]] = {
         "pixels",
         "published",
         "imported",
-        "extractor",
+        "registry",
         "live",
     ],
     "pipeline.training": [
@@ -89,6 +97,7 @@ ORDER: dict[str, list[str]] = {
 
 # What may meet a heavy or stateful library; everything else stays plain functions.
 ONLY_IN = {
+    "duckdb": {"pipeline/data/manifest/engine.py"},
     "deepspeed": {"pipeline/training/engine/engine.py"},
     "ray": {
         "pipeline/perf/extract.py",

@@ -40,9 +40,9 @@ class RegionEmbeddings(nn.Module):
         """Maps features (B, R, F), boxes (B, R, 4), bool masked (B, R) and segment (B, R, D)."""
         hidden = self.mask(torch.ones_like(masked, dtype=torch.long)) * masked.unsqueeze(-1)
         sizes = boxes[..., 2:] - boxes[..., :2]
-        places = torch.cat([boxes, sizes, sizes.prod(-1, keepdim=True)], dim=-1)
+        locations = torch.cat([boxes, sizes, sizes.prod(-1, keepdim=True)], dim=-1)
         seen = self.feature_norm(self.feature(blocks.to_float(features) + hidden))
-        embedded: Tensor = self.norm(seen + self.place_norm(self.place(places)) + segment)
+        embedded: Tensor = self.norm(seen + self.place_norm(self.place(locations)) + segment)
         return embedded
 
 

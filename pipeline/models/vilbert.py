@@ -12,7 +12,7 @@ from pipeline.models import blocks, layouts
 from pipeline.models.base import MaskKind, ModelConfig, Size, VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs
 from pipeline.models.layouts import Layout
-from pipeline.models.packed import Places
+from pipeline.models.packed import PackedLayout
 
 
 class VilbertConfig(ModelConfig):
@@ -62,9 +62,9 @@ class RegionEmbeddings(nn.Module):
         self.place = blocks.FeatureLinear(5, config.region_width)
         self.norm = nn.LayerNorm(config.region_width, eps=blocks.LAYER_NORM_EPS)
 
-    def forward(self, features: Tensor, places: Tensor) -> Tensor:
+    def forward(self, features: Tensor, locations: Tensor) -> Tensor:
         """Maps features (B, R, F) and x1, y1, x2, y2, area (B, R, 5) to (B, R, E)."""
-        embedded: Tensor = self.norm(self.feature(features) + self.place(places))
+        embedded: Tensor = self.norm(self.feature(features) + self.place(locations))
         return embedded
 
 
@@ -84,11 +84,11 @@ class ConnectionLayer(nn.Module):
         )
 
     def forward(
-        self, text: Tensor, regions: Tensor, text_places: Places, region_places: Places
+        self, text: Tensor, regions: Tensor, text_layout: PackedLayout, region_layout: PackedLayout
     ) -> tuple[Tensor, Tensor, blocks.Heads, blocks.Heads]:
-        """Maps text and regions, each as its places pack it, to the same shapes and the heads."""
+        """Maps text and regions, each as its layout packs it, to the same shapes and the heads."""
         text, regions, text_heads, region_heads = self.attention(
-            text, regions, text_places, region_places
+            text, regions, text_layout, region_layout
         )
         text, regions = self.text_feed_forward(text), self.region_feed_forward(regions)
         return text, regions, text_heads, region_heads
@@ -147,10 +147,10 @@ class Vilbert(VisionLanguageModel):
         the other two blocks are zero. The column of the whole image is left out.
         """
         self.require_mask(mask)
-        text_places = Places.of(inputs.token_padding)
-        region_places = Places.of(F.pad(inputs.region_padding, (1, 0), value=False))
-        text = text_places.pack(self._embed_text(inputs))
-        regions = region_places.pack(self._embed_regions(inputs))
+        text_layout = PackedLayout.of(inputs.token_padding)
+        region_layout = PackedLayout.of(F.pad(inputs.region_padding, (1, 0), value=False))
+        text = text_layout.pack(self._embed_text(inputs))
+        regions = region_layout.pack(self._embed_regions(inputs))
         maps = []
         text_done = regions_done = 0
         for layer, text_next, regions_next in zip(
@@ -159,19 +159,19 @@ class Vilbert(VisionLanguageModel):
             self.config.region_connections,
             strict=True,
         ):
-            text = self._through(self.text_layers[text_done:text_next], text, text_places)
+            text = self._through(self.text_layers[text_done:text_next], text, text_layout)
             regions = self._through(
-                self.region_layers[regions_done:regions_next], regions, region_places
+                self.region_layers[regions_done:regions_next], regions, region_layout
             )
             text, regions, text_heads, region_heads = self.run_layer(
-                layer, text, regions, text_places, region_places
+                layer, text, regions, text_layout, region_layout
             )
             if attention:
-                maps.append(_map(text_heads, region_heads, text_places.mask, region_places.mask))
+                maps.append(_map(text_heads, region_heads, text_layout.mask, region_layout.mask))
             text_done, regions_done = text_next, regions_next
-        text = self._through(self.text_layers[text_done:], text, text_places)
-        regions = self._through(self.region_layers[regions_done:], regions, region_places)
-        text, regions = text_places.lay_out(text), region_places.lay_out(regions)
+        text = self._through(self.text_layers[text_done:], text, text_layout)
+        regions = self._through(self.region_layers[regions_done:], regions, region_layout)
+        text, regions = text_layout.pad(text), region_layout.pad(regions)
         pooled = self.text_pooler(text[:, 0]).relu() * self.region_pooler(regions[:, 0]).relu()
         pooled = F.dropout(pooled, self.config.dropout, self.training)
         return Encoded(text, regions[:, 1:], pooled, tuple(maps) if attention else None)
@@ -205,16 +205,16 @@ class Vilbert(VisionLanguageModel):
             hidden = hidden | inputs.masked_regions
         image = blocks.masked_mean(features, hidden).unsqueeze(1)
         sizes = boxes[..., 2:] - boxes[..., :2]
-        places = torch.cat([boxes, sizes.prod(-1, keepdim=True)], dim=-1)
-        everywhere = places.new_tensor([0.0, 0.0, 1.0, 1.0, 1.0]).expand(len(places), 1, 5)
+        locations = torch.cat([boxes, sizes.prod(-1, keepdim=True)], dim=-1)
+        everywhere = locations.new_tensor([0.0, 0.0, 1.0, 1.0, 1.0]).expand(len(locations), 1, 5)
         embedded = self.region_embeddings(
-            torch.cat([image, features], dim=1), torch.cat([everywhere, places], dim=1)
+            torch.cat([image, features], dim=1), torch.cat([everywhere, locations], dim=1)
         )
         return F.dropout(embedded, self.config.dropout, self.training)
 
-    def _through(self, layers: nn.ModuleList, states: Tensor, places: Places) -> Tensor:
+    def _through(self, layers: nn.ModuleList, states: Tensor, layout: PackedLayout) -> Tensor:
         for layer in layers:
-            states, _ = self.run_layer(layer, states, places)
+            states, _ = self.run_layer(layer, states, layout)
         return states
 
 

@@ -261,8 +261,8 @@ class VisualPrefix(VisionLanguageModel):
         """Returns visual tokens (B, Q, D) and which of them are padding, (B, Q)."""
         features = blocks.to_float(inputs.features)
         if self.config.position_fourier:
-            places = blocks.fourier_boxes(inputs.boxes, self.config.position_fourier)
-            features = torch.cat([features, places.to(features.dtype)], dim=-1)
+            locations = blocks.fourier_boxes(inputs.boxes, self.config.position_fourier)
+            features = torch.cat([features, locations.to(features.dtype)], dim=-1)
         visual, unseen = self.visual(features, inputs.region_padding)
         return F.dropout(visual, self.config.dropout, self.training), unseen
 
@@ -341,7 +341,7 @@ class VisualPrefix(VisionLanguageModel):
             maps = [_text_reads(weights) for weights in reading.maps]
             return output.last_hidden_state, tuple(maps)
         text_first = torch.arange(embedded.shape[1], device=embedded.device).roll(-num_regions)
-        visible = (~padding)[:, None, :, None]  # what a place of padding reads is not defined
+        visible = (~padding)[:, None, :, None]  # what a position of padding reads is not defined
         maps = [
             (weights * visible)[:, :, text_first][..., text_first] for weights in output.attentions
         ]

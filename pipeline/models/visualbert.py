@@ -59,8 +59,8 @@ class VisualEmbeddings(nn.Module):
         """Maps features (B, R, F) and boxes (B, R, 4) to (B, R, D)."""
         features = blocks.to_float(features)
         if self.position_fourier:
-            places = blocks.fourier_boxes(boxes, self.position_fourier)
-            features = torch.cat([features, places.to(features.dtype)], dim=-1)
+            locations = blocks.fourier_boxes(boxes, self.position_fourier)
+            features = torch.cat([features, locations.to(features.dtype)], dim=-1)
         zeros = torch.zeros(features.shape[:2], dtype=torch.long, device=features.device)
         projected: Tensor = self.projection(features)
         projected += self.position(zeros) + self.token_type(zeros + self.segment)

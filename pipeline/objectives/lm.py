@@ -39,7 +39,7 @@ class LanguageModelling(TokenObjective):
         encodings: Encodings,
         vocabulary: Vocabulary,  # noqa: ARG002
     ) -> tuple[Encodings, Tensor]:
-        """The target (B, T) of a place is the token after it."""
+        """The target (B, T) of a position is the token after it."""
         target = np.full_like(encodings.tokens, IGNORED)
         target[:, :-1] = np.where(encodings.padding[:, 1:], IGNORED, encodings.tokens[:, 1:])
         return encodings, torch.from_numpy(target)

@@ -73,8 +73,8 @@ class _Told:
         return self.batch.num_tokens
 
     @property
-    def num_places(self) -> int:
-        return self.batch.num_places
+    def num_tokens_with_padding(self) -> int:
+        return self.batch.num_tokens_with_padding
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Any:
         self.before()

@@ -95,10 +95,10 @@ def assemble(spec: TrainingSpec) -> Assembly:
     return Assembly(module, _batches(spec, objectives), save, _evaluation(spec), flops, initial)
 
 
-def _flops(sizes: ModelConfig) -> Callable[[stream.MicroBatch], int]:
+def _flops(sizes: ModelConfig) -> Callable[[stream.CollatedBatch], int]:
     encoding = EncodingFlops(sizes)
 
-    def flops(batch: stream.MicroBatch) -> int:
+    def flops(batch: stream.CollatedBatch) -> int:
         lengths: Counter[tuple[int, int]] = Counter()
         for one in batch.streams.values():
             num_tokens = (~one.inputs.token_padding).sum(dim=1).tolist()
@@ -117,15 +117,15 @@ class _Feed:
     collators: list[StreamCollator]
     global_batch_size: int
     micro_batch_size: int
-    most_places: int | None  # of a micro-batch; None: all have as many samples
+    tokens_per_micro_batch: int | None  # at most; None: all have as many samples
 
     def batches(
         self, start: int, stop: int, rank: int, world_size: int
-    ) -> Generator[list[stream.MicroBatch], None, None]:
+    ) -> Generator[list[stream.CollatedBatch], None, None]:
         """Yields for each step in [start, stop) the rank's micro-batches."""
         self._require_one_pass(world_size)
         read_at_once = self.micro_batch_size
-        if self.most_places is not None:  # all of the rank's share, to be cut here
+        if self.tokens_per_micro_batch is not None:  # all of the rank's share, to be cut here
             read_at_once = self.global_batch_size
         with contextlib.ExitStack() as opened:
             sources = [
@@ -139,15 +139,15 @@ class _Feed:
                     dict(zip(self.loaders, of_kinds, strict=True))
                     for of_kinds in zip(*step, strict=True)
                 ]
-                if self.most_places is not None:
-                    read = self._cut(read[0], self.most_places)
+                if self.tokens_per_micro_batch is not None:
+                    read = self._cut(read[0], self.tokens_per_micro_batch)
                 yield [self._collated(batches) for batches in read]
 
     def _require_one_pass(self, world_size: int) -> None:
         """Raises ConfigError if a global batch is cut that an objective needs whole."""
         whole = self.global_batch_size
         fits = whole <= self.micro_batch_size * world_size and whole % world_size == 0
-        if fits and self.most_places is None:
+        if fits and self.tokens_per_micro_batch is None:
             return
         for collate in self.collators:
             if collate.needs_global_batch:
@@ -157,17 +157,15 @@ class _Feed:
                     "global_batch_size = micro_batch_size x ranks"
                 )
 
-    def _collated(self, batches: Mapping[TextKind, Batch]) -> stream.MicroBatch:
-        return stream.MicroBatch(
+    def _collated(self, batches: Mapping[TextKind, Batch]) -> stream.CollatedBatch:
+        return stream.CollatedBatch(
             {
                 collate.stream.name: collate(batches[collate.stream.kind])
                 for collate in self.collators
             }
         )
 
-    def _cut(
-        self, share: Mapping[TextKind, Batch], most_places: int
-    ) -> list[dict[TextKind, Batch]]:
+    def _cut(self, share: Mapping[TextKind, Batch], max_tokens: int) -> list[dict[TextKind, Batch]]:
         """Cuts a rank's share of a step by what its examples take as the model shall see them.
 
         How long a text comes to be is the objectives' doing, so the share is collated to find out.
@@ -188,10 +186,10 @@ class _Feed:
             lengths.append(np.stack(taken) if taken else np.zeros((1, len(batch.rows)), np.int64))
         return [
             {
-                kind: part(batch, places)
-                for (kind, batch), places in zip(share.items(), of_kinds, strict=True)
+                kind: part(batch, indices)
+                for (kind, batch), indices in zip(share.items(), of_kinds, strict=True)
             }
-            for of_kinds in pack(lengths, most_places, self.micro_batch_size)
+            for of_kinds in pack(lengths, max_tokens, self.micro_batch_size)
         ]
 
 
@@ -201,7 +199,7 @@ def _feed(
     split_name: str,
     features: str | LiveConfig | None,
     mixed_in: Sequence[MixedIn] = (),
-    most_places: int | None = None,
+    tokens_per_micro_batch: int | None = None,
 ) -> _Feed:
     tokenizer = load_tokenizer(spec.tokenizer)
     blind_dim = None
@@ -241,7 +239,7 @@ def _feed(
         collators,
         training.global_batch_size,
         training.micro_batch_size,
-        most_places,
+        tokens_per_micro_batch,
     )
 
 
@@ -259,13 +257,19 @@ def _ordered(
 
 
 def _batches(spec: TrainingSpec, objectives: list[Objective]) -> Batches:
-    most_places = spec.training.loading.tokens_per_micro_batch
     features = spec.live or spec.features
-    feed = _feed(spec, objectives, spec.split, features, spec.mixed_in, most_places)
+    feed = _feed(
+        spec,
+        objectives,
+        spec.split,
+        features,
+        spec.mixed_in,
+        spec.training.loading.tokens_per_micro_batch,
+    )
 
     def batches(
         start: int, rank: int, world_size: int
-    ) -> Generator[list[stream.MicroBatch], None, None]:
+    ) -> Generator[list[stream.CollatedBatch], None, None]:
         return feed.batches(start, spec.training.steps, rank, world_size)
 
     return batches

@@ -136,7 +136,7 @@ class _StepFigures:
     grad_norm: float  # infinite if no update was made
     num_samples: int
     num_tokens: int
-    num_places: int  # tokens, regions and their padding
+    num_tokens_with_padding: int  # tokens, regions and their padding
     flops: float  # that encoding took, forward and backward; 0 if nobody asks
     wait_seconds: float  # for data, averaged over ranks
     stop: bool
@@ -368,7 +368,7 @@ class _Run:
         counts = [
             sum(batch.num_samples for batch in micro_batches),
             sum(batch.num_tokens for batch in micro_batches),
-            sum(batch.num_places for batch in micro_batches),
+            sum(batch.num_tokens_with_padding for batch in micro_batches),
             self._flops(micro_batches),
             wait_seconds,
             self._is_stop_requested(),
@@ -387,7 +387,7 @@ class _Run:
             grad_norm=norm,
             num_samples=int(sums[0]),
             num_tokens=int(sums[1]),
-            num_places=int(sums[2]),
+            num_tokens_with_padding=int(sums[2]),
             flops=float(sums[3]),
             wait_seconds=float(sums[4]) / len(table),
             stop=bool(sums[5]),
@@ -525,9 +525,9 @@ class _Run:
 
     def _weights(self, chosen: int, step: int) -> dict[str, Tensor]:
         """Returns the weights of a step on rank 0, as the config wants them; `step` is the last."""
-        averaged = self.config.model_weights == "average"
+        ema = self.config.model_weights == "average"
         if chosen == step:
-            return self.engine.weights(averaged)
+            return self.engine.weights(ema)
         if not self.is_first:
             return {}
         location = storage.join(self.checkpoints, checkpoint.name_of(chosen))
@@ -543,7 +543,7 @@ class _Run:
                     "a model of the last step's weights"
                 ) from error
             read = checkpoint.reader(location, manifest, Path(cache))
-            return checkpoint.weights(manifest, read, averaged)
+            return checkpoint.weights(manifest, read, ema)
 
     def _tell_start(self, start: int, damaged: list[str]) -> None:
         for reason in damaged:
@@ -608,7 +608,7 @@ class _Meter:
             "lr": rate,
             # none if fp16's loss scale was too high
             "grad_norm": figures.grad_norm if math.isfinite(figures.grad_norm) else None,
-            "padding_fraction": 1 - figures.num_tokens / max(figures.num_places, 1),
+            "padding_fraction": 1 - figures.num_tokens / max(figures.num_tokens_with_padding, 1),
             "samples_per_second": round(self._num_samples / seconds, 3),
             "tokens_per_second": round(self._num_tokens / seconds, 3),
             "data_wait_fraction": round(self._wait_seconds / seconds, 4),

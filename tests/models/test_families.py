@@ -169,6 +169,7 @@ def test_features_as_stored_feed_a_model_of_lower_precision(
     assert model.answer_logits(encoded, inputs).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @every_family
 def test_encoding_compiles_to_one_graph(family: str) -> None:
     model = build(CONFIGS[family]()).eval()
@@ -183,6 +184,7 @@ def test_encoding_compiles_to_one_graph(family: str) -> None:
     assert_close(found, score(inputs.tokens, inputs.features))
 
 
+@pytest.mark.slow
 @every_family
 def test_a_handful_of_real_photographs_is_learnt_by_heart(family: str, shared_data: Path) -> None:
     inputs, masked, words = real_samples(shared_data)

@@ -329,6 +329,7 @@ def test_a_model_that_could_not_work_is_refused(changes: dict[str, Any], said: s
         make(**changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"decoder": GPT2_STILL}, {"decoder": LLAMA, "prefix": False, "cross_every": 1}]
 )

@@ -15,6 +15,7 @@ from pipeline import storage
 from pipeline.cli import BUSY_STATUS
 from pipeline.stages.run import run_stages
 from pipeline.training.tracking.metrics_log import read_metrics
+from tests.processes import DISK_AND_OBJECT_STORE
 from tests.stages.test_run import QUICKSTART, SMALL, small
 
 STEPS = 60
@@ -42,7 +43,7 @@ def pretraining(run: str, data: Path, *arguments: str) -> "subprocess.Popen[str]
     )
 
 
-@pytest.fixture(params=["disk", "object store"])
+@pytest.fixture(params=DISK_AND_OBJECT_STORE)
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "disk":
         yield str(tmp_path / "run")
@@ -50,6 +51,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield f"{request.getfixturevalue('object_store')}/run"
 
 
+@pytest.mark.processes
 def test_a_second_start_is_refused_and_the_first_knows_nothing_of_it(run: str, data: Path) -> None:
     first = pretraining(run, data)
     while not storage.list_names(f"{run}/pretrain/checkpoints"):

@@ -152,6 +152,7 @@ def test_names_are_of_what_a_recipe_says(tmp_path: Path, monkeypatch: pytest.Mon
     assert job_name(relative) != here
 
 
+@pytest.mark.processes
 class TestScript:
     """The job's command, run by a shell as a head runs it."""
 

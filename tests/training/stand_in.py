@@ -42,7 +42,7 @@ class StandInBatch:
     targets: Tensor  # (B, CLASSES)
     num_samples: int
     num_tokens: int
-    num_places: int
+    num_tokens_with_padding: int
     on_taken: Callable[[], None] | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "StandInBatch":

@@ -14,7 +14,7 @@ from pipeline.data.text.vocabulary import build_tokenizer, load_tokenizer
 from pipeline.errors import ConfigError
 from pipeline.models.flops import EncodingFlops
 from pipeline.objectives.objective import ObjectivesConfig
-from pipeline.objectives.stream import MicroBatch, StreamCollator
+from pipeline.objectives.stream import CollatedBatch, StreamCollator
 from pipeline.pretrained.folder import load_model
 from pipeline.training.assembly import Assembly, assemble
 from pipeline.training.config import TrainingConfig
@@ -142,7 +142,7 @@ def test_objectives_of_two_kinds_of_text_share_a_step(data: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("blind", [False, True])
-def test_micro_batches_take_at_most_so_many_places_and_a_step_is_the_same(
+def test_micro_batches_take_at_most_so_many_tokens_and_a_step_is_the_same(
     data: Path, tmp_path: Path, blind: bool
 ) -> None:
     objectives: dict[str, Any] = {"answer": {}, "lm": {}, "itm": {}}
@@ -169,7 +169,7 @@ def test_micro_batches_take_at_most_so_many_places_and_a_step_is_the_same(
             for batch in batches:
                 sizes = {len(batch.streams[stream].inputs.tokens) for stream in streams}
                 assert len(sizes) == 1
-                assert batch.num_places <= most or sizes == {1}
+                assert batch.num_tokens_with_padding <= most or sizes == {1}
             assert sum(batch.num_samples for batch in batches) == share.num_samples
             for stream in streams:
                 assert sorted(words(batches, stream)) == sorted(words([share], stream))
@@ -280,7 +280,7 @@ def by_hand(spec: TrainingSpec) -> dict[str, float]:
         kind = objective.stream.kind
         collate = StreamCollator([objective], load_tokenizer(spec.tokenizer), 9, ANSWERS)
         found = [
-            float(module(MicroBatch({objective.stream.name: collate(batch)}))[1][objective.name])
+            float(module(CollatedBatch({objective.stream.name: collate(batch)}))[1][objective.name])
             for batch in eval_batches(split, kind, 1)
         ]
         assert len(found) == split.counts(kind).sum()
@@ -299,6 +299,7 @@ def test_held_out_figures_are_means_over_every_example_once(
     assert figures(spec) == pytest.approx(by_hand(spec), rel=1e-5)
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("alone")
 def test_held_out_figures_know_neither_batch_size_nor_ranks(data: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
@@ -334,6 +335,7 @@ def test_at_most_so_many_examples_are_held_out(data: Path, tmp_path: Path) -> No
     assert figures(many) == figures(held_out(data, tmp_path, (12, 3)))
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("alone")
 def test_contrast_is_held_out_in_global_batches_of_like_size(data: Path, tmp_path: Path) -> None:
     """33 captions in global batches of 12: three of 11, of which each of two ranks has a part."""
@@ -437,6 +439,7 @@ def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("stage", "precision", "tokens"), [(1, "fp32", None), (3, "bf16", None), (2, "fp32", 60)]
 )

@@ -65,6 +65,7 @@ def weights(spec: TrainingSpec) -> dict[str, list[float]]:
     return {name: tensor.tolist() for name, tensor in tensors.items()}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("stage", "precision"),
     [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")],
@@ -85,6 +86,7 @@ def test_a_run_whose_rank_was_killed_ends_as_the_unbroken_one(
     assert weights(broken) == weights(unbroken)
 
 
+@pytest.mark.processes
 def test_a_run_killed_at_any_moments_ends_as_the_unbroken_one(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"steps": 60, "checkpoints": {"every_steps": 1}}
     unbroken, broken = (make_spec(tmp_path / name, **settings) for name in ("unbroken", "broken"))
@@ -98,6 +100,7 @@ def test_a_run_killed_at_any_moments_ends_as_the_unbroken_one(tmp_path: Path) ->
     assert weights(broken) == weights(unbroken)
 
 
+@pytest.mark.processes
 def test_a_run_goes_on_with_other_ranks_and_stages_within_rounding(tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "steps": 9,
@@ -120,6 +123,7 @@ def test_a_run_goes_on_with_other_ranks_and_stages_within_rounding(tmp_path: Pat
         assert np.allclose(weights(third)[name], values, atol=1e-5)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_ranks_that_do_not_divide_the_global_batch_train_as_those_that_do(
@@ -147,6 +151,7 @@ def test_ranks_that_do_not_divide_the_global_batch_train_as_those_that_do(
         assert np.allclose(weights(uneven)[name], values, atol=1e-5)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_ranks_with_other_numbers_of_micro_batches_train_as_with_the_same(
     tmp_path: Path, stage: int
@@ -166,6 +171,7 @@ def test_ranks_with_other_numbers_of_micro_batches_train_as_with_the_same(
     assert weights(broken) == weights(unbroken)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("policy", ["skip", "roll_back"])
 def test_a_run_with_a_step_that_is_not_finite_resumes_bit_by_bit(
@@ -183,6 +189,7 @@ def test_a_run_with_a_step_that_is_not_finite_resumes_bit_by_bit(
     assert weights(broken) == weights(unbroken)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")]
 )
@@ -215,6 +222,7 @@ def refused(rank: int, spec: TrainingSpec, match: str) -> None:
         train(spec, here, stand_in)
 
 
+@pytest.mark.processes
 def test_every_rank_is_told_that_no_checkpoint_is_whole(tmp_path: Path) -> None:
     spec = make_spec(tmp_path / "run")
     in_processes(2, train_and_die, spec, 1, 5)
@@ -444,7 +452,7 @@ class TestAlone:
         read = checkpoint.reader(
             str(tmp_path / "run" / "checkpoints" / kept[0]), manifest, tmp_path
         )
-        best = checkpoint.weights(manifest, read, averaged=False)
+        best = checkpoint.weights(manifest, read, ema=False)
         assert weights(spec) == {name: tensor.tolist() for name, tensor in best.items()}
         assert train(spec, HERE, stand_in).already_finished
 
@@ -540,7 +548,7 @@ class TestAlone:
             location = str(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
             manifest = checkpoint.read_manifest(location)
             now = checkpoint.weights(
-                manifest, checkpoint.reader(location, manifest, tmp_path), averaged=False
+                manifest, checkpoint.reader(location, manifest, tmp_path), ema=False
             )
             for name, tensor in now.items():
                 average[name] = torch.lerp(average[name], tensor, 0.25)

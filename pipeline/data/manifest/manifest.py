@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from deltalake import CommitProperties, DeltaTable, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from pipeline import storage
+from pipeline.data.manifest.engine import Engine, Scan
 from pipeline.errors import ManifestError, StorageError
 
 LIVE, REJECT, REMOVED = "live", "reject", "removed"
@@ -162,6 +164,10 @@ class Manifest:
         """Returns the records that did not become samples, with reason and detail."""
         return self._in_state(REJECT, columns)
 
+    def register(self, engine: Engine, name: str, columns: Sequence[str]) -> None:
+        """Makes `rows` of these columns a view of the engine, which reads them as a stream."""
+        self._table.register(engine, name, ("key",), columns)
+
     def rows_after(self, version: int, columns: Sequence[str]) -> pa.Table:
         """Returns all rows that were committed after a version, superseded ones included."""
         return self._table.raw(columns, version)
@@ -246,6 +252,14 @@ class FeatureManifest:
             names = FEATURES.names if columns is None else list(columns)
             return FEATURES.empty_table().select(names)
         return _Table.open(location, FEATURES).newest(("key", "shard"), columns)
+
+    def register(self, engine: Engine, name: str, columns: Sequence[str]) -> None:
+        """Makes `rows` of these columns a view of the engine, which reads them as a stream."""
+        location = self._location()
+        if _Table.exists(location):
+            _Table.open(location, FEATURES).register(engine, name, ("key", "shard"), columns)
+        else:
+            engine.register(name, FEATURES.empty_table().select(list(columns)))
 
     def rejects(self) -> pa.Table:
         """Returns key, shard, reason and detail of the images without a feature."""
@@ -377,6 +391,13 @@ class _Table:
         names = self.schema.names if columns is None else list(columns)
         rows = self._read(sorted({*names, *identity, "sequence"}))
         return _newest(rows, identity).select(names)
+
+    def register(
+        self, engine: Engine, name: str, identity: Sequence[str], columns: Sequence[str]
+    ) -> None:
+        engine.register_newest(
+            name, lambda names: Scan(partial(self._scan, names)), identity, columns
+        )
 
     def raw(self, columns: Sequence[str], after: int) -> pa.Table:
         return self._read(sorted({*columns, "sequence"}), after).select(list(columns))
@@ -523,23 +544,47 @@ class _Table:
         return rows
 
     def _read(self, columns: Sequence[str], after: int | None = None) -> pa.Table:
-        fields = pa.schema([self.schema.field(name) for name in columns])
-        if not self.version:  # the table was only made
-            return fields.empty_table()
-        newer = None if after is None else f"sequence > {after}"
         try:
             # Not to_pyarrow_table: Arrow's threads, which it lets call Python, abort one process
             # in ten as the interpreter ends (deltalake 1.6.6, pyarrow 26.0.1).
-            lacking = self._lacking().intersection(columns)
-            present = [name for name in columns if name not in lacking]
-            rows = pa.table(self._delta.scan(columns=present, predicate=newer))
+            return pa.table(self._scan(columns, after))
         except (DeltaError, OSError, pa.ArrowException) as error:
-            raise ManifestError(
-                f"{self.location}: version {self.version} cannot be read ({_in_one_line(error)})"
-            ) from error
-        for name in lacking:
-            rows = rows.append_column(name, pa.nulls(rows.num_rows, pa.string()))
-        return rows.select(columns).cast(fields)
+            raise self._unreadable(error) from error
+
+    def _scan(self, columns: Sequence[str], after: int | None = None) -> pa.RecordBatchReader:
+        """Returns these columns of all rows, a batch at a time, as the schema has them."""
+        fields = pa.schema([self.schema.field(name) for name in columns])
+        if not self.version:  # the table was only made
+            return fields.empty_table().to_reader()
+        newer = None if after is None else f"sequence > {after}"
+        lacking = self._lacking()
+        present = [name for name in columns if name not in lacking]
+        try:
+            found = self._delta.scan(columns=present, predicate=newer)
+            batches = pa.RecordBatchReader.from_stream(found)
+            if present == list(columns):
+                return batches.cast(fields)
+        except (DeltaError, OSError, pa.ArrowException) as error:
+            raise self._unreadable(error) from error
+        return pa.RecordBatchReader.from_batches(
+            fields, (_with_nulls(batch, fields) for batch in batches)
+        )
+
+    def _unreadable(self, error: Exception) -> ManifestError:
+        return ManifestError(
+            f"{self.location}: version {self.version} cannot be read ({_in_one_line(error)})"
+        )
+
+
+def _with_nulls(batch: pa.RecordBatch, fields: pa.Schema) -> pa.RecordBatch:
+    """Returns the batch with a column of nulls for each field that it lacks."""
+    columns = [
+        batch[field.name].cast(field.type)
+        if field.name in batch.schema.names
+        else pa.nulls(batch.num_rows, field.type)
+        for field in fields
+    ]
+    return pa.record_batch(columns, schema=fields)
 
 
 def _in_one_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 from pipeline.errors import ConfigError
 from pipeline.training.config import OptimizerConfig
 
-AVERAGE = "average"  # the name of the weights' moving average in AdamW's state
+EMA_WEIGHTS = "average"  # the name of the weights' moving average in AdamW's state
 
 
 def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
@@ -81,7 +81,7 @@ def _averaging(decay: float) -> Callable[..., None]:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:  # else the update was not made
-                    optimizer.state[parameter][AVERAGE].lerp_(parameter, 1 - decay)
+                    optimizer.state[parameter][EMA_WEIGHTS].lerp_(parameter, 1 - decay)
 
     return average
 

@@ -165,7 +165,7 @@ def test_an_average_and_rates_by_name_come_to_what_plain_torch_makes(
     )
     engine = Engine(stand_in(spec).module, spec.training, HERE)
     advance(engine, spec, 0, 5)
-    trained, averaged = engine.weights(), engine.weights(averaged=True)
+    trained, averaged = engine.weights(), engine.weights(ema=True)
     evaluated = []
     (batch, *_) = next(stand_in(spec).batches(0, 0, 1))
     for uses_average in (True, False):

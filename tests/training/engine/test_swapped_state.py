@@ -34,6 +34,8 @@ from tests.training.stand_in import (
 )
 
 HERE = Environment(rank=0, world_size=1, local_rank=0, device="cpu")
+
+pytestmark = pytest.mark.processes  # a compiler, and ranks
 WIDE = 701
 
 
@@ -117,7 +119,7 @@ def test_state_in_files_trains_as_in_memory_and_resumes_bit_by_bit(
         assert size > 4 * 2 * WIDE * WIDE
     kept = {name: tensor.clone() for name, tensor in engine.states()}
     unbroken = advance(engine, files, 3, 6)
-    trained, averaged = engine.weights(), engine.weights(averaged=ema_decay is not None)
+    trained, averaged = engine.weights(), engine.weights(ema=ema_decay is not None)
     engine.close()
     assert list(nvme.iterdir()) == []
     assert np.allclose(trace + unbroken, expected, rtol=1e-5 if precision == "fp32" else 1e-2)
@@ -132,7 +134,7 @@ def test_state_in_files_trains_as_in_memory_and_resumes_bit_by_bit(
     assert found.keys() == kept.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in kept.items())
     assert advance(restored, files, 3, 6) == unbroken
-    for name, tensor in restored.weights(averaged=ema_decay is not None).items():
+    for name, tensor in restored.weights(ema=ema_decay is not None).items():
         assert torch.equal(tensor, averaged[name])
     restored.close()
 
@@ -168,10 +170,10 @@ def test_the_average_is_shown_to_an_evaluation_and_the_weights_come_back(
     advance(engine, files, 0, 3)
     (batch, *_) = next(wide(files).batches(0, 0, 1))
     evaluated = []
-    for averaged in (True, False):
-        with engine.evaluating(averaged) as module:
+    for ema in (True, False):
+        with engine.evaluating(ema) as module:
             evaluated.append(module(batch)[0].item())
-    states = [engine.weights(averaged) for averaged in (True, False)]
+    states = [engine.weights(ema) for ema in (True, False)]
     engine.close()
     module = Wide().eval()
     for found, state in zip(evaluated, states, strict=True):

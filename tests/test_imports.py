@@ -84,6 +84,7 @@ ORDER: dict[str, list[str]] = {
         "live",
     ],
     "pipeline.training": [
+        "config",
         "spec",
         "lease",
         "continuation",

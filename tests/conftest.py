@@ -48,6 +48,14 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def photographs() -> list[Path]:
+    """The pictures drawn for tests, and real photographs where there are some."""
+    tests = Path(__file__).resolve().parent
+    real = tests.parents[1] / "shared" / "data" / "coco" / "val2017"
+    return [*sorted((tests / "pictures").glob("*.jpg")), *sorted(real.glob("*.jpg"))]
+
+
+@pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """A real local Ray with two CPUs, shared by the tests of a session."""
     import ray

@@ -14,16 +14,17 @@ from pipeline.cluster import ClusterConfig
 from pipeline.config import Config
 from pipeline.data.ingest.ingest import IngestConfig
 from pipeline.data.media.augmentation import AugmentConfig
+from pipeline.data.read.extractor_card import ExtractorCard
 from pipeline.data.sources import AnySource
 from pipeline.errors import ConfigError
 from pipeline.models.base import ModelConfig
 from pipeline.models.families import FAMILIES
 from pipeline.objectives.objective import ObjectivesConfig
-from pipeline.training.spec import TrainingConfig
+from pipeline.training.config import TrainingConfig
 from pipeline.training.tracking.trackers import TrackersConfig
 from pipeline.vision.extract import ExtractConfig
-from pipeline.vision.extractors.extractor import AnyExtractor
 from pipeline.vision.extractors.live import live_card, refusal
+from pipeline.vision.extractors.registry import AnyExtractor
 
 # What the data decides; a recipe that sets them could only contradict it.
 _DERIVED_SIZES = ("vocab_size", "feature_dim", "num_answers")
@@ -74,12 +75,11 @@ class FeaturesPart(Config):
             raise ValueError(f"live=true: extractor.type={self.extractor.type}: {reason}")
         return self
 
-    def card(self) -> dict[str, Any]:
+    def card(self) -> ExtractorCard:
         """Returns what makes the features; raises FeatureError if its weights cannot be had."""
         if self.live:
             return live_card(self.extractor, self.augment)
-        card: dict[str, Any] = self.extractor.build("cpu").card()
-        return card
+        return self.extractor.build("cpu").card()
 
 
 class ModelPart(Config):
@@ -163,11 +163,13 @@ class Recipe(Config):
                 ) from None
             contrasts = name == "pretrain" and self.objectives and self.objectives.itc
             is_uneven = any(training.global_batch_size % n for n in self.cluster.world_sizes())
-            if contrasts and (most > 1 or is_uneven or training.tokens_per_micro_batch is not None):
+            if contrasts and (
+                most > 1 or is_uneven or training.loading.tokens_per_micro_batch is not None
+            ):
                 raise ValueError(
                     "objectives.itc contrasts the whole global batch in one pass; set "
                     "global_batch_size to micro_batch_size x cluster.workers, and leave "
-                    "cluster.min_workers and tokens_per_micro_batch out"
+                    "cluster.min_workers and loading.tokens_per_micro_batch out"
                 )
         return self
 
@@ -207,13 +209,13 @@ class Recipe(Config):
         phases = {"pretrain": self.objectives, "finetune": self.benchmarks.objectives()}
         for name, objectives in phases.items():
             training: TrainingConfig | None = getattr(self.training, name)
-            if training is None or objectives is None or training.evaluate_every_steps is None:
+            if training is None or objectives is None or training.evaluation.every_steps is None:
                 continue
             figures = ["loss", *(objective.name for objective in objectives.build())]
-            if training.best_by not in figures:
+            if training.evaluation.best_by not in figures:
                 raise ValueError(
-                    f"training.{name}.best_by={training.best_by}: an evaluation while training "
-                    f"gives {', '.join(figures)}"
+                    f"training.{name}.evaluation.best_by={training.evaluation.best_by}: an "
+                    f"evaluation while training gives {', '.join(figures)}"
                 )
         return self
 

@@ -4,17 +4,23 @@ import copy
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 from pydantic import Field
 
+from pipeline.data.read.extractor_card import (
+    ExtractionEnvironment,
+    ExtractorCard,
+    Weights,
+    identity,
+)
 from pipeline.errors import ConfigError, FeatureError
 from pipeline.vision.compress.packing import describe_storage, pack, packing_parts
 from pipeline.vision.extractors import weights
 from pipeline.vision.extractors.arithmetic import exact_arithmetic
 from pipeline.vision.extractors.network import NetworkConfig
-from pipeline.vision.feature import Feature, environment, extractor_name, identity
+from pipeline.vision.feature import Feature
 from pipeline.vision.preprocess.image import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -101,29 +107,29 @@ class GridExtractor:
 
     @property
     def name(self) -> str:
-        return extractor_name("grid", self.card()["identity"])
+        return self.card().name
 
-    def card(self) -> dict[str, Any]:
-        preprocessing = [*describe(self.steps, self._config.window), NORMALIZE]
+    def card(self) -> ExtractorCard:
+        preprocessing = (*describe(self.steps, self._config.window), NORMALIZE)
         selection = {"network": self._config.network, "node": self._config.node}
         stored = describe_storage(self._config.storage)
         height, width = self._grid
-        return {
-            "type": "grid",
-            "identity": identity("grid", self._digest, preprocessing, selection, stored),
-            "config": self._config.model_dump(mode="json") | {"weights": self._weights},
-            "weights": {"digest": self._digest, "random": self._config.weights == "random"},
-            "preprocessing": preprocessing,
-            "selection": selection,
-            "storage": stored,
-            "dtype": stored["dtype"],
-            "dim": self._dim,
-            "num_regions": height * width,
-            "grid": [height, width],
-            "boxes": "grid" if self._config.fit == "stretch" else "stored",
-            "parts": packing_parts(self._config.storage, self._dim),
-            "environments": [environment(self._device)],
-        }
+        return ExtractorCard(
+            type="grid",
+            identity=identity("grid", self._digest, preprocessing, selection, stored),
+            config=self._config.model_dump(mode="json") | {"weights": self._weights},
+            weights=Weights(digest=self._digest, random=self._config.weights == "random"),
+            preprocessing=preprocessing,
+            selection=selection,
+            storage=stored,
+            dtype=stored["dtype"],
+            dim=self._dim,
+            num_regions=height * width,
+            grid=(height, width),
+            boxes="grid" if self._config.fit == "stretch" else "stored",
+            parts=packing_parts(self._config.storage, self._dim),
+            environments=(ExtractionEnvironment.here(self._device),),
+        )
 
     def prepare(self, image: bytes) -> Prepared:
         return prepare(image, self.steps, self._config.window)

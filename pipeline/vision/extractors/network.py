@@ -6,8 +6,8 @@ from pipeline import storage
 from pipeline.config import Config
 from pipeline.vision.compress.packing import Storage
 from pipeline.vision.compress.pca import PcaConfig, ReducedExtractor, fit_to
+from pipeline.vision.extractor import Extractor
 from pipeline.vision.extractors.frames import FramesExtractor, ImageExtractor, pyav_version
-from pipeline.vision.feature import Extractor
 from pipeline.vision.preprocess.video import FramesConfig
 from pipeline.vision.preprocess.window import AnyWindow
 

@@ -25,13 +25,14 @@ from pipeline.data.upkeep import compact as compact_module
 from pipeline.data.upkeep.compact import CompactReport, compact
 from pipeline.data.upkeep.verify import verify
 from pipeline.errors import ManifestError, ShardError
+from tests.data.cards import card_bytes
 from tests.data.tiny_dataset import EXTRACTOR, npy
 from tests.data.world import Item, World, check_dataset, disturb, make_world
 
 NOW = Retention(last_versions=1, min_age_hours=0)  # nothing old is kept
 
 
-CARD = b'{"grid": [2, 3], "parts": {"scores": {"dtype": "float16", "shape": ["R"]}}}'
+CARD = card_bytes(grid=[2, 3], parts={"scores": {"dtype": "float16", "shape": ["R"]}})
 
 
 def config(samples_per_shard: int = 4) -> IngestConfig:

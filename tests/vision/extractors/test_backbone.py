@@ -80,7 +80,7 @@ def test_a_blind_model_trains_nothing_of_it(network: str) -> None:
     config = grid(network, node)
     backbone: Backbone = config.backbone().train()
     found = backbone(shares(config, 2)[:, :0])
-    assert found.shape == (2, 0, live_card(config, None)["dim"])
+    assert found.shape == (2, 0, live_card(config, None).dim)
     found.sum().backward()
     for parameter in backbone.parameters():
         if parameter.requires_grad:
@@ -95,4 +95,4 @@ def test_weights_go_to_the_backbone_and_come_back(squeezenet_file: Path, tmp_pat
     saved = tmp_path / "backbone.safetensors"
     safetensors.torch.save_file(config.backbone().network.state_dict(), saved)
     again = config.model_copy(update={"weights": str(saved)})
-    assert again.build().card()["weights"] == config.build().card()["weights"]
+    assert again.build().card().weights == config.build().card().weights

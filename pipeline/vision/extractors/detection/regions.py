@@ -9,6 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from pipeline.data.read.extractor_card import (
+    ExtractionEnvironment,
+    ExtractorCard,
+    PartLayout,
+    Weights,
+    identity,
+)
 from pipeline.errors import FeatureError
 from pipeline.vision.compress.packing import Storage, describe_storage, pack, packing_parts
 from pipeline.vision.extractors import weights
@@ -23,13 +30,7 @@ from pipeline.vision.extractors.detection.detector import (
 )
 from pipeline.vision.extractors.grid import NORMALIZE
 from pipeline.vision.extractors.network import NetworkConfig
-from pipeline.vision.feature import (
-    Feature,
-    environment,
-    extractor_name,
-    identity,
-    part_layout,
-)
+from pipeline.vision.feature import Feature
 from pipeline.vision.preprocess.image import Prepared, ResizeWithin, describe, prepare
 
 if TYPE_CHECKING:
@@ -129,11 +130,10 @@ class DetectorExtractor(ABC):
 
     @property
     def name(self) -> str:
-        card = self.card()
-        return extractor_name(card["type"], card["identity"])
+        return self.card().name
 
     @abstractmethod
-    def card(self) -> dict[str, Any]:
+    def card(self) -> ExtractorCard:
         """What made the features."""
 
     @abstractmethod
@@ -163,13 +163,13 @@ class DetectorExtractor(ABC):
         twin._storage = "float32"
         return twin
 
-    def _card(self, config: DetectorConfig, dim: int) -> dict[str, Any]:
+    def _card(self, config: DetectorConfig, dim: int) -> ExtractorCard:
         """Returns the card for features of `dim` values."""
-        preprocessing = [
+        preprocessing = (
             *describe(self.steps, config.window),
             NORMALIZE,
             {"step": "pad right and below with zeros", "multiple": 32},
-        ]
+        )
         rule = {
             "order": "by score, the highest first",
             "rule": "bottom-up attention",
@@ -178,27 +178,27 @@ class DetectorExtractor(ABC):
         stored = describe_storage(config.storage)
         digest = self.detector.digest
         parts = packing_parts(config.storage, dim) | {
-            "labels": part_layout("int32", "R"),
-            "scores": part_layout("float32", "R"),
-            "classes": part_layout("float16", "R", config.num_classes),
+            "labels": PartLayout.of("int32", "R"),
+            "scores": PartLayout.of("float32", "R"),
+            "classes": PartLayout.of("float16", "R", config.num_classes),
         }
-        return {
-            "type": config.type,
-            "identity": identity(config.type, digest, preprocessing, rule, stored),
-            "config": config.model_dump(mode="json") | {"weights": self.detector.weights},
-            "weights": {"digest": digest, "random": config.weights == "random"},
-            "preprocessing": preprocessing,
-            "selection": rule,
-            "storage": stored,
-            "dtype": stored["dtype"],
-            "dim": dim,
-            "num_regions": config.max_regions,
-            "grid": None,
-            "boxes": "stored",
-            "parts": parts,
-            "class_names": class_names(config.network, config.num_classes),
-            "environments": [environment(self._device)],
-        }
+        return ExtractorCard(
+            type=config.type,
+            identity=identity(config.type, digest, preprocessing, rule, stored),
+            config=config.model_dump(mode="json") | {"weights": self.detector.weights},
+            weights=Weights(digest=digest, random=config.weights == "random"),
+            preprocessing=preprocessing,
+            selection=rule,
+            storage=stored,
+            dtype=stored["dtype"],
+            dim=dim,
+            num_regions=config.max_regions,
+            grid=None,
+            boxes="stored",
+            parts=parts,
+            class_names=class_names(config.network, config.num_classes),
+            environments=(ExtractionEnvironment.here(self._device),),
+        )
 
 
 class RegionsExtractor(DetectorExtractor):
@@ -208,7 +208,7 @@ class RegionsExtractor(DetectorExtractor):
         super().__init__(config, device)
         self._config = config
 
-    def card(self) -> dict[str, Any]:
+    def card(self) -> ExtractorCard:
         return self._card(self._config, self.detector.dim)
 
     def _feature(self, loaded: Loaded) -> Feature:

@@ -1,11 +1,12 @@
 """Segment features: the regions of Mask R-CNN, each with its outline."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
 
+from pipeline.data.read.extractor_card import ExtractorCard
 from pipeline.vision.extractors.detection import selection
 from pipeline.vision.extractors.detection.detector import Detections, Loaded
 from pipeline.vision.extractors.detection.regions import (
@@ -48,10 +49,11 @@ class SegmentsExtractor(DetectorExtractor):
         super().__init__(config, device)
         self._config = config
 
-    def card(self) -> dict[str, Any]:
+    def card(self) -> ExtractorCard:
         parts = {"box": self.detector.dim, "mask": MASK_LEVELS}
         dim = parts.get(self._config.pool, sum(parts.values()))
-        return self._card(self._config, dim) | {"segments": "COCO run-length code"}
+        card = self._card(self._config, dim)
+        return card.model_copy(update={"segments": "COCO run-length code"})
 
     def _feature(self, loaded: Loaded) -> Feature:
         import torch

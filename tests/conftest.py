@@ -67,7 +67,7 @@ def ray_local() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # an idle Ray takes a tenth of a processor
 def plain_head() -> Iterator[RayHead]:
     """A cluster that anybody on this machine may join."""
     head = RayHead(token=False)
@@ -77,7 +77,7 @@ def plain_head() -> Iterator[RayHead]:
         head.kill()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def token_head() -> Iterator[RayHead]:
     """A cluster that wants a token."""
     head = RayHead(token=True)

@@ -49,6 +49,7 @@ ORDER: dict[str, list[str]] = {
         "schema",
         "versions",
         "earlier_form",
+        "engine",
         "table",
         "features",
         "manifest",
@@ -58,14 +59,27 @@ ORDER: dict[str, list[str]] = {
     ],
     "pipeline.data.sources": [
         "base",
+        "digests",
         "image_files",
         "splits",
         "gathering",
         "readers",
+        "columns",
+        "file_fingerprints",
+        "text_kernels",
+        "table_columns",
         "*",
         "merged",
     ],
-    "pipeline.vision": ["preprocess", "feature", "compress", "sidecar", "extractors", "extract"],
+    "pipeline.vision": [
+        "preprocess",
+        "feature",
+        "extractor",
+        "compress",
+        "sidecar",
+        "extractors",
+        "extract",
+    ],
     "pipeline.vision.extractors": [
         "arithmetic",
         "weights",
@@ -78,10 +92,11 @@ ORDER: dict[str, list[str]] = {
         "pixels",
         "published",
         "imported",
-        "extractor",
+        "registry",
         "live",
     ],
     "pipeline.training": [
+        "config",
         "spec",
         "lease",
         "continuation",
@@ -99,6 +114,7 @@ ORDER: dict[str, list[str]] = {
 
 # What may meet a heavy or stateful library; everything else stays plain functions.
 ONLY_IN = {
+    "duckdb": {"pipeline/data/manifest/engine.py"},
     "deepspeed": {"pipeline/training/engine/engine.py"},
     "ray": {
         "pipeline/perf/extract.py",

@@ -2,7 +2,7 @@
 
 A step is: take the micro-batches, forward and backward each, clip, update, log. Nothing random
 outlives a step: data and corruption are functions of the step, and dropout is seeded from
-(seed, step, rank) when the step begins. So the step number, the tally and the tensors of a
+(seed, step, rank) when the step begins. So the step number, the run state and the tensors of a
 checkpoint are all that a run is, and it goes on bit-identically on the same number of ranks.
 
 On another number of ranks, or with other micro-batches, data, corruption, rates and, without
@@ -32,15 +32,15 @@ from pipeline import storage
 from pipeline.errors import CheckpointError, ConfigError, LostError, TrainingError
 from pipeline.training.assembly import MODEL, Assembly, assemble
 from pipeline.training.checkpoints import checkpoint
-from pipeline.training.checkpoints.manager import Keeper
-from pipeline.training.checkpoints.run_state import Tally
+from pipeline.training.checkpoints.manager import CheckpointManager
+from pipeline.training.checkpoints.run_state import RunState
 from pipeline.training.continuation import Difference, differences, fixed
 from pipeline.training.engine.engine import Engine
 from pipeline.training.engine.peak import peak_flops
 from pipeline.training.feed.device_feed import device_feed
 from pipeline.training.feed.micro_batch import MicroBatch
 from pipeline.training.lease import IsLost, only_writer
-from pipeline.training.spec import Environment, TrainingResult, TrainingSpec
+from pipeline.training.spec import Environment, TrainingResult, TrainingSpec, training_key
 from pipeline.training.tracking.metrics_log import MetricsLog, Stretch, last_loss
 
 CHECKPOINTS = "checkpoints"
@@ -50,9 +50,9 @@ STOP = ".stop"
 # With another value of one of these, evaluations are no longer of the same thing.
 _EVALUATED = {
     "dataset.validation_split",
-    "evaluate_examples",
-    "best_by",
-    "best_is",
+    "evaluation.examples",
+    "evaluation.best_by",
+    "evaluation.best_is",
     "model_weights",
 }
 
@@ -80,7 +80,7 @@ def train(
         is_first = environment.rank == 0
         is_lost = stack.enter_context(only_writer(spec.folder)) if is_first else _never
         dist.barrier()  # the others touch nothing before the folder is ours
-        return _Run(spec, environment, assembled, is_lost).to_end()
+        return _Run(spec, environment, assembled, is_lost).run()
 
 
 def finished_result(spec: TrainingSpec) -> TrainingResult | None:
@@ -93,7 +93,8 @@ def finished_result(spec: TrainingSpec) -> TrainingResult | None:
         return None
     try:
         document = json.loads(storage.read_bytes(where))
-        sequence = dict(document["sequence"])
+        name = "sequence" if "sequence" in document else "reproducibility_key"  # it was the former
+        reproducibility_key = dict(document[name])
         result = TrainingResult(
             **document["result"], model_folder=model_folder, already_finished=True
         )
@@ -101,7 +102,7 @@ def finished_result(spec: TrainingSpec) -> TrainingResult | None:
         raise CheckpointError(
             f"{where}: damaged: {error}; remove it, and the run ends anew from its last checkpoint"
         ) from error
-    if _changed(spec, sequence, spec.folder):
+    if _changed(spec, reproducibility_key, spec.folder):
         return None
     return result
 
@@ -135,7 +136,7 @@ class _StepFigures:
     grad_norm: float  # infinite if no update was made
     num_samples: int
     num_tokens: int
-    num_places: int  # tokens, regions and their padding
+    num_tokens_with_padding: int  # tokens, regions and their padding
     flops: float  # that encoding took, forward and backward; 0 if nobody asks
     wait_seconds: float  # for data, averaged over ranks
     stop: bool
@@ -146,7 +147,7 @@ class _StepFigures:
 
 class _Run:
     engine: Engine
-    tally: Tally
+    run_state: RunState
     ranks_before: int | None = None  # those that wrote the checkpoint it goes on from
 
     def __init__(
@@ -170,16 +171,16 @@ class _Run:
         self.changed: tuple[Difference, ...] = ()  # since the checkpoint that is gone on from
         self.checkpoints = storage.join(spec.folder, CHECKPOINTS)
         writer = checkpoint.Writer(
-            sequence=spec.sequence(),
+            reproducibility_key=spec.reproducibility_key(),
             zero_stage=self.config.zero_stage,
             precision=self.config.resolved_precision(environment.device),
         )
-        self.keeper = Keeper(self.checkpoints, self.config, writer, self._event)
+        self.manager = CheckpointManager(self.checkpoints, self.config, writer, self._event)
 
-    def to_end(self) -> TrainingResult:
+    def run(self) -> TrainingResult:
         config = self.config
-        if config.evaluate_every_steps is not None and self.evaluate is None:
-            raise ConfigError("training.evaluate_every_steps: this run has no held-out data")
+        if config.evaluation.every_steps is not None and self.evaluate is None:
+            raise ConfigError("training.evaluation.every_steps: this run has no held-out data")
         with contextlib.ExitStack() as stack:
             if self.is_first:
                 checkpoint.remove_leftovers(self.checkpoints)
@@ -191,10 +192,10 @@ class _Run:
                 self.log = stack.enter_context(log)
             self._tell_start(start, damaged)
             if self.is_first:
-                self.keeper.look(start)
-            stack.callback(self.keeper.wait)
+                self.manager.adopt_existing(start)
+            stack.callback(self.manager.wait)
             step, stopped = self._steps(start)
-            self.keeper.finish()
+            self.manager.finish()
             if stopped:
                 self._event("stopped", step=step)
                 loss = last_loss(self.spec.folder) if self.is_first else math.nan
@@ -229,18 +230,18 @@ class _Run:
             if told[1] is not None:
                 raise CheckpointError(told[1])
             if not found:
-                self._build(0, given_up, Tally(), None)
+                self._build(0, given_up, RunState(), None)
             else:
                 location = storage.join(self.checkpoints, checkpoint.name_of(found))
                 manifest = checkpoint.read_manifest(location)
-                self.changed = _changed(self.spec, manifest.sequence, location)
-                tally = manifest.tally
+                self.changed = _changed(self.spec, manifest.reproducibility_key, location)
+                run_state = manifest.run_state
                 if self.changed:
-                    names = {one.key.rsplit(".", 1)[-1] for one in self.changed}
-                    names |= {one.key for one in self.changed}
-                    tally = tally.in_new_stretch(not names & _EVALUATED)
+                    prefix = f"{training_key(self.spec.phase)}."
+                    names = {one.key.removeprefix(prefix) for one in self.changed}
+                    run_state = run_state.in_new_stretch(not names & _EVALUATED)
                 read = checkpoint.reader(location, manifest, cache)
-                self._build(manifest.step, given_up, tally, read)
+                self._build(manifest.step, given_up, run_state, read)
                 self.ranks_before = manifest.world_size
         return found
 
@@ -252,18 +253,18 @@ class _Run:
         return Stretch(start, changed, self.spec.dataset_version, time.time())
 
     def _build(
-        self, at: int, given_up: int | None, tally: Tally, read: checkpoint.ReadTensor | None
+        self, at: int, given_up: int | None, run_state: RunState, read: checkpoint.ReadTensor | None
     ) -> None:
         step = at if given_up is None else given_up
-        self.tally = replace(tally, skipped=tally.skipped + step - at)
+        self.run_state = replace(run_state, skipped=run_state.skipped + step - at)
         self.engine = Engine(
             self.assembly.module,
             self.config,
             self.environment,
             step,
             read,
-            skipped=self.tally.skipped,
-            loss_scale=tally.loss_scale,
+            skipped=self.run_state.skipped,
+            loss_scale=run_state.loss_scale,
         )
 
     def _steps(self, start: int) -> tuple[int, bool]:
@@ -273,8 +274,8 @@ class _Run:
         meter = _Meter(self.device_flops and self.device_flops * environment.world_size)
         step = start
         device, dtype = self.engine.device, self.engine.dtype
-        with device_feed(source, config.prefetch_steps, device, dtype) as take:
-            while step < config.steps and not self.tally.is_patience_spent(config):
+        with device_feed(source, config.loading.prefetch_steps, device, dtype) as take:
+            while step < config.steps and not self.run_state.is_patience_spent(config):
                 step += 1
                 began = time.perf_counter()
                 batches = take()
@@ -295,14 +296,14 @@ class _Run:
                 if figures.fault is not None:
                     self._not_finite(step, figures.fault)
                 else:
-                    self.tally = self.tally.after_update()
+                    self.run_state = self.run_state.after_update()
                     self._report(step, figures, rate, meter)
                 if figures.written:
-                    self.keeper.finish()
-                last = step == config.steps or self.tally.is_patience_spent(config)
-                due = step % config.checkpoint_every_steps == 0
-                best = self.tally.is_best(step) and (
-                    config.keep_best or config.keep_best_checkpoints > 0
+                    self.manager.finish()
+                last = step == config.steps or self.run_state.is_patience_spent(config)
+                due = step % config.checkpoints.every_steps == 0
+                best = self.run_state.is_best(step) and (
+                    config.evaluation.restore_best or config.checkpoints.keep_best > 0
                 )
                 if due or best or last or figures.stop:
                     self._save(step)
@@ -323,7 +324,7 @@ class _Run:
     def _report(self, step: int, figures: _StepFigures, rate: float, meter: "_Meter") -> None:
         """Evaluates and logs a step, where it is due."""
         config = self.config
-        every = config.evaluate_every_steps
+        every = config.evaluation.every_steps
         evaluates = every is not None and (step % every == 0 or step == config.steps)
         logs = step % config.log_every_steps == 0 or step == config.steps
         if not (evaluates or logs):
@@ -336,7 +337,7 @@ class _Run:
         if evaluates:
             began = time.perf_counter()
             found = self._evaluate()
-            self.tally = self.tally.after_evaluation(step, found, config)
+            self.run_state = self.run_state.after_evaluation(step, found, config)
             line["evaluation"] = found
             meter.leave_out(time.perf_counter() - began)
         if self.log:
@@ -367,12 +368,12 @@ class _Run:
         counts = [
             sum(batch.num_samples for batch in micro_batches),
             sum(batch.num_tokens for batch in micro_batches),
-            sum(batch.num_places for batch in micro_batches),
+            sum(batch.num_tokens_with_padding for batch in micro_batches),
             self._flops(micro_batches),
             wait_seconds,
             self._is_stop_requested(),
             self.is_lost(),
-            self.keeper.is_written(),
+            self.manager.is_written(),
         ]
         mine = torch.cat([means, means.new_tensor(counts)])
         ranks = [torch.empty_like(mine) for _ in range(self.environment.world_size)]
@@ -386,7 +387,7 @@ class _Run:
             grad_norm=norm,
             num_samples=int(sums[0]),
             num_tokens=int(sums[1]),
-            num_places=int(sums[2]),
+            num_tokens_with_padding=int(sums[2]),
             flops=float(sums[3]),
             wait_seconds=float(sums[4]) / len(table),
             stop=bool(sums[5]),
@@ -431,29 +432,29 @@ class _Run:
     def _not_finite(self, step: int, fault: str) -> None:
         """Does what the config says about it, or raises TrainingError."""
         config = self.config
-        self.tally = self.tally.after_skip()
+        self.run_state = self.run_state.after_skip()
         refusal = ""
         if config.not_finite == "skip":
-            in_a_row = self.tally.skips_in_a_row
+            in_a_row = self.run_state.skips_in_a_row
             if in_a_row <= config.max_skips_in_a_row:
                 self._event("skipped", step=step, reason=fault, in_a_row=in_a_row)
                 return
             refusal = f", and {in_a_row - 1} steps before it were skipped"
         if config.not_finite == "roll_back":
-            if self.tally.roll_backs < config.max_roll_backs:
+            if self.run_state.roll_backs < config.max_roll_backs:
                 self._roll_back(step, fault)
                 return
-            refusal = f", and the run was rolled back {self.tally.roll_backs} times before"
-        self.keeper.finish()  # what came before is whole
+            refusal = f", and the run was rolled back {self.run_state.roll_backs} times before"
+        self.manager.finish()  # what came before is whole
         raise TrainingError(f"{self.spec.phase}, step {step}, {fault}{refusal}; {self._advice()}")
 
     def _advice(self) -> str:
         """Says what to do about a figure that is not finite, in keys of the recipe."""
-        phase = "pretrain" if self.spec.phase == "pretrain" else "finetune"
-        rate = f"training.{phase}.learning_rate={self.config.learning_rate / 2:g}"
-        others = [f"a longer training.{phase}.warmup_steps"]
+        training = training_key(self.spec.phase)
+        rate = f"{training}.optimizer.learning_rate={self.config.optimizer.learning_rate / 2:g}"
+        others = [f"a longer {training}.schedule.warmup_steps"]
         if self.config.resolved_precision(self.environment.device) != "fp32":
-            others.append(f"training.{phase}.precision=fp32")
+            others.append(f"{training}.precision=fp32")
         steps = checkpoint.steps_in(self.checkpoints)
         where = (
             f"it goes on from the checkpoint at step {steps[-1]}"
@@ -471,13 +472,13 @@ class _Run:
         So did PaLM after a spike of its loss (arXiv:2204.02311, 5.1): the batches harm only
         together with the weights that met them, so going back alone would meet them again.
         """
-        self.keeper.finish()
-        times = self.tally.roll_backs + 1
+        self.manager.finish()
+        times = self.run_state.roll_backs + 1
         self.engine.close()
         self.assembly = replace(self.assembly, module=self.assembled(self.spec).module)
         damaged: list[str] = []
         to_step = self._start(damaged.append, given_up=step)
-        self.tally = replace(self.tally, roll_backs=times)
+        self.run_state = replace(self.run_state, roll_backs=times)
         for reason in damaged:
             self._event("damaged-checkpoint", reason=reason)
         self._event("rolled-back", step=step, reason=fault, to_step=to_step, times=times)
@@ -485,10 +486,10 @@ class _Run:
     def _save(self, step: int) -> None:
         if self.log:
             self.log.flush()
-        self.tally = replace(
-            self.tally, skipped=self.engine.skipped, loss_scale=self.engine.loss_scale()
+        self.run_state = replace(
+            self.run_state, skipped=self.engine.skipped, loss_scale=self.engine.loss_scale()
         )
-        self.keeper.save(step, self.engine.states(), self.tally)
+        self.manager.save(step, self.engine.states(), self.run_state)
 
     def _finish(self, step: int) -> TrainingResult:
         """Writes the model folder and, last, the file that says the run is complete."""
@@ -502,16 +503,16 @@ class _Run:
                     "no finished run; was it removed, or was every step skipped?"
                 )
             self.assembly.save(weights, chosen)
-            figures = self.tally.evaluation.items()
+            figures = self.run_state.evaluation.items()
             finite = {name: value for name, value in figures if math.isfinite(value)}
             document = {
-                "sequence": self.spec.sequence(),
+                "reproducibility_key": self.spec.reproducibility_key(),
                 "result": {"state": "finished", "step": step, "steps": steps, "loss": loss},
-                "tally": asdict(self.tally) | {"evaluation": finite},
+                "run_state": asdict(self.run_state) | {"evaluation": finite},
             }
             payload = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False).encode()
             storage.write_bytes(storage.join(self.spec.folder, RESULT), payload)
-            self._event("finished", step=step, best_step=self.tally.best_step)
+            self._event("finished", step=step, best_step=self.run_state.best_step)
         dist.barrier()
         finished = finished_result(self.spec)
         assert finished is not None
@@ -519,14 +520,14 @@ class _Run:
 
     def _chosen(self, step: int) -> int:
         """Returns the step whose weights the model folder gets."""
-        best = self.tally.best_step
-        return best if self.config.keep_best and best is not None else step
+        best = self.run_state.best_step
+        return best if self.config.evaluation.restore_best and best is not None else step
 
     def _weights(self, chosen: int, step: int) -> dict[str, Tensor]:
         """Returns the weights of a step on rank 0, as the config wants them; `step` is the last."""
-        averaged = self.config.model_weights == "average"
+        ema = self.config.model_weights == "average"
         if chosen == step:
-            return self.engine.weights(averaged)
+            return self.engine.weights(ema)
         if not self.is_first:
             return {}
         location = storage.join(self.checkpoints, checkpoint.name_of(chosen))
@@ -534,15 +535,15 @@ class _Run:
             try:
                 manifest = checkpoint.verify(location, Path(cache))
             except CheckpointError as error:
-                phase = "pretrain" if self.spec.phase == "pretrain" else "finetune"
+                training = training_key(self.spec.phase)
                 raise CheckpointError(
                     f"{error}\nIt has the weights of the best evaluation, which the model is to "
                     "have. Put an undamaged copy of it back; or give the same command with "
-                    f"`training.{phase}.keep_best=false` and `--from-checkpoint`, for a model of "
-                    "the last step's weights"
+                    f"`{training}.evaluation.restore_best=false` and `--from-checkpoint`, for "
+                    "a model of the last step's weights"
                 ) from error
             read = checkpoint.reader(location, manifest, Path(cache))
-            return checkpoint.weights(manifest, read, averaged)
+            return checkpoint.weights(manifest, read, ema)
 
     def _tell_start(self, start: int, damaged: list[str]) -> None:
         for reason in damaged:
@@ -607,7 +608,7 @@ class _Meter:
             "lr": rate,
             # none if fp16's loss scale was too high
             "grad_norm": figures.grad_norm if math.isfinite(figures.grad_norm) else None,
-            "padding_fraction": 1 - figures.num_tokens / max(figures.num_places, 1),
+            "padding_fraction": 1 - figures.num_tokens / max(figures.num_tokens_with_padding, 1),
             "samples_per_second": round(self._num_samples / seconds, 3),
             "tokens_per_second": round(self._num_tokens / seconds, 3),
             "data_wait_fraction": round(self._wait_seconds / seconds, 4),
@@ -619,9 +620,11 @@ class _Meter:
         return line
 
 
-def _changed(spec: TrainingSpec, sequence: dict[str, Any], where: str) -> tuple[Difference, ...]:
+def _changed(
+    spec: TrainingSpec, reproducibility_key: dict[str, Any], where: str
+) -> tuple[Difference, ...]:
     """Returns the settings that are not those recorded; CheckpointError if it is another run's."""
-    found = differences(sequence, spec.sequence(), spec.phase)
+    found = differences(reproducibility_key, spec.reproducibility_key(), spec.phase)
     others = fixed(found)
     if others:
         raise CheckpointError(

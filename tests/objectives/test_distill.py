@@ -153,7 +153,7 @@ def test_a_writer_learns_the_next_words_of_another_beside_its_own_captions(
     batch = collated(objectives, tokenizer, make_batch())
     assert list(batch.streams) == ["captions-prefix"]  # one pass for both
     view = batch.streams["captions-prefix"].targets["distill-next-words"]
-    assert torch.equal(view.word_places, batch.streams["captions-prefix"].targets["lm"] != -100)
+    assert torch.equal(view.word_mask, batch.streams["captions-prefix"].targets["lm"] != -100)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.0)
     first = float(module(batch)[1]["distill-next-words"])
     for _ in range(40):

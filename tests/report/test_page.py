@@ -7,8 +7,8 @@ import pytest
 
 from pipeline.report.page import duration
 
-CSS = (files("pipeline.inspect") / "templates" / "page.css").read_text()
-JAVASCRIPT = (files("pipeline.inspect") / "templates" / "page.js").read_text()
+CSS = (files("pipeline.report") / "templates" / "page.css").read_text()
+JAVASCRIPT = (files("pipeline.report") / "templates" / "page.js").read_text()
 
 
 def test_a_time_reads_as_people_say_it() -> None:

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 
 from pipeline import storage
 from pipeline.data.manifest.earlier_form import earlier_features
+from pipeline.data.manifest.engine import Engine
 from pipeline.data.manifest.schema import FEATURES, matching_rows
 from pipeline.data.manifest.table import Table, TableForm
 
@@ -31,6 +32,13 @@ class FeatureManifest:
         if not Table.exists(self._location()):
             return FEATURES.empty_table().select(FEATURES.names if columns is None else columns)
         return self._table().newest(columns)
+
+    def register(self, engine: Engine, name: str, columns: Sequence[str]) -> None:
+        """Makes `rows` of these columns a view of the engine, which reads them as a stream."""
+        if Table.exists(self._location()):
+            self._table().register(engine, name, columns)
+        else:
+            engine.register(name, FEATURES.empty_table().select(list(columns)))
 
     def rejects(self) -> pa.Table:
         """Returns key, shard, reason and detail of the images without a feature."""

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from pipeline import storage
 from pipeline.data.manifest.earlier_form import EARLIER_SAMPLES
+from pipeline.data.manifest.engine import Engine
 from pipeline.data.manifest.features import FeatureManifest
 from pipeline.data.manifest.schema import SAMPLES, State, judgements
 from pipeline.data.manifest.table import Table, TableForm
@@ -67,6 +68,10 @@ class Manifest:
     def rejects(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Returns the records that did not become samples, with reason and detail."""
         return self._in_state(State.REJECT, columns)
+
+    def register(self, engine: Engine, name: str, columns: Sequence[str]) -> None:
+        """Makes `rows` of these columns a view of the engine, which reads them as a stream."""
+        self._table.register(engine, name, columns)
 
     def rows_after(self, version: int, columns: Sequence[str]) -> pa.Table:
         """Returns all rows that were committed after a version, superseded ones included."""

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 
 from pipeline import storage
 from pipeline.data.manifest.earlier_form import EarlierForm
+from pipeline.data.manifest.engine import Engine, Scan
 from pipeline.data.manifest.schema import row_codes
 from pipeline.data.manifest.versions import Version
 from pipeline.errors import ManifestError
@@ -127,6 +129,12 @@ class Table:
         names = self.form.schema.names if columns is None else list(columns)
         rows = self._read(sorted({*names, *self.form.identity, "sequence"}))
         return self._newest(rows).select(names)
+
+    def register(self, engine: Engine, name: str, columns: Sequence[str]) -> None:
+        """Makes `newest` of these columns a view of the engine."""
+        engine.register_newest(
+            name, lambda names: Scan(partial(self._scan, names)), self.form.identity, columns
+        )
 
     def raw(self, columns: Sequence[str], after: int) -> pa.Table:
         """Returns all rows that were committed after a version, superseded ones included."""
@@ -296,24 +304,36 @@ class Table:
         return rows
 
     def _read(self, columns: Sequence[str], after: int | None = None) -> pa.Table:
+        try:
+            # Not to_pyarrow_table: Arrow's threads, which it lets call Python, abort one process
+            # in ten as the interpreter ends (deltalake 1.6.6, pyarrow 26.0.1).
+            return pa.table(self._scan(columns, after))
+        except (DeltaError, OSError, pa.ArrowException) as error:
+            raise self._unreadable(error) from error
+
+    def _scan(self, columns: Sequence[str], after: int | None = None) -> pa.RecordBatchReader:
+        """Returns these columns of all rows, a batch at a time, as the schema has them."""
         fields = pa.schema([self.form.schema.field(name) for name in columns])
         if not self.version:  # the table was only made
-            return fields.empty_table()
+            return fields.empty_table().to_reader()
         newer = None if after is None else f"sequence > {after}"
         found = list(columns)
         if self._is_earlier:
             found = sorted(self.form.earlier.columns_of(columns) & self._found)
         try:
-            # Not to_pyarrow_table: Arrow's threads, which it lets call Python, abort one process
-            # in ten as the interpreter ends (deltalake 1.6.6, pyarrow 26.0.1).
-            rows = pa.table(self._delta.scan(columns=found, predicate=newer))
+            scanned = self._delta.scan(columns=found, predicate=newer)
+            batches = pa.RecordBatchReader.from_stream(scanned)
+            if not self._is_earlier:
+                return batches.cast(fields)
         except (DeltaError, OSError, pa.ArrowException) as error:
-            raise ManifestError(
-                f"{self.location}: version {self.version} cannot be read ({_in_one_line(error)})"
-            ) from error
-        if self._is_earlier:
-            return self.form.earlier.converted(rows, fields)
-        return rows.select(columns).cast(fields)
+            raise self._unreadable(error) from error
+        converted = (self.form.earlier.converted(batch, fields) for batch in batches)
+        return pa.RecordBatchReader.from_batches(fields, converted)
+
+    def _unreadable(self, error: Exception) -> ManifestError:
+        return ManifestError(
+            f"{self.location}: version {self.version} cannot be read ({_in_one_line(error)})"
+        )
 
     def _newest(self, rows: pa.Table) -> pa.Table:
         """Returns the row with the highest sequence for every identity."""

@@ -3,7 +3,7 @@
 A checkpoint is a folder `step-00001000` of safetensors files, one per rank, and a
 `manifest.json`, written last, that names every file with its size and digest, says in which file
 each tensor is, and ends in a digest of itself. Each tensor is whole, in fp32, and in one file
-only. What else a step needs is the run's tally and arithmetic: the place in the data, the learning
+only. What else a step needs is the run state and arithmetic: the place in the data, the learning
 rate and the random numbers are functions of the step and the seed, so the step is the whole of the
 loader's and the scheduler's state.
 """
@@ -25,10 +25,11 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.errors import CheckpointError, StorageError
-from pipeline.training.checkpoints.run_state import Tally
+from pipeline.training.checkpoints.run_state import RunState
 
-FORMAT = 3
-UNDIGESTED_FORMAT = 2  # the same without the manifest's own digest: read, no longer written
+FORMAT = 4
+# Read, no longer written: other names for two of a manifest's fields, and none for its own digest.
+RENAMED_FORMAT, UNDIGESTED_FORMAT = 3, 2
 MANIFEST = "manifest.json"
 
 _NAME = re.compile(r"step-(\d{8})")
@@ -53,8 +54,8 @@ class Manifest:
 
     step: int  # steps done
     written: float  # when the state was copied, in seconds since 1970
-    tally: Tally
-    sequence: dict[str, Any]  # what the loss curve is a function of
+    run_state: RunState
+    reproducibility_key: dict[str, Any]  # what the loss curve is a function of
     world_size: int
     zero_stage: int
     precision: str
@@ -67,7 +68,7 @@ class Manifest:
 class Writer:
     """The run that checkpoints are written by and read for."""
 
-    sequence: dict[str, Any]
+    reproducibility_key: dict[str, Any]
     zero_stage: int
     precision: str
 
@@ -100,14 +101,14 @@ class Saving:
         folder: str,
         step: int,
         states: Iterator[tuple[str, Tensor]],
-        tally: Tally,
+        run_state: RunState,
         writer: Writer,
     ) -> None:
         """Raises CheckpointError on every rank, naming the one that failed."""
         began = time.perf_counter()
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.step = step
-        self.tally = tally
+        self.run_state = run_state
         self.written = time.time()
         self._writer = writer
         self._final = storage.join(folder, name_of(step))
@@ -169,8 +170,8 @@ class Saving:
         manifest = Manifest(
             step=self.step,
             written=self.written,
-            tally=self.tally,
-            sequence=self._writer.sequence,
+            run_state=self.run_state,
+            reproducibility_key=self._writer.reproducibility_key,
             world_size=len(files),
             zero_stage=self._writer.zero_stage,
             precision=self._writer.precision,
@@ -178,7 +179,7 @@ class Saving:
             tensors={name: files[owner].name for name, owner in self._owners.items()},
         )
         with storage.publish(storage.join(self._target, MANIFEST), durable=True) as path:
-            path.write_bytes(_rendered(manifest))
+            path.write_bytes(_rendered(asdict(manifest)))
         if self._target != self._final:
             storage.remove(self._final)
             storage.local_path(self._target).rename(storage.local_path(self._final))
@@ -233,28 +234,31 @@ def read_manifest(location: str) -> Manifest:
         payload = storage.read_bytes(where)
         document = json.loads(payload)
         digest = document.pop("digest", None)
+        is_whole = payload == _rendered(document)
+        if document["format"] in (RENAMED_FORMAT, UNDIGESTED_FORMAT):
+            for now, then in (("run_state", "tally"), ("reproducibility_key", "sequence")):
+                document[now] = document.pop(then)
         files = tuple(File(**file) for file in document.pop("files"))
-        tally = Tally(**document.pop("tally"))
-        manifest = Manifest(files=files, tally=tally, **document)
+        run_state = RunState(**document.pop("run_state"))
+        manifest = Manifest(files=files, run_state=run_state, **document)
         name = name_of(manifest.step)
     except StorageError as error:
         raise CheckpointError(f"{where} cannot be read: {error}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where} is damaged: {error}") from error
-    if manifest.format not in (FORMAT, UNDIGESTED_FORMAT) or name != location.rsplit("/", 1)[-1]:
+    is_known = manifest.format in (FORMAT, RENAMED_FORMAT, UNDIGESTED_FORMAT)
+    if not is_known or name != location.rsplit("/", 1)[-1]:
         raise CheckpointError(
             f"{where}: expected format {FORMAT} and the step in the folder's name, "
             f"found format {manifest.format} and step {manifest.step}"
         )
-    is_older = manifest.format == UNDIGESTED_FORMAT and digest is None
-    if not is_older and payload != _rendered(manifest):
+    if not is_whole and not (manifest.format == UNDIGESTED_FORMAT and digest is None):
         raise CheckpointError(f"{where} is damaged: its content is not what its digest is of")
     return manifest
 
 
-def _rendered(manifest: Manifest) -> bytes:
+def _rendered(document: dict[str, Any]) -> bytes:
     """Returns the file of a manifest: every byte of it follows from its content."""
-    document = asdict(manifest)
     digest = xxhash.xxh3_128(json.dumps(document, indent=1).encode()).hexdigest()
     return json.dumps(document | {"digest": digest}, indent=1).encode()
 
@@ -273,8 +277,8 @@ def reader(location: str, manifest: Manifest, cache: Path) -> ReadTensor:
     return read
 
 
-def weights(manifest: Manifest, read: ReadTensor, averaged: bool) -> dict[str, Tensor]:
-    """Returns the module's state dict in fp32; `averaged` gives the weights' moving average.
+def weights(manifest: Manifest, read: ReadTensor, ema: bool) -> dict[str, Tensor]:
+    """Returns the module's state dict in fp32; `ema` gives the weights' moving average.
 
     A frozen parameter has no average, and is what it was.
     """
@@ -283,7 +287,7 @@ def weights(manifest: Manifest, read: ReadTensor, averaged: bool) -> dict[str, T
         kind, name = tensor.split("/", 1)
         if kind in ("weight", "buffer"):
             average = f"average/{name}"
-            uses_average = averaged and kind == "weight" and average in manifest.tensors
+            uses_average = ema and kind == "weight" and average in manifest.tensors
             found[name] = read(average if uses_average else tensor)
     return found
 

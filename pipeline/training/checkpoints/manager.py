@@ -9,15 +9,15 @@ from torch import Tensor
 from pipeline import storage
 from pipeline.errors import CheckpointError
 from pipeline.training.checkpoints import checkpoint
-from pipeline.training.checkpoints.retention import Kept, superfluous
-from pipeline.training.checkpoints.run_state import Tally
-from pipeline.training.spec import TrainingConfig
+from pipeline.training.checkpoints.retention import Published, expired
+from pipeline.training.checkpoints.run_state import RunState
+from pipeline.training.config import TrainingConfig
 
 OnEvent = Callable[..., None]
 
 
-class Keeper:
-    """What saves a run's state and removes the checkpoints that no rule of the config wants.
+class CheckpointManager:
+    """The writer of a run's checkpoints, which removes those that the config retains no longer.
 
     `save` and `finish` are collective: every rank calls them at the same step. Both raise
     CheckpointError on every rank if a part of the checkpoint under way could not be written.
@@ -32,10 +32,10 @@ class Keeper:
         self._writer = writer
         self._on_event = on_event
         self._saving: checkpoint.Saving | None = None
-        self._kept: dict[int, Kept] = {}
+        self._published: dict[int, Published] = {}
 
-    def look(self, step: int) -> None:
-        """Takes over the checkpoints up to `step`, where training goes on: rank 0 calls it.
+    def adopt_existing(self, step: int) -> None:
+        """Adopts the checkpoints up to `step`, where training goes on: rank 0 calls it.
 
         Later ones are damaged; the run will come to replace them. A damaged earlier one is told of
         and left as it is: nobody can go on from it, and what it was may still be found out.
@@ -48,13 +48,13 @@ class Keeper:
             except CheckpointError as error:
                 self._on_event("damaged-checkpoint", step=found, reason=str(error))
             else:
-                self._keep(found, manifest.written, manifest.tally)
+                self._add(found, manifest.written, manifest.run_state)
 
-    def save(self, step: int, states: Iterator[tuple[str, Tensor]], tally: Tally) -> None:
+    def save(self, step: int, states: Iterator[tuple[str, Tensor]], run_state: RunState) -> None:
         """Returns once the state is copied; the one before it is published by then."""
         began = time.perf_counter()
         self.finish()
-        self._saving = checkpoint.Saving(self._folder, step, states, tally, self._writer)
+        self._saving = checkpoint.Saving(self._folder, step, states, run_state, self._writer)
         self._seconds_waited = time.perf_counter() - began
 
     def is_written(self) -> bool:
@@ -70,10 +70,10 @@ class Keeper:
         saving.finish()
         if torch.distributed.get_rank() != 0:
             return
-        self._keep(saving.step, saving.written, saving.tally)
-        for step in superfluous(self._kept.values(), self._config):
+        self._add(saving.step, saving.written, saving.run_state)
+        for step in expired(self._published.values(), self._config):
             storage.remove(self._location(step))
-            del self._kept[step]
+            del self._published[step]
         self._on_event(
             "checkpoint",
             step=saving.step,
@@ -92,5 +92,7 @@ class Keeper:
     def _location(self, step: int) -> str:
         return storage.join(self._folder, checkpoint.name_of(step))
 
-    def _keep(self, step: int, written: float, tally: Tally) -> None:
-        self._kept[step] = Kept(step, written, tally.evaluation.get(self._config.best_by))
+    def _add(self, step: int, written: float, run_state: RunState) -> None:
+        self._published[step] = Published(
+            step, written, run_state.evaluation.get(self._config.evaluation.best_by)
+        )

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from pipeline.errors import ConfigError
-from pipeline.training.spec import TrainingConfig
+from pipeline.training.config import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tally:
+class RunState:
     """A run's counts after a step. Every rank has the same."""
 
     skipped: int = 0  # steps whose update is not in the weights
@@ -23,15 +23,15 @@ class Tally:
     loss_scale: dict[str, float] | None = None  # the state of fp16's
 
     def after_update(self) -> Self:
-        """Returns the tally after a step whose figures were finite."""
+        """Returns the state after a step whose figures were finite."""
         return replace(self, skips_in_a_row=0, evaluation={})
 
     def after_skip(self) -> Self:
-        """Returns the tally after a step that made no update since it was not finite."""
+        """Returns the state after a step that made no update since it was not finite."""
         return replace(self, skips_in_a_row=self.skips_in_a_row + 1, evaluation={})
 
     def in_new_stretch(self, is_comparable: bool) -> Self:
-        """Returns the tally with which a run goes on with other settings.
+        """Returns the state with which a run goes on with other settings.
 
         Waiting for a better evaluation begins anew; and so does looking for the best, unless later
         figures can be compared with earlier ones.
@@ -43,17 +43,17 @@ class Tally:
     def after_evaluation(
         self, step: int, found: Mapping[str, float], config: TrainingConfig
     ) -> Self:
-        """Returns the tally with an evaluation; ConfigError if `best_by` is none of its figures.
+        """Returns the state with an evaluation; ConfigError if `best_by` is none of its figures.
 
         A figure that is not finite is never better.
         """
-        if config.best_by not in found:
+        if config.evaluation.best_by not in found:
             raise ConfigError(
-                f"training.best_by: found {config.best_by!r}, but an evaluation gives "
-                f"{', '.join(sorted(found))}"
+                f"training.evaluation.best_by: found {config.evaluation.best_by!r}, but an "
+                f"evaluation gives {', '.join(sorted(found))}"
             )
-        figure = found[config.best_by]
-        sign = 1 if config.best_is == "lowest" else -1
+        figure = found[config.evaluation.best_by]
+        sign = 1 if config.evaluation.best_is == "lowest" else -1
         better = math.isfinite(figure) and (self.best is None or sign * (figure - self.best) < 0)
         if better:
             return replace(
@@ -68,4 +68,7 @@ class Tally:
 
     def is_patience_spent(self, config: TrainingConfig) -> bool:
         """Whether so many evaluations have brought no better one that the run is to end."""
-        return config.patience is not None and self.evaluations_since_best >= config.patience
+        return (
+            config.evaluation.patience is not None
+            and self.evaluations_since_best >= config.evaluation.patience
+        )

@@ -17,6 +17,7 @@ from deltalake import DeltaTable, write_deltalake
 
 from pipeline.data.ingest.ingest import IngestConfig, ingest
 from pipeline.data.load.order import Order
+from pipeline.data.manifest.engine import Engine
 from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.manifest.retention import Retention
 from pipeline.data.manifest.schema import (
@@ -84,16 +85,22 @@ def earlier_sample(row: SampleRow) -> dict[str, Any]:
     if row.tar is not None:
         counted = f"{row.tar.listing}-{row.tar.num_records}"
         tar = f"{row.tar.stamp}#{counted}#{row.tar.location}"
-    known = msgspec.to_builtins(row)
+    known: dict[str, Any] = msgspec.to_builtins(row)
     return known | {"fingerprint": fingerprint, "tar": tar, "reason": row.reason or ""}
 
 
 def earlier_feature(row: FeatureRow) -> dict[str, Any]:
-    place = {"values_offset": -1, "values_size": 0, "boxes_offset": -1, "boxes_size": 0}
+    place: dict[str, Any] = {
+        "values_offset": -1,
+        "values_size": 0,
+        "boxes_offset": -1,
+        "boxes_size": 0,
+    }
     for part in row.parts:
         if part.name in ("values", "boxes"):
             place |= {f"{part.name}_offset": part.offset, f"{part.name}_size": part.size}
-    return msgspec.to_builtins(row) | place | {"num_regions": max(row.num_regions, 0)}
+    known: dict[str, Any] = msgspec.to_builtins(row)
+    return known | place | {"num_regions": max(row.num_regions, 0)}
 
 
 def write_earlier(url: str, table: str, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
@@ -151,6 +158,11 @@ def test_an_earlier_manifest_is_read_at_every_version_and_followed_by_ingest(
     assert Dataset.open(url).content() == content
     assert trained_in_order(url) == keys
     assert verify(url).faults == ()
+    columns = list(SampleRow.__struct_fields__)
+    with Engine() as engine:
+        Manifest.open(url).register(engine, "held", columns)
+        held = from_table(engine.table("FROM held ORDER BY key"), SampleRow)
+        assert list(held) == versions[-1]
     world.reads.clear()
     again = ingest(world, url, CONFIG)
     assert (again.num_added, again.num_edited, again.num_removed) == (0, 0, 0)
@@ -263,8 +275,8 @@ def write_sidecar(url: str, shard: str, keys: list[str]) -> list[FeatureRow]:
             members = writer.write(Sample(key, parts))
             places = [FeaturePart(name, *members[part_suffix(name)]) for name in payloads]
             listed.append(FeatureRow(key=key, shard=shard, num_regions=number, parts=tuple(places)))
-    reject = {"reason": Reason.TRUNCATED_IMAGE, "detail": "9 bytes"}
-    return [*listed, FeatureRow(key="reject", shard=shard, **reject)]
+    why = Reason.TRUNCATED_IMAGE
+    return [*listed, FeatureRow(key="reject", shard=shard, reason=why, detail="9 bytes")]
 
 
 def by_key(listed: list[FeatureRow]) -> dict[str, tuple[int, set[FeaturePart], str | None]]:

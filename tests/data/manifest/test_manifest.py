@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
 
+from pipeline.data.manifest.engine import Engine
 from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.manifest.schema import (
     SAMPLES,
@@ -52,6 +53,21 @@ def test_the_newest_row_of_a_key_holds(tmp_path: Path) -> None:
     assert held(Manifest.open(str(tmp_path))) == held(manifest)
     sequences = manifest.rows(["key", "sequence"]).to_pylist()
     assert {row["key"]: row["sequence"] for row in sequences} == {"a": 2, "b": 3, "c": 1, "d": 4}
+
+
+def test_an_engine_reads_the_rows_that_hold(tmp_path: Path) -> None:
+    manifest = Manifest.create(str(tmp_path))
+    for fingerprints in ({"a": "1", "b": "1"}, {"a": "2"}, {"c": "1"}):
+        manifest = manifest.commit(rows(**fingerprints))
+    columns = ["image_fingerprint", "key", "sequence"]
+    with Engine() as engine:
+        for version in range(4):
+            manifest = Manifest.open(str(tmp_path), version)
+            manifest.register(engine, f"version {version}", columns)
+            found = engine.table(f'FROM "version {version}" ORDER BY key')
+            assert found == manifest.rows(columns).sort_by("key")
+        manifest.features("none").register(engine, "features", ["key", "shard"])
+        assert engine.table("FROM features").num_rows == 0
 
 
 def test_every_version_stays_readable(tmp_path: Path) -> None:

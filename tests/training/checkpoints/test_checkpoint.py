@@ -1,21 +1,23 @@
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 from torch import Tensor
 
 from pipeline import storage
 from pipeline.errors import CheckpointError
 from pipeline.training.checkpoints import checkpoint
 from pipeline.training.checkpoints.checkpoint import Saving, Writer
-from pipeline.training.checkpoints.run_state import Tally
+from pipeline.training.checkpoints.run_state import RunState
 
-WRITER = Writer(sequence={"seed": 1}, zero_stage=1, precision="fp32")
+WRITER = Writer(reproducibility_key={"seed": 1}, zero_stage=1, precision="fp32")
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -28,7 +30,7 @@ def states(step: int) -> Iterator[tuple[str, Tensor]]:
 
 def save(folder: Path, *steps: int) -> None:
     for step in steps:
-        Saving(str(folder), step, states(step), Tally(skipped=step % 2), WRITER).finish()
+        Saving(str(folder), step, states(step), RunState(skipped=step % 2), WRITER).finish()
 
 
 def newest(folder: Path) -> tuple[int | None, list[str]]:
@@ -113,8 +115,8 @@ def test_any_bit_that_flips_in_a_manifest_is_found(tmp_path: Path) -> None:
     whole = path.read_bytes()
     bits = np.random.default_rng(5).integers(8, size=len(whole))
     flips = [(place, 1 << bit) for place, bit in enumerate(bits.tolist())]
-    format_digit = whole.index(b'"format": 3') + len(b'"format": ')
-    for place, flip in [*flips, (format_digit, 1)]:  # of 3 that makes 2, which has no digest
+    format_digit = whole.index(b'"format": 4') + len(b'"format": ')
+    for place, flip in [*flips, (format_digit, 6)]:  # of 4 that makes 2, which has no digest
         damaged = bytearray(whole)
         damaged[place] ^= flip
         path.write_bytes(damaged)
@@ -138,12 +140,35 @@ def test_any_bit_that_flips_in_a_part_is_found(tmp_path: Path) -> None:
             checkpoint.verify(str(path.parent), tmp_path)
 
 
+def in_older_words(manifest: dict[str, Any], format_number: int) -> dict[str, Any]:
+    """Returns a manifest's document, without its digest, as format 3 and 2 have it."""
+    names = {"run_state": "tally", "reproducibility_key": "sequence"}
+    older = {names.get(name, name): value for name, value in manifest.items() if name != "digest"}
+    return older | {"format": format_number}
+
+
+def test_a_checkpoint_in_the_words_of_format_3_is_read_and_damage_to_it_found(
+    tmp_path: Path,
+) -> None:
+    save(tmp_path, 9)
+    path = tmp_path / "step-00000009" / checkpoint.MANIFEST
+    now = checkpoint.read_manifest(str(path.parent))
+    older = in_older_words(json.loads(path.read_bytes()), 3)
+    digest = xxhash.xxh3_128(json.dumps(older, indent=1).encode()).hexdigest()
+    path.write_text(json.dumps(older | {"digest": digest}, indent=1))
+    assert newest(tmp_path) == (9, [])
+    assert checkpoint.read_manifest(str(path.parent)) == replace(now, format=3)
+    path.write_text(json.dumps(older | {"zero_stage": 2, "digest": digest}, indent=1))
+    with pytest.raises(CheckpointError, match="is damaged: its content"):
+        newest(tmp_path)
+
+
 def test_a_checkpoint_from_before_manifests_had_a_digest_is_read(tmp_path: Path) -> None:
     save(tmp_path, 9)
     path = tmp_path / "step-00000009" / checkpoint.MANIFEST
     document = json.loads(path.read_bytes())
     del document["digest"]
-    path.write_text(json.dumps(document | {"format": 2}, indent=1))
+    path.write_text(json.dumps(in_older_words(document, 2), indent=1))
     assert newest(tmp_path) == (9, [])
     path.write_text(json.dumps(document, indent=1))
     with pytest.raises(CheckpointError, match="is damaged"):
@@ -171,7 +196,7 @@ def test_no_whole_checkpoint_is_an_error_that_says_why_and_how_to_start_over(
 
 
 def test_what_an_object_store_holds_of_a_killed_writer_is_no_checkpoint(object_store: str) -> None:
-    Saving(object_store, 3, states(3), Tally(), WRITER).finish()
+    Saving(object_store, 3, states(3), RunState(), WRITER).finish()
     storage.write_bytes(f"{object_store}/step-00000006/rank-00000.safetensors", b"half")
     assert checkpoint.steps_in(object_store) == [3]
 
@@ -210,7 +235,7 @@ def test_nothing_appears_before_it_is_finished_and_later_changes_are_not_in_it(
     tmp_path: Path,
 ) -> None:
     tensor = torch.zeros(5)
-    saving = Saving(str(tmp_path), 3, iter([("weight/a", tensor)]), Tally(), WRITER)
+    saving = Saving(str(tmp_path), 3, iter([("weight/a", tensor)]), RunState(), WRITER)
     tensor += 1
     saving.wait()
     assert saving.is_written()
@@ -220,10 +245,12 @@ def test_nothing_appears_before_it_is_finished_and_later_changes_are_not_in_it(
     assert checkpoint.reader(location, manifest, tmp_path)("weight/a").tolist() == [0.0] * 5
 
 
-def test_the_tally_comes_back_with_the_tensors(tmp_path: Path) -> None:
-    tally = Tally(skipped=2, evaluation={"loss": 0.1}, best=0.1, loss_scale={"cur_scale": 2.0})
-    Saving(str(tmp_path), 3, states(3), tally, WRITER).finish()
-    assert checkpoint.read_manifest(str(tmp_path / "step-00000003")).tally == tally
+def test_the_run_state_comes_back_with_the_tensors(tmp_path: Path) -> None:
+    run_state = RunState(
+        skipped=2, evaluation={"loss": 0.1}, best=0.1, loss_scale={"cur_scale": 2.0}
+    )
+    Saving(str(tmp_path), 3, states(3), run_state, WRITER).finish()
+    assert checkpoint.read_manifest(str(tmp_path / "step-00000003")).run_state == run_state
 
 
 def test_the_weights_are_read_with_the_average_where_there_is_one(tmp_path: Path) -> None:
@@ -232,7 +259,7 @@ def test_the_weights_are_read_with_the_average_where_there_is_one(tmp_path: Path
         yield "average/a", torch.zeros(2, 3)
         yield "weight/frozen", torch.ones(1)
 
-    location = Saving(str(tmp_path), 3, averaged(), Tally(), WRITER).finish()
+    location = Saving(str(tmp_path), 3, averaged(), RunState(), WRITER).finish()
     manifest = checkpoint.read_manifest(location)
     read = checkpoint.reader(location, manifest, tmp_path)
     for is_average, figure in ((False, 3.0), (True, 0.0)):

@@ -3,16 +3,16 @@ import math
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.training.checkpoints.run_state import Tally
+from pipeline.training.checkpoints.run_state import RunState
 from tests.training.stand_in import make_spec
 
 
-def evaluate(*figures: float, best_is: str = "lowest") -> Tally:
-    config = make_spec("run", evaluate_every_steps=1, best_is=best_is).training
-    tally = Tally()
+def evaluate(*figures: float, best_is: str = "lowest") -> RunState:
+    config = make_spec("run", evaluation={"every_steps": 1, "best_is": best_is}).training
+    run_state = RunState()
     for step, figure in enumerate(figures, start=1):
-        tally = tally.after_update().after_evaluation(step, {"loss": figure}, config)
-    return tally
+        run_state = run_state.after_update().after_evaluation(step, {"loss": figure}, config)
+    return run_state
 
 
 @pytest.mark.parametrize(
@@ -27,27 +27,27 @@ def evaluate(*figures: float, best_is: str = "lowest") -> Tally:
 def test_an_evaluation_is_the_best_if_none_before_was_as_good(
     best_is: str, figures: tuple[float, ...], best_step: int, waited: int
 ) -> None:
-    tally = evaluate(*figures, best_is=best_is)
-    assert (tally.best_step, tally.evaluations_since_best) == (best_step, waited)
-    assert tally.best == figures[best_step - 1]
-    assert tally.is_best(best_step)
-    assert not tally.is_best(len(figures) + 1)
+    run_state = evaluate(*figures, best_is=best_is)
+    assert (run_state.best_step, run_state.evaluations_since_best) == (best_step, waited)
+    assert run_state.best == figures[best_step - 1]
+    assert run_state.is_best(best_step)
+    assert not run_state.is_best(len(figures) + 1)
 
 
 def test_patience_is_spent_after_so_many_evaluations_without_a_better_one() -> None:
-    config = make_spec("run", evaluate_every_steps=1, patience=2).training
+    config = make_spec("run", evaluation={"every_steps": 1, "patience": 2}).training
     assert not evaluate(1.0, 2.0).is_patience_spent(config)
     assert evaluate(1.0, 2.0, 2.0).is_patience_spent(config)
     assert not evaluate(1.0, 2.0, 2.0).is_patience_spent(make_spec("run").training)
 
 
 def test_skips_in_a_row_end_with_an_update_and_an_evaluation_is_of_one_step() -> None:
-    tally = evaluate(1.0).after_skip().after_skip()
-    assert (tally.skips_in_a_row, tally.evaluation) == (2, {})
-    assert tally.after_update().skips_in_a_row == 0
+    run_state = evaluate(1.0).after_skip().after_skip()
+    assert (run_state.skips_in_a_row, run_state.evaluation) == (2, {})
+    assert run_state.after_update().skips_in_a_row == 0
 
 
 def test_a_figure_that_no_evaluation_gives_is_named_with_those_there_are() -> None:
-    config = make_spec("run", evaluate_every_steps=1, best_by="bleu").training
+    config = make_spec("run", evaluation={"every_steps": 1, "best_by": "bleu"}).training
     with pytest.raises(ConfigError, match="found 'bleu', but an evaluation gives itm, loss"):
-        Tally().after_evaluation(1, {"loss": 1.0, "itm": 0.5}, config)
+        RunState().after_evaluation(1, {"loss": 1.0, "itm": 0.5}, config)

@@ -15,6 +15,7 @@ def _scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "SCRATCH", tmp_path)
 
 
+@pytest.mark.processes
 def test_what_a_killed_process_left_is_swept_at_the_next_start(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from pipeline import scratch\n"

@@ -11,6 +11,7 @@ import s3fs
 
 from pipeline import storage
 from pipeline.errors import StorageError
+from tests.processes import DISK_AND_OBJECT_STORE
 
 
 def test_a_file_appears_only_when_its_block_succeeds(tmp_path: Path) -> None:
@@ -26,7 +27,7 @@ def test_a_file_appears_only_when_its_block_succeeds(tmp_path: Path) -> None:
     assert storage.list_names(str(target.parent)) == ["object"]
 
 
-@pytest.mark.parametrize("where", ["disk", "object store"])
+@pytest.mark.parametrize("where", DISK_AND_OBJECT_STORE)
 def test_of_many_that_create_an_object_at_once_one_does(
     where: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -203,6 +204,7 @@ def writing(folder: str, scratch: Path) -> tuple[subprocess.Popen[str], Path]:
     return process, Path(process.stdout.readline().strip())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("is_remote", [False, True])
 def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_ones_is_not(
     tmp_path: Path, is_remote: bool

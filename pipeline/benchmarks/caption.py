@@ -12,6 +12,7 @@ from pipeline.benchmarks.base import Benchmark, Evaluation, ResultRow, dtype_of,
 from pipeline.benchmarks.caption_metrics import MetricName, caption_scores, unavailable
 from pipeline.config import Config
 from pipeline.data.load.loader import Batch
+from pipeline.data.load.order import RowsWithTexts
 from pipeline.data.read.dataset import Split
 from pipeline.errors import MetricError, ModelError
 from pipeline.models.base import Decoder, VisionLanguageModel
@@ -30,15 +31,26 @@ CaptionReferences = dict[int | str, tuple[str, ...]]  # image id -> its captions
 class CaptionConfig(Config):
     """How captions are written and scored, and how a model is fine-tuned to write them."""
 
-    max_tokens: int = Field(default=24, ge=3)  # of a caption with [CLS] and [SEP]
-    # As of transformers' `generate`, with its defaults; see models/generation.py.
-    beams: PositiveInt = 3
-    length_penalty: Penalty = 1.0  # above 0 favours longer captions
-    early_stopping: EarlyStopping = False
-    metrics: tuple[MetricName, ...] = Field(
-        default=("bleu", "rouge-l", "cider", "meteor"), min_length=1
+    max_tokens: int = Field(
+        default=24, ge=3, description="the longest caption, with [CLS] and [SEP]"
     )
-    lm: LmConfig = LmConfig()
+    beams: PositiveInt = Field(
+        default=3, description="beams of the search, as of transformers' `generate`; 1: greedy"
+    )
+    length_penalty: Penalty = Field(
+        default=1.0, description="as of transformers' `generate`: above 0 favours longer captions"
+    )
+    early_stopping: EarlyStopping = Field(
+        default=False, description="as of transformers' `generate`: when the beam search ends"
+    )
+    metrics: tuple[MetricName, ...] = Field(
+        default=("bleu", "rouge-l", "cider", "meteor"),
+        min_length=1,
+        description="the official caption metrics that are computed",
+    )
+    lm: LmConfig = Field(
+        default=LmConfig(), description="the objective that captions are fine-tuned with"
+    )
 
     def decoding(self) -> Decoding:
         """Returns how captions are written, as it is saved with a model."""
@@ -70,18 +82,20 @@ class Caption(Benchmark[CaptionReferences]):
         self, split: Split, batch_size: int, rank: int = 0, world_size: int = 1
     ) -> Iterator[Batch]:
         """Yields each captioned image once, whatever the number of its captions."""
-        rows = np.flatnonzero(split.counts("captions"))
+        rows = RowsWithTexts(split, "captions")
         first, stop = (part * len(rows) // world_size for part in (rank, rank + 1))
         for start in range(first, stop, batch_size):
-            some = rows[start : min(start + batch_size, stop)]
+            positions = np.arange(start, min(start + batch_size, stop))
+            some = rows[positions]
+            found = split.read(some)
             yield Batch(
-                keys=split.keys[some].tolist(),
+                keys=found.keys,
                 rows=some,
-                positions=np.arange(start, start + len(some)),
-                texts=split.texts(some),
+                positions=positions,
+                texts=found.texts,
                 text_index=np.zeros(len(some), dtype=np.int64),
                 distractors=[],
-                features=split.features(some) if split.has_features else None,
+                features=found.features,
                 step=0,
                 seed=0,
             )

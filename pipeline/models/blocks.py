@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from pipeline.models.packed import Places
+from pipeline.models.packed import PackedLayout
 
 LAYER_NORM_EPS = 1e-12  # BERT's, and that of every family here
 
@@ -67,12 +67,16 @@ def joint_map(
 
 
 def read_each_other(
-    text: Heads, regions: Heads, text_places: Places, region_places: Places, dropout: float
+    text: Heads,
+    regions: Heads,
+    text_layout: PackedLayout,
+    region_layout: PackedLayout,
+    dropout: float,
 ) -> tuple[Tensor, Tensor]:
     """Returns what text reads of regions and regions of text, packed as they are."""
-    read = attend(text.query, regions.key, regions.value, region_places.mask, dropout)
-    seen = attend(regions.query, text.key, text.value, text_places.mask, dropout)
-    return text_places.pack(read), region_places.pack(seen)
+    read = attend(text.query, regions.key, regions.value, region_layout.mask, dropout)
+    seen = attend(regions.query, text.key, text.value, text_layout.mask, dropout)
+    return text_layout.pack(read), region_layout.pack(seen)
 
 
 class SelfAttention(nn.Module):
@@ -87,18 +91,18 @@ class SelfAttention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
     def forward(
-        self, states: Tensor, places: Places, past: tuple[Tensor, Tensor] | None = None
+        self, states: Tensor, layout: PackedLayout, past: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Heads]:
-        """Maps states, as `places` packs them, to the same shape, and returns the heads.
+        """Maps states, as `layout` packs them, to the same shape, and returns the heads.
 
         `past` holds keys and values (B, H, P, d) that stand before the states' own; the mask then
         covers P + S positions.
         """
-        query, key, value = split_heads(places.lay_out(self.qkv(states)), self.num_heads)
+        query, key, value = split_heads(layout.pad(self.qkv(states)), self.num_heads)
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
-        read = attend(query, key, value, places.mask, self.dropout if self.training else 0.0)
-        added = F.dropout(self.out(places.pack(read)), self.dropout, self.training)
+        read = attend(query, key, value, layout.mask, self.dropout if self.training else 0.0)
+        added = F.dropout(self.out(layout.pack(read)), self.dropout, self.training)
         return self.norm(states + added), Heads(query, key, value)
 
 
@@ -117,19 +121,19 @@ class CrossAttention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
     def forward(
-        self, text: Tensor, regions: Tensor, text_places: Places, region_places: Places
+        self, text: Tensor, regions: Tensor, text_layout: PackedLayout, region_layout: PackedLayout
     ) -> tuple[Tensor, Tensor, Heads, Heads]:
-        """Maps text and regions, each as its places pack it, to the same shapes.
+        """Maps text and regions, each as its layout packs it, to the same shapes.
 
         Also returns both's heads. Everything sees all that is not padding of the other.
         """
-        text_heads = split_heads(text_places.lay_out(self.qkv(text)), self.num_heads)
-        region_heads = split_heads(region_places.lay_out(self.qkv(regions)), self.num_heads)
+        text_heads = split_heads(text_layout.pad(self.qkv(text)), self.num_heads)
+        region_heads = split_heads(region_layout.pad(self.qkv(regions)), self.num_heads)
         read, seen = read_each_other(
             text_heads,
             region_heads,
-            text_places,
-            region_places,
+            text_layout,
+            region_layout,
             self.dropout if self.training else 0.0,
         )
         text = self.norm(text + F.dropout(self.out(read), self.dropout, self.training))
@@ -160,16 +164,16 @@ class CoAttention(nn.Module):
         self.unused_region = nn.Linear(width, region_width).requires_grad_(False)
 
     def forward(
-        self, text: Tensor, regions: Tensor, text_places: Places, region_places: Places
+        self, text: Tensor, regions: Tensor, text_layout: PackedLayout, region_layout: PackedLayout
     ) -> tuple[Tensor, Tensor, Heads, Heads]:
         """As CrossAttention.forward, with regions of a width of their own."""
-        text_heads = split_heads(text_places.lay_out(self.text_qkv(text)), self.num_heads)
-        region_heads = split_heads(region_places.lay_out(self.region_qkv(regions)), self.num_heads)
+        text_heads = split_heads(text_layout.pad(self.text_qkv(text)), self.num_heads)
+        region_heads = split_heads(region_layout.pad(self.region_qkv(regions)), self.num_heads)
         read, seen = read_each_other(
             text_heads,
             region_heads,
-            text_places,
-            region_places,
+            text_layout,
+            region_layout,
             self.dropout if self.training else 0.0,
         )
         read = F.dropout(self.text_out(read), self.dropout, self.training)
@@ -208,10 +212,10 @@ class TransformerLayer(nn.Module):
         self.feed_forward = FeedForward(width, intermediate_size, dropout)
 
     def forward(
-        self, states: Tensor, places: Places, past: tuple[Tensor, Tensor] | None = None
+        self, states: Tensor, layout: PackedLayout, past: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Heads]:
         """As SelfAttention.forward."""
-        states, heads = self.attention(states, places, past)
+        states, heads = self.attention(states, layout, past)
         return self.feed_forward(states), heads
 
 
@@ -284,7 +288,7 @@ def masked_mean(states: Tensor, padding: Tensor) -> Tensor:
 
 
 def states_from_end(states: Tensor, token_padding: Tensor, back: int) -> Tensor:
-    """Picks the state `back` places before the end of each text: (B, S, D) to (B, D), text first.
+    """Picks the state `back` before the end of each text: (B, S, D) to (B, D), text first.
 
     `back` is 1 for the last real token. `token_padding` is (B, T).
     """

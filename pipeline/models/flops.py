@@ -60,7 +60,7 @@ class EncodingFlops:
 
 
 class _NothingPadded(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Answers what a model asks of the values of its inputs: whether any place is padding."""
+    """Answers what a model asks of the values of its inputs: whether any position is padding."""
 
     def __torch_dispatch__(
         self,

@@ -3,24 +3,33 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.models import blocks, layouts
 from pipeline.models.base import MaskKind, Size
 from pipeline.models.inputs import Encoded, Inputs
 from pipeline.models.layouts import Layout
-from pipeline.models.packed import Places
+from pipeline.models.packed import PackedLayout
 from pipeline.models.two_stream import TwoStream, TwoStreamConfig, text_layout
 
 
 class LxmertConfig(TwoStreamConfig):
     """Sizes of an LXMERT; the defaults are the published one, but for its 9500 answers."""
 
-    text_layers: Size = 9
-    region_layers: int = 5
-    cross_layers: Size = 5
-    num_objects: Size = 1600  # of Visual Genome, as the published detector has them
-    num_attributes: Size = 400
+    text_layers: Size = Field(default=9, description="layers of text alone")
+    region_layers: int = Field(default=5, description="layers of regions alone")
+    cross_layers: Size = Field(
+        default=5, description="layers in which text and regions see each other"
+    )
+    num_objects: Size = Field(
+        default=1600,
+        description="object classes of Visual Genome, as the published detector has them",
+    )
+    num_attributes: Size = Field(
+        default=400,
+        description="attribute classes of Visual Genome, as the published detector has them",
+    )
 
 
 class CrossModalityLayer(nn.Module):
@@ -36,17 +45,17 @@ class CrossModalityLayer(nn.Module):
         self.region_feed_forward = blocks.FeedForward(width, config.intermediate_size, dropout)
 
     def forward(
-        self, text: Tensor, regions: Tensor, text_places: Places, region_places: Places
+        self, text: Tensor, regions: Tensor, text_layout: PackedLayout, region_layout: PackedLayout
     ) -> tuple[Tensor, Tensor, tuple[blocks.Heads, ...]]:
-        """Maps text and regions, each as its places pack it, to the same shapes.
+        """Maps text and regions, each as its layout packs it, to the same shapes.
 
         Also returns the heads of cross-attention, text and regions, then of self-attention.
         """
         text, regions, text_cross, region_cross = self.cross(
-            text, regions, text_places, region_places
+            text, regions, text_layout, region_layout
         )
-        text, text_self = self.text_attention(text, text_places)
-        regions, region_self = self.region_attention(regions, region_places)
+        text, text_self = self.text_attention(text, text_layout)
+        regions, region_self = self.region_attention(regions, region_layout)
         text, regions = self.text_feed_forward(text), self.region_feed_forward(regions)
         return text, regions, (text_cross, region_cross, text_self, region_self)
 
@@ -96,18 +105,18 @@ class Lxmert(TwoStream):
     ) -> Encoded:
         """Encodes a batch; attention maps are those of the cross-modality layers."""
         self.require_mask(mask)
-        text_places, region_places = (
-            Places.of(inputs.token_padding),
-            Places.of(inputs.region_padding),
+        text_layout, region_layout = (
+            PackedLayout.of(inputs.token_padding),
+            PackedLayout.of(inputs.region_padding),
         )
-        text = self.text_states(inputs, text_places)
-        regions = self.region_states(inputs, region_places)
+        text = self.text_states(inputs, text_layout)
+        regions = self.region_states(inputs, region_layout)
         maps = []
         for layer in self.cross_layers:
-            text, regions, heads = self.run_layer(layer, text, regions, text_places, region_places)
+            text, regions, heads = self.run_layer(layer, text, regions, text_layout, region_layout)
             if attention:
-                maps.append(_map(heads, text_places.mask, region_places.mask))
-        text, regions = text_places.lay_out(text), region_places.lay_out(regions)
+                maps.append(_map(heads, text_layout.mask, region_layout.mask))
+        text, regions = text_layout.pad(text), region_layout.pad(regions)
         return Encoded(text, regions, self.pooler(text[:, 0]), tuple(maps) if attention else None)
 
     def region_predictions(self, states: Tensor) -> dict[str, Tensor]:

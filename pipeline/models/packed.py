@@ -7,42 +7,44 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Places:
-    """B sequences of S places, N of which hold something, and which of them see which.
+class PackedLayout:
+    """B sequences of S positions, N of which are not padding, and which of them see which.
 
-    All that a layer does but attention, it does to each place by itself. So states are kept
-    packed, (N, D), and laid out as the sequences they are, (B, S, D), only where they attend.
+    All that a layer does but attention, it does to each position by itself. So states are kept
+    packed, (N, D), and padded to the sequences they are, (B, S, D), only where they attend.
     Where nothing is padding, and in a compiled graph, whose shapes must not depend on the data,
     packed states are the padded ones: (B, S, D).
     """
 
     mask: Tensor  # broadcasts to (B, H, S, S), query by key, True = visible
     shape: tuple[int, int]  # B, S
-    held: Tensor | None = None  # (N,) int64, numbers among B * S; None: all
+    indices: Tensor | None = None  # (N,) int64, among B * S; None: all
 
     @classmethod
-    def of(cls, padding: Tensor, mask: Tensor | None = None) -> "Places":
+    def of(cls, padding: Tensor, mask: Tensor | None = None) -> "PackedLayout":
         """Reads bool padding (B, S). If no mask is given, all see all that is not padding."""
         is_packed = not torch.compiler.is_compiling() and bool(padding.any())
-        held = (~padding).flatten().nonzero().squeeze(1) if is_packed else None
-        batch_size, num_places = padding.shape
+        indices = (~padding).flatten().nonzero().squeeze(1) if is_packed else None
+        batch_size, num_positions = padding.shape
         return cls(
             mask=full_mask(padding) if mask is None else mask,
-            shape=(batch_size, num_places),
-            held=held,
+            shape=(batch_size, num_positions),
+            indices=indices,
         )
 
     def pack(self, states: Tensor) -> Tensor:
         """Maps (B, S, D) to packed states."""
-        return states if self.held is None else states.flatten(0, 1).index_select(0, self.held)
+        return (
+            states if self.indices is None else states.flatten(0, 1).index_select(0, self.indices)
+        )
 
-    def lay_out(self, packed: Tensor) -> Tensor:
+    def pad(self, packed: Tensor) -> Tensor:
         """Maps packed states to (B, S, D), with zeros for padding."""
-        if self.held is None:
+        if self.indices is None:
             return packed
         width = packed.shape[-1]
         empty = packed.new_zeros(self.shape[0] * self.shape[1], width)
-        return empty.index_copy(0, self.held, packed).view(*self.shape, width)
+        return empty.index_copy(0, self.indices, packed).view(*self.shape, width)
 
 
 def full_mask(padding: Tensor) -> Tensor:

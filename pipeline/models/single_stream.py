@@ -3,19 +3,20 @@
 from abc import abstractmethod
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from pipeline.models import blocks
 from pipeline.models.base import MaskKind, ModelConfig, Size, VisionLanguageModel
 from pipeline.models.inputs import Cache, Encoded, Inputs
-from pipeline.models.packed import Places, full_mask, prefix_mask
+from pipeline.models.packed import PackedLayout, full_mask, prefix_mask
 
 
 class SingleStreamConfig(ModelConfig):
     """Sizes of a one-stream model."""
 
-    num_layers: Size = 12
+    num_layers: Size = Field(default=12, description="layers of the one stream")
 
 
 class SingleStream(VisionLanguageModel):
@@ -54,14 +55,14 @@ class SingleStream(VisionLanguageModel):
     def encode(
         self, inputs: Inputs, *, mask: MaskKind = "full", attention: bool = False
     ) -> Encoded:
-        places = _places(inputs, mask)
-        states = places.pack(self._embed(inputs))
+        layout = _layout(inputs, mask)
+        states = layout.pack(self._embed(inputs))
         maps = []
         for layer in self.layers:
-            states, heads = self.run_layer(layer, states, places)
+            states, heads = self.run_layer(layer, states, layout)
             if attention:
-                maps.append(blocks.attention_map(heads.query, heads.key, places.mask))
-        text, regions = places.lay_out(states).tensor_split([inputs.tokens.shape[1]], dim=1)
+                maps.append(blocks.attention_map(heads.query, heads.key, layout.mask))
+        text, regions = layout.pad(states).tensor_split([inputs.tokens.shape[1]], dim=1)
         return Encoded(text, regions, self.pooler(text[:, 0]), tuple(maps) if attention else None)
 
     def token_logits(self, states: Tensor) -> Tensor:
@@ -77,14 +78,14 @@ class SingleStream(VisionLanguageModel):
 
         Returns logits (B, V) of the token after each row's last real one.
         """
-        places = _places(inputs, "prefix")
-        states = places.pack(self._embed(inputs))
+        layout = _layout(inputs, "prefix")
+        states = layout.pack(self._embed(inputs))
         remembered = []
         for layer in self.layers:
-            states, heads = layer(states, places)
+            states, heads = layer(states, layout)
             remembered.append((heads.key, heads.value))
         padding = torch.cat([inputs.token_padding, inputs.region_padding], dim=1)
-        last = blocks.states_from_end(places.lay_out(states), inputs.token_padding, back=1)
+        last = blocks.states_from_end(layout.pad(states), inputs.token_padding, back=1)
         num_tokens = (~inputs.token_padding).sum(1)
         return self.token_head(last), Cache(tuple(remembered), padding, num_tokens)
 
@@ -92,10 +93,10 @@ class SingleStream(VisionLanguageModel):
         """Reads one more token per row, (B,); returns the next token's logits (B, V)."""
         states = self.embed_text(tokens[:, None], cache.num_tokens[:, None])
         padding = F.pad(cache.padding, (0, 1), value=False)
-        places = Places(full_mask(padding), shape=(len(tokens), 1))
+        layout = PackedLayout(full_mask(padding), shape=(len(tokens), 1))
         remembered = []
         for layer, past in zip(self.layers, cache.layers, strict=True):
-            states, heads = layer(states, places, past)
+            states, heads = layer(states, layout, past)
             remembered.append((heads.key, heads.value))
         return self.token_head(states[:, 0]), Cache(
             tuple(remembered), padding, cache.num_tokens + 1
@@ -107,9 +108,9 @@ class SingleStream(VisionLanguageModel):
         return F.dropout(embedded, self.config.dropout, self.training)
 
 
-def _places(inputs: Inputs, mask: MaskKind) -> Places:
-    """Returns the places of the stream, text first."""
+def _layout(inputs: Inputs, mask: MaskKind) -> PackedLayout:
+    """Returns the layout of the stream, text first."""
     padding = torch.cat([inputs.token_padding, inputs.region_padding], dim=1)
     if mask == "prefix":
-        return Places.of(padding, prefix_mask(inputs.token_padding, inputs.region_padding))
-    return Places.of(padding)
+        return PackedLayout.of(padding, prefix_mask(inputs.token_padding, inputs.region_padding))
+    return PackedLayout.of(padding)

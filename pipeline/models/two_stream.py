@@ -8,14 +8,19 @@ from pipeline.models import blocks, layouts
 from pipeline.models.base import ModelConfig, Size, VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs
 from pipeline.models.layouts import Layout
-from pipeline.models.packed import Places
+from pipeline.models.packed import PackedLayout
 
 
 class TwoStreamConfig(ModelConfig):
     """Sizes of a text encoder and a region encoder of the same width."""
 
-    text_layers: Size = 12
-    region_layers: int = Field(0, ge=0)  # 0: regions are embedded, but do not see each other
+    text_layers: Size = Field(default=12, description="layers of the text encoder")
+    region_layers: int = Field(
+        default=0,
+        ge=0,
+        description="layers of the region encoder; 0: regions are embedded, but do not see each "
+        "other",
+    )
 
 
 def text_layout(config: TwoStreamConfig, pooler: str | None, optional: tuple[str, ...]) -> Layout:
@@ -52,29 +57,29 @@ class TwoStream(VisionLanguageModel):
 
     def encode_text(self, inputs: Inputs) -> Tensor:
         """Returns text that has seen text only, (B, T, D)."""
-        places = Places.of(inputs.token_padding)
-        return places.lay_out(self.text_states(inputs, places))
+        layout = PackedLayout.of(inputs.token_padding)
+        return layout.pad(self.text_states(inputs, layout))
 
     def encode_regions(self, inputs: Inputs) -> Tensor:
         """Returns regions that have seen regions only, (B, R, D)."""
-        places = Places.of(inputs.region_padding)
-        return places.lay_out(self.region_states(inputs, places))
+        layout = PackedLayout.of(inputs.region_padding)
+        return layout.pad(self.region_states(inputs, layout))
 
-    def text_states(self, inputs: Inputs, places: Places) -> Tensor:
+    def text_states(self, inputs: Inputs, layout: PackedLayout) -> Tensor:
         """As encode_text, packed."""
         positions = self.positions(inputs.tokens)
         states: Tensor = self.text_norm(self.text_embeddings(inputs.tokens, positions))
-        states = places.pack(F.dropout(states, self.config.dropout, self.training))
+        states = layout.pack(F.dropout(states, self.config.dropout, self.training))
         for layer in self.text_layers:
-            states, _ = self.run_layer(layer, states, places)
+            states, _ = self.run_layer(layer, states, layout)
         return states
 
-    def region_states(self, inputs: Inputs, places: Places) -> Tensor:
+    def region_states(self, inputs: Inputs, layout: PackedLayout) -> Tensor:
         """As encode_regions, packed."""
         states: Tensor = self.region_embeddings(inputs.features, inputs.boxes)
-        states = places.pack(F.dropout(states, self.config.dropout, self.training))
+        states = layout.pack(F.dropout(states, self.config.dropout, self.training))
         for layer in self.region_layers:
-            states, _ = self.run_layer(layer, states, places)
+            states, _ = self.run_layer(layer, states, layout)
         return states
 
     def token_logits(self, states: Tensor) -> Tensor:

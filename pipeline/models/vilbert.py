@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -12,7 +12,7 @@ from pipeline.models import blocks, layouts
 from pipeline.models.base import MaskKind, ModelConfig, Size, VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs
 from pipeline.models.layouts import Layout
-from pipeline.models.packed import Places
+from pipeline.models.packed import PackedLayout
 
 
 class VilbertConfig(ModelConfig):
@@ -24,16 +24,24 @@ class VilbertConfig(ModelConfig):
     [4 … 11].
     """
 
-    text_layers: Size = 12
-    region_width: Size = 1024
-    region_heads: Size = 8
-    region_layers: Size = 6
-    region_intermediate_size: Size = 1024
-    co_width: Size = 1024  # of the co-attention and the pooled state
-    co_heads: Size = 8
-    text_connections: tuple[int, ...] = (6, 7, 8, 9, 10, 11)
-    region_connections: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
-    num_objects: Size = 1601  # classes of the published detector, background first
+    text_layers: Size = Field(default=12, description="layers of the text stream")
+    region_width: Size = Field(default=1024, description="values of a region's state")
+    region_heads: Size = Field(default=8, description="attention heads of a region layer")
+    region_layers: Size = Field(default=6, description="layers of the region stream")
+    region_intermediate_size: Size = Field(
+        default=1024, description="width of a region layer's feed-forward part"
+    )
+    co_width: Size = Field(default=1024, description="of the co-attention and the pooled state")
+    co_heads: Size = Field(default=8, description="attention heads of the co-attention")
+    text_connections: tuple[int, ...] = Field(
+        default=(6, 7, 8, 9, 10, 11), description="the text layers that a co-attention comes before"
+    )
+    region_connections: tuple[int, ...] = Field(
+        default=(0, 1, 2, 3, 4, 5), description="the region layers that a co-attention comes before"
+    )
+    num_objects: Size = Field(
+        default=1601, description="classes of the published detector, background first"
+    )
 
     @model_validator(mode="after")
     def _connections_fit(self) -> "VilbertConfig":
@@ -62,9 +70,9 @@ class RegionEmbeddings(nn.Module):
         self.place = blocks.FeatureLinear(5, config.region_width)
         self.norm = nn.LayerNorm(config.region_width, eps=blocks.LAYER_NORM_EPS)
 
-    def forward(self, features: Tensor, places: Tensor) -> Tensor:
+    def forward(self, features: Tensor, locations: Tensor) -> Tensor:
         """Maps features (B, R, F) and x1, y1, x2, y2, area (B, R, 5) to (B, R, E)."""
-        embedded: Tensor = self.norm(self.feature(features) + self.place(places))
+        embedded: Tensor = self.norm(self.feature(features) + self.place(locations))
         return embedded
 
 
@@ -84,11 +92,11 @@ class ConnectionLayer(nn.Module):
         )
 
     def forward(
-        self, text: Tensor, regions: Tensor, text_places: Places, region_places: Places
+        self, text: Tensor, regions: Tensor, text_layout: PackedLayout, region_layout: PackedLayout
     ) -> tuple[Tensor, Tensor, blocks.Heads, blocks.Heads]:
-        """Maps text and regions, each as its places pack it, to the same shapes and the heads."""
+        """Maps text and regions, each as its layout packs it, to the same shapes and the heads."""
         text, regions, text_heads, region_heads = self.attention(
-            text, regions, text_places, region_places
+            text, regions, text_layout, region_layout
         )
         text, regions = self.text_feed_forward(text), self.region_feed_forward(regions)
         return text, regions, text_heads, region_heads
@@ -147,10 +155,10 @@ class Vilbert(VisionLanguageModel):
         the other two blocks are zero. The column of the whole image is left out.
         """
         self.require_mask(mask)
-        text_places = Places.of(inputs.token_padding)
-        region_places = Places.of(F.pad(inputs.region_padding, (1, 0), value=False))
-        text = text_places.pack(self._embed_text(inputs))
-        regions = region_places.pack(self._embed_regions(inputs))
+        text_layout = PackedLayout.of(inputs.token_padding)
+        region_layout = PackedLayout.of(F.pad(inputs.region_padding, (1, 0), value=False))
+        text = text_layout.pack(self._embed_text(inputs))
+        regions = region_layout.pack(self._embed_regions(inputs))
         maps = []
         text_done = regions_done = 0
         for layer, text_next, regions_next in zip(
@@ -159,19 +167,19 @@ class Vilbert(VisionLanguageModel):
             self.config.region_connections,
             strict=True,
         ):
-            text = self._through(self.text_layers[text_done:text_next], text, text_places)
+            text = self._through(self.text_layers[text_done:text_next], text, text_layout)
             regions = self._through(
-                self.region_layers[regions_done:regions_next], regions, region_places
+                self.region_layers[regions_done:regions_next], regions, region_layout
             )
             text, regions, text_heads, region_heads = self.run_layer(
-                layer, text, regions, text_places, region_places
+                layer, text, regions, text_layout, region_layout
             )
             if attention:
-                maps.append(_map(text_heads, region_heads, text_places.mask, region_places.mask))
+                maps.append(_map(text_heads, region_heads, text_layout.mask, region_layout.mask))
             text_done, regions_done = text_next, regions_next
-        text = self._through(self.text_layers[text_done:], text, text_places)
-        regions = self._through(self.region_layers[regions_done:], regions, region_places)
-        text, regions = text_places.lay_out(text), region_places.lay_out(regions)
+        text = self._through(self.text_layers[text_done:], text, text_layout)
+        regions = self._through(self.region_layers[regions_done:], regions, region_layout)
+        text, regions = text_layout.pad(text), region_layout.pad(regions)
         pooled = self.text_pooler(text[:, 0]).relu() * self.region_pooler(regions[:, 0]).relu()
         pooled = F.dropout(pooled, self.config.dropout, self.training)
         return Encoded(text, regions[:, 1:], pooled, tuple(maps) if attention else None)
@@ -205,16 +213,16 @@ class Vilbert(VisionLanguageModel):
             hidden = hidden | inputs.masked_regions
         image = blocks.masked_mean(features, hidden).unsqueeze(1)
         sizes = boxes[..., 2:] - boxes[..., :2]
-        places = torch.cat([boxes, sizes.prod(-1, keepdim=True)], dim=-1)
-        everywhere = places.new_tensor([0.0, 0.0, 1.0, 1.0, 1.0]).expand(len(places), 1, 5)
+        locations = torch.cat([boxes, sizes.prod(-1, keepdim=True)], dim=-1)
+        everywhere = locations.new_tensor([0.0, 0.0, 1.0, 1.0, 1.0]).expand(len(locations), 1, 5)
         embedded = self.region_embeddings(
-            torch.cat([image, features], dim=1), torch.cat([everywhere, places], dim=1)
+            torch.cat([image, features], dim=1), torch.cat([everywhere, locations], dim=1)
         )
         return F.dropout(embedded, self.config.dropout, self.training)
 
-    def _through(self, layers: nn.ModuleList, states: Tensor, places: Places) -> Tensor:
+    def _through(self, layers: nn.ModuleList, states: Tensor, layout: PackedLayout) -> Tensor:
         for layer in layers:
-            states, _ = self.run_layer(layer, states, places)
+            states, _ = self.run_layer(layer, states, layout)
         return states
 
 

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError, FeatureError, ModelError
 from pipeline.models.base import VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs
 from pipeline.objectives.base import Encodings, Objective, ShownKind, Stream, Vocabulary
-from pipeline.objectives.per_sample import mean_of_places, nan_where_none
+from pipeline.objectives.per_sample import mean_per_sample, nan_where_none
 from pipeline.objectives.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -31,35 +31,61 @@ _LOGITS = ("words", "next_words", "match", "answers")
 class TermConfig(Config):
     """One thing that is compared."""
 
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(
+        default=1.0, gt=0, description="factor of its loss in that of distillation"
+    )
 
 
 class SoftTermConfig(TermConfig):
     """One distribution that is compared, flattened by a temperature (arXiv:1503.02531, 2)."""
 
-    temperature: float = Field(default=2.0, gt=0)
+    temperature: float = Field(
+        default=2.0, gt=0, description="what both distributions are flattened by"
+    )
 
 
 class DistillConfig(Config):
     """The teacher, and what of it is learned; at least one of the last six.
 
-    words: which words stand in the places that mlm hides from both. match, answers: the verdicts
+    words: which words stand at the positions that mlm hides from both. match, answers: the verdicts
     of those heads. hidden: the text's last states, through a learned map if the teacher is of
     another width. attention: where text and regions look in the last layer in which they meet.
-    next_words: which word comes next at each place, read under the prefix mask as lm reads it, in
-    a pass that is lm's if it is trained as well.
+    next_words: which word comes next at each position, read under the prefix mask as lm reads it,
+    in a pass that is lm's if it is trained as well.
     """
 
-    weight: float = Field(default=1.0, gt=0)
-    texts: ShownKind = "captions"
-    teacher: str  # a model folder of ours
-    features: str | None = None  # the extractor the teacher sees through; null: the student's
-    words: SoftTermConfig | None = None
-    match: SoftTermConfig | None = None
-    answers: SoftTermConfig | None = None
-    hidden: TermConfig | None = None
-    attention: SoftTermConfig | None = None
-    next_words: SoftTermConfig | None = None
+    weight: float = Field(
+        default=1.0, gt=0, description="factor of its loss in the sum of the objectives'"
+    )
+    texts: ShownKind = Field(
+        default="captions", description="the texts that are shown beside an image"
+    )
+    teacher: str = Field(description="a model folder of ours")
+    features: str | None = Field(
+        default=None, description="the extractor the teacher sees through; null: the student's"
+    )
+    words: SoftTermConfig | None = Field(
+        default=None, description="which words stand at the positions that mlm hides from both"
+    )
+    match: SoftTermConfig | None = Field(
+        default=None, description="the verdict of the matching head"
+    )
+    answers: SoftTermConfig | None = Field(
+        default=None, description="the verdict of the answer head"
+    )
+    hidden: TermConfig | None = Field(
+        default=None,
+        description="the text's last states, through a learned map if the teacher is of another "
+        "width",
+    )
+    attention: SoftTermConfig | None = Field(
+        default=None, description="where text and regions look in the last layer in which they meet"
+    )
+    next_words: SoftTermConfig | None = Field(
+        default=None,
+        description="which word comes next at each position, read under the prefix mask as lm "
+        "reads it",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -87,7 +113,7 @@ class DistillConfig(Config):
 class TeacherView:
     """What the teacher sees otherwise than the student, and where their words are compared."""
 
-    word_places: Tensor  # (B, T) bool: pieces that read [MASK], or those that have a next one
+    word_mask: Tensor  # (B, T) bool: pieces that read [MASK], or those that have a next one
     features: Tensor | None  # (B, R, F) of the teacher's own extractor, and so the next two
     boxes: Tensor | None  # (B, R, 4)
     region_padding: Tensor | None  # (B, R) bool
@@ -164,12 +190,12 @@ class Distillation(Objective):
         else:
             compared = np.zeros_like(encodings.padding)
             compared[:, :-1] = ~encodings.padding[:, 1:]
-        places = torch.from_numpy(compared)
+        mask = torch.from_numpy(compared)
         if self.config.features is None:
-            return encodings, TeacherView(places, None, None, None)
+            return encodings, TeacherView(mask, None, None, None)
         assert self._split is not None, "open() comes first: the teacher has its own features"
         known = batch.rows[batch.rows < self._split.num_samples]
-        if self._split.keys[known].tolist() != batch.keys:
+        if self._split.keys(known) != batch.keys:
             raise FeatureError(
                 f"objectives.distill.features: {self.config.features} has features of other "
                 "samples than the student's extractor; `sightline data rejects` lists those "
@@ -178,7 +204,7 @@ class Distillation(Objective):
         seen = self._split.features(batch.rows)
         padding = torch.arange(seen.values.shape[1]) >= torch.from_numpy(seen.num_regions)[:, None]
         view = TeacherView(
-            places, torch.from_numpy(seen.values), torch.from_numpy(seen.boxes), padding
+            mask, torch.from_numpy(seen.values), torch.from_numpy(seen.boxes), padding
         )
         return encodings, view
 
@@ -202,7 +228,7 @@ class Distillation(Objective):
                 self._map(encoded.text).float(), taught.text.float(), reduction="none"
             ).mean(-1)
             words = ~inputs.token_padding
-            total = total + config.hidden.weight * mean_of_places(distance[words], words)
+            total = total + config.hidden.weight * mean_per_sample(distance[words], words)
         if config.attention is not None:
             total = total + config.attention.weight * _attention_loss(
                 encoded, taught, inputs, config.attention.temperature, whole=seen is inputs
@@ -228,8 +254,8 @@ class Distillation(Objective):
             same = (says == said).float()
             if name in ("match", "answers"):
                 return same
-            places = target.word_places
-            return nan_where_none(mean_of_places(same, places), places)
+            mask = target.word_mask
+            return nan_where_none(mean_per_sample(same, mask), mask)
         return torch.full((len(inputs.tokens),), torch.nan, device=inputs.tokens.device)
 
     def _logits_loss(
@@ -252,7 +278,7 @@ class Distillation(Objective):
             )
         loss = temperature**2 * loss.sum(-1)
         per_sample = name in ("match", "answers")
-        return loss if per_sample else mean_of_places(loss, target.word_places)
+        return loss if per_sample else mean_per_sample(loss, target.word_mask)
 
     def _logits(
         self,
@@ -266,7 +292,7 @@ class Distillation(Objective):
         if name == "answers":
             return model.answer_logits(encoded, inputs).float()
         if name != "match":
-            return model.token_logits(encoded.text[target.word_places]).float()
+            return model.token_logits(encoded.text[target.word_mask]).float()
         logits = model.match_logits(encoded).float()
         return logits if model.match_index == 1 else logits.flip(-1)
 
@@ -290,17 +316,17 @@ def _attention_loss(
     size = real.shape[1]
     looks = encoded.attention[-1].float().mean(1)[:, :size, :size]
     wanted = taught.attention[-1].float().mean(1)[:, :size, :size]
-    places = real & (looks.sum(-1) > 0) & (wanted.sum(-1) > 0)
+    mask = real & (looks.sum(-1) > 0) & (wanted.sum(-1) > 0)
     # Real columns only: a probability of 0 there would be a rounding, and is kept from log(0).
-    seen = real[:, None, :].expand_as(looks)[places]
+    seen = real[:, None, :].expand_as(looks)[mask]
     divergence = F.kl_div(
-        _flattened(looks[places], seen, temperature),
-        _flattened(wanted[places], seen, temperature),
+        _flattened(looks[mask], seen, temperature),
+        _flattened(wanted[mask], seen, temperature),
         log_target=True,
         reduction="none",
     )
     divergence = divergence.masked_fill(~seen, 0).sum(-1)
-    return mean_of_places(temperature**2 * divergence, places)
+    return mean_per_sample(temperature**2 * divergence, mask)
 
 
 def _flattened(weights: Tensor, seen: Tensor, temperature: float) -> Tensor:

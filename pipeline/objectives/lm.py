@@ -14,7 +14,9 @@ from pipeline.objectives.token_objective import TokenObjective
 class LmConfig(Config):
     """Cross-entropy without label smoothing."""
 
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(
+        default=1.0, gt=0, description="factor of its loss in the sum of the objectives'"
+    )
 
     def build(self) -> "list[LanguageModelling]":
         return [LanguageModelling(self)]
@@ -39,7 +41,7 @@ class LanguageModelling(TokenObjective):
         encodings: Encodings,
         vocabulary: Vocabulary,  # noqa: ARG002
     ) -> tuple[Encodings, Tensor]:
-        """The target (B, T) of a place is the token after it."""
+        """The target (B, T) of a position is the token after it."""
         target = np.full_like(encodings.tokens, IGNORED)
         target[:, :-1] = np.where(encodings.padding[:, 1:], IGNORED, encodings.tokens[:, 1:])
         return encodings, torch.from_numpy(target)

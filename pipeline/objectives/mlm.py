@@ -26,13 +26,28 @@ _SALT = zlib.crc32(b"mlm")
 class MlmConfig(Config):
     """BERT's corruption; the defaults are those of VisualBERT, LXMERT, ViLBERT and UNITER."""
 
-    weight: float = Field(default=1.0, gt=0)
-    texts: tuple[ShownKind, ...] = Field(default=("captions",), min_length=1)
-    mask_fraction: float = Field(default=0.15, gt=0, lt=1)
-    whole_words: bool = False  # choose words, and hide all pieces of each
-    # Mismatched pairs cost nothing, as in ViLBERT and VOLTA; the mean is still over all pairs, so
-    # a weight of 1 / (1 - itm.mismatch_probability) equals their mean over matched ones.
-    matched_only: bool = False
+    weight: float = Field(
+        default=1.0, gt=0, description="factor of its loss in the sum of the objectives'"
+    )
+    texts: tuple[ShownKind, ...] = Field(
+        default=("captions",), min_length=1, description="the texts that are shown beside an image"
+    )
+    mask_fraction: float = Field(
+        default=0.15,
+        gt=0,
+        lt=1,
+        description="the share of word pieces that are chosen: 80 % hidden, 10 % exchanged, 10 "
+        "% kept",
+    )
+    whole_words: bool = Field(
+        default=False, description="whether words are chosen, and all pieces of each hidden"
+    )
+    matched_only: bool = Field(
+        default=False,
+        description="whether mismatched pairs cost nothing, as in ViLBERT and VOLTA; the mean "
+        "is still over all pairs, so a weight of 1 / (1 - itm.mismatch_probability) equals "
+        "their mean over matched ones",
+    )
 
     def build(self) -> "list[MaskedLanguageModelling]":
         return [MaskedLanguageModelling(self, kind) for kind in dict.fromkeys(self.texts)]
@@ -43,7 +58,7 @@ class MaskedLanguageModelling(TokenObjective):
 
     Of the chosen pieces 80 % read [MASK], 10 % a random piece, 10 % themselves. As in UNITER at
     least one piece of a text is chosen. Special tokens are neither chosen nor put in. With whole
-    words, a word's pieces are chosen together, and each then has its own luck, as in BERT's code.
+    words, a word's pieces are chosen together, and each then has its own draw, as in BERT's code.
     """
 
     def __init__(self, config: MlmConfig, kind: ShownKind = "captions") -> None:
@@ -57,32 +72,32 @@ class MaskedLanguageModelling(TokenObjective):
     def prepare(
         self, batch: Batch, encodings: Encodings, vocabulary: Vocabulary
     ) -> tuple[Encodings, Tensor]:
-        """Returns the corrupted sequences and the true piece (B, T) at the chosen places."""
+        """Returns the corrupted sequences and the true piece (B, T) at the chosen positions."""
         tokens = encodings.tokens.copy()
         target = np.full_like(tokens, IGNORED)
         for i, is_word in enumerate(encodings.is_word):
-            places = np.flatnonzero(is_word)
-            if not len(places):
+            positions = np.flatnonzero(is_word)
+            if not len(positions):
                 continue
             rng = batch.rng(i, _SALT)
-            chosen = places[self._choose(rng, self._units(encodings, i, places))]
+            chosen = positions[self._choose(rng, self._units(encodings, i, positions))]
             target[i, chosen] = tokens[i, chosen]
-            luck = rng.random(len(chosen))
+            draws = rng.random(len(chosen))
             random_pieces = rng.choice(vocabulary.pieces, len(chosen))
-            tokens[i, chosen[luck < 0.8]] = vocabulary.mask
-            is_random = (luck >= 0.8) & (luck < 0.9)
+            tokens[i, chosen[draws < 0.8]] = vocabulary.mask
+            is_random = (draws >= 0.8) & (draws < 0.9)
             tokens[i, chosen[is_random]] = random_pieces[is_random]
         corrupted = Encodings(tokens, encodings.padding, encodings.is_word, encodings.words)
         return corrupted, torch.from_numpy(target)
 
     def _units(
-        self, encodings: Encodings, i: int, places: npt.NDArray[np.int64]
+        self, encodings: Encodings, i: int, positions: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.int64]:
         """Returns the number, from 0, of the unit that each piece of a text is chosen with."""
         if not self.whole_words:
-            return np.arange(len(places))
+            return np.arange(len(positions))
         assert encodings.words is not None, "texts must be encoded whole"
-        return np.unique(encodings.words[i, places], return_inverse=True)[1]
+        return np.unique(encodings.words[i, positions], return_inverse=True)[1]
 
     def _choose(
         self, rng: np.random.Generator, units: npt.NDArray[np.int64]

@@ -20,7 +20,7 @@ from pipeline.models.base import VisionLanguageModel
 from pipeline.models.blocks import to_float
 from pipeline.models.inputs import Encoded, Inputs
 from pipeline.objectives.base import Encodings, Objective, ShownKind, Stream, Vocabulary, named
-from pipeline.objectives.per_sample import mean_of_places, nan_where_none
+from pipeline.objectives.per_sample import mean_per_sample, nan_where_none
 
 _SALT = zlib.crc32(b"mrm")
 BACKGROUND = 0  # of a detector's classes
@@ -30,8 +30,12 @@ _GREY = 128  # the uint8 pixel that a model sees as (nearly) zero
 class FeatureTermConfig(Config):
     """How far a predicted feature is from the true one, averaged over its values."""
 
-    weight: float = Field(default=1.0, gt=0)
-    distance: Literal["mse", "smooth-l1"] = "mse"  # UNITER's, LXMERT's
+    weight: float = Field(
+        default=1.0, gt=0, description="factor of its loss in that of masked regions"
+    )
+    distance: Literal["mse", "smooth-l1"] = Field(
+        default="mse", description="mse: UNITER's; smooth-l1: LXMERT's"
+    )
 
 
 class ClassTermConfig(Config):
@@ -43,8 +47,15 @@ class ClassTermConfig(Config):
     and score per region will do.
     """
 
-    weight: float = Field(default=1.0, gt=0)
-    distance: Literal["kl", "label"] = "kl"
+    weight: float = Field(
+        default=1.0, gt=0, description="factor of its loss in that of masked regions"
+    )
+    distance: Literal["kl", "label"] = Field(
+        default="kl",
+        description="kl: the divergence from the detector's probabilities, summed over classes "
+        "(ViLBERT; UNITER averages, which is a weight of 1 / classes); label: cross-entropy "
+        "with its likeliest class but background, times that class's probability (LXMERT)",
+    )
 
 
 class MrmConfig(Config):
@@ -55,15 +66,39 @@ class MrmConfig(Config):
     zeroes all.
     """
 
-    weight: float = Field(default=1.0, gt=0)
-    texts: tuple[ShownKind, ...] = Field(default=("captions",), min_length=1)
-    mask_fraction: float = Field(default=0.15, gt=0, lt=1)
-    zeroed: float = Field(default=1.0, ge=0, le=1)
-    exchanged: float = Field(default=0.0, ge=0, le=1)
-    features: FeatureTermConfig | None = None
-    classes: ClassTermConfig | None = None
-    attributes: ClassTermConfig | None = None
-    matched_only: bool = False  # as mlm.matched_only
+    weight: float = Field(
+        default=1.0, gt=0, description="factor of its loss in the sum of the objectives'"
+    )
+    texts: tuple[ShownKind, ...] = Field(
+        default=("captions",), min_length=1, description="the texts that are shown beside an image"
+    )
+    mask_fraction: float = Field(
+        default=0.15, gt=0, lt=1, description="the share of regions that are chosen"
+    )
+    zeroed: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="the share of the chosen regions that is set to zero: ViLBERT 0.9, LXMERT "
+        "0.8, UNITER all",
+    )
+    exchanged: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="the share of the chosen regions that becomes another region of the image: "
+        "LXMERT 0.1",
+    )
+    features: FeatureTermConfig | None = Field(
+        default=None, description="predict the features of a hidden region"
+    )
+    classes: ClassTermConfig | None = Field(
+        default=None, description="predict a detector's object classes of a hidden region"
+    )
+    attributes: ClassTermConfig | None = Field(
+        default=None, description="predict a detector's attribute classes of a hidden region"
+    )
+    matched_only: bool = Field(default=False, description="as `mlm.matched_only`")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -89,7 +124,7 @@ class Labels:
 class RegionTarget:
     """What N chosen regions of B samples were: F feature values, C classes, A attributes."""
 
-    chosen: Tensor  # (B, R) bool; the rows of the others follow its True places
+    chosen: Tensor  # (B, R) bool; the rows of the others follow its True values
     features: Tensor | None  # (N, F) as stored
     classes: Tensor | Labels | None  # (N, C) probabilities, or the likeliest
     attributes: Tensor | Labels | None  # (N, A) probabilities, or the likeliest
@@ -122,7 +157,7 @@ class MaskedRegionModelling(Objective):
     ) -> tuple[Encodings, RegionTarget]:
         """Raises FeatureError if the features do not tell what is to be predicted."""
         config, features = self.config, _features(batch)
-        chosen = self._fates(batch).chosen
+        chosen = self._corruption(batch).chosen
         known, classes = None, None
         if features.labels is not None:
             known = _labels(features.labels, features.scores, chosen)
@@ -142,18 +177,18 @@ class MaskedRegionModelling(Objective):
         return encodings, target
 
     def hide(self, batch: Batch, inputs: Inputs) -> Inputs:
-        fates = self._fates(batch)
+        corruption = self._corruption(batch)
         values = _features(batch).values
         rows = np.arange(len(values))[:, None]
-        values = values[rows, fates.source]  # a copy
-        values[fates.zeroed] = _GREY if values.dtype == np.uint8 else 0
+        values = values[rows, corruption.source]  # a copy
+        values[corruption.zeroed] = _GREY if values.dtype == np.uint8 else 0
         return Inputs(
             tokens=inputs.tokens,
             token_padding=inputs.token_padding,
             features=torch.from_numpy(values),
             boxes=inputs.boxes,
             region_padding=inputs.region_padding,
-            masked_regions=torch.from_numpy(fates.zeroed),
+            masked_regions=torch.from_numpy(corruption.zeroed),
         )
 
     def loss(
@@ -166,7 +201,7 @@ class MaskedRegionModelling(Objective):
         predictions = model.region_predictions(encoded.regions[target.chosen])
         total = torch.zeros(len(target.chosen), device=target.chosen.device)
         for weight, distance, predicted, true in self._terms(predictions, target):
-            total = total + weight * mean_of_places(distance(predicted, true), target.chosen)
+            total = total + weight * mean_per_sample(distance(predicted, true), target.chosen)
         return total
 
     def metric(
@@ -184,7 +219,7 @@ class MaskedRegionModelling(Objective):
         if isinstance(true, Labels):
             true = F.one_hot(true.label, predicted.shape[-1]).float()
         cosine = F.cosine_similarity(predicted, true, dim=-1)
-        return nan_where_none(mean_of_places(cosine, target.chosen), target.chosen)
+        return nan_where_none(mean_per_sample(cosine, target.chosen), target.chosen)
 
     def _terms(
         self, predictions: dict[str, Tensor], target: RegionTarget
@@ -222,7 +257,7 @@ class MaskedRegionModelling(Objective):
             terms.append((term.weight, _DISTANCES[term.distance], predicted, true))
         return terms
 
-    def _fates(self, batch: Batch) -> "_Fates":
+    def _corruption(self, batch: Batch) -> "_Corruption":
         """Returns what becomes of each region: a function of seed, step and position."""
         features = _features(batch)
         shape = features.values.shape[:2]
@@ -235,22 +270,22 @@ class MaskedRegionModelling(Objective):
             is_chosen = rng.random(count) < self.config.mask_fraction
             if not is_chosen.any():
                 is_chosen[rng.integers(count)] = True
-            luck, others = rng.random(count), rng.integers(count, size=count)
-            is_zeroed = luck < self.config.zeroed
-            is_exchanged = ~is_zeroed & (luck < self.config.zeroed + self.config.exchanged)
+            draws, others = rng.random(count), rng.integers(count, size=count)
+            is_zeroed = draws < self.config.zeroed
+            is_exchanged = ~is_zeroed & (draws < self.config.zeroed + self.config.exchanged)
             chosen[i, :count] = is_chosen
             zeroed[i, :count] = is_chosen & is_zeroed
             source[i, :count] = np.where(is_chosen & is_exchanged, others, source[i, :count])
-        return _Fates(chosen, zeroed, source)
+        return _Corruption(chosen, zeroed, source)
 
 
 @dataclass(frozen=True)
-class _Fates:
+class _Corruption:
     """What becomes of B samples' regions."""
 
     chosen: npt.NDArray[np.bool_]  # (B, R): predicted
     zeroed: npt.NDArray[np.bool_]  # (B, R)
-    source: npt.NDArray[np.int64]  # (B, R): which region of the image is shown in its place
+    source: npt.NDArray[np.int64]  # (B, R): which region of the image is shown instead
 
 
 def _verdict(

@@ -35,8 +35,8 @@ class StreamBatch:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """What a rank holds in one forward pass: a batch for each stream that has a part in it."""
+class CollatedBatch:
+    """A micro-batch of objectives: a batch for each stream that has a part in it."""
 
     streams: Mapping[str, StreamBatch]
 
@@ -50,14 +50,14 @@ class MicroBatch:
         return sum(int((~padding).sum()) for padding in self._paddings())
 
     @property
-    def num_places(self) -> int:
+    def num_tokens_with_padding(self) -> int:
         """The same with their padding."""
         return sum(padding.numel() for padding in self._paddings())
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "MicroBatch":
+    def to(self, device: torch.device, dtype: torch.dtype) -> "CollatedBatch":
         """Returns it on a device, features and boxes in a dtype; pixels stay uint8."""
         there = mapped(self, lambda tensor: tensor.to(device, non_blocking=True))
-        return MicroBatch(
+        return CollatedBatch(
             {
                 name: replace(stream, inputs=_cast(stream.inputs, dtype))
                 for name, stream in there.streams.items()
@@ -136,7 +136,7 @@ class ObjectiveModel(nn.Module):
         )
         self._streams = by_stream(list(objectives))
 
-    def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: CollatedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the weighted sum of the objectives' mean losses, and each mean, detached."""
         losses: dict[str, Tensor] = {}
         total = torch.zeros((), device=next(self.model.parameters()).device)
@@ -154,7 +154,7 @@ class ObjectiveModel(nn.Module):
         return total, losses
 
     @torch.no_grad()
-    def measure(self, batch: MicroBatch) -> dict[str, float]:
+    def measure(self, batch: CollatedBatch) -> dict[str, float]:
         """Returns each objective's metric, as `itm/accuracy`, over the samples that have one.
 
         NaN if none has. The caller has called `eval()`.
@@ -171,7 +171,7 @@ class ObjectiveModel(nn.Module):
                 metrics[f"{objective.name}/{objective.metric_name}"] = float(values.nanmean())
         return metrics
 
-    def _due(self, batch: MicroBatch) -> list[tuple[StreamBatch, list[Objective]]]:
+    def _due(self, batch: CollatedBatch) -> list[tuple[StreamBatch, list[Objective]]]:
         """Returns the streams of this step, each with the objectives that have a target in it."""
         return [
             (stream, [one for one in objectives if one.name in stream.targets])
@@ -227,11 +227,11 @@ def encode_texts(
     for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         tokens[i, : 1 + length + len(closing)] = [vocabulary.cls, *row[:length], *closing]
         words[i, 1 : 1 + length] = encoded.word_ids(i)[:length]
-    place, ends = np.arange(width), lengths[:, None]
+    column, ends = np.arange(width), lengths[:, None]
     return Encodings(
         tokens=tokens,
-        padding=place >= ends + 1 + len(closing),
-        is_word=(place >= 1) & (place < ends + 1),
+        padding=column >= ends + 1 + len(closing),
+        is_word=(column >= 1) & (column < ends + 1),
         words=words,
     )
 
@@ -248,13 +248,13 @@ def make_inputs(
         features = _no_regions(len(encodings.tokens), blind_dim)
     if features is None:
         raise FeatureError("this batch has no features; open the split with an extractor's name")
-    places = np.arange(features.values.shape[1])
+    columns = np.arange(features.values.shape[1])
     return Inputs(
         tokens=torch.from_numpy(encodings.tokens),
         token_padding=torch.from_numpy(encodings.padding),
         features=torch.from_numpy(features.values),
         boxes=torch.from_numpy(features.boxes),
-        region_padding=torch.from_numpy(places >= features.num_regions[:, None]),
+        region_padding=torch.from_numpy(columns >= features.num_regions[:, None]),
     )
 
 

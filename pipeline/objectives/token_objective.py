@@ -6,11 +6,11 @@ from torch.nn import functional as F  # noqa: N812
 from pipeline.models.base import VisionLanguageModel
 from pipeline.models.inputs import Encoded, Inputs
 from pipeline.objectives.base import IGNORED, Objective
-from pipeline.objectives.per_sample import mean_of_places, nan_where_none
+from pipeline.objectives.per_sample import mean_per_sample, nan_where_none
 
 
 class TokenObjective(Objective):
-    """An objective whose target (B, T) is the token to predict at each place, or IGNORED."""
+    """An objective whose target (B, T) is the token to predict at each position, or IGNORED."""
 
     metric_name = "accuracy"
 
@@ -25,7 +25,7 @@ class TokenObjective(Objective):
         wanted = target != IGNORED
         logits = model.token_logits(encoded.text[wanted])
         losses = F.cross_entropy(logits.float(), target[wanted], reduction="none")
-        return mean_of_places(losses, wanted)
+        return mean_per_sample(losses, wanted)
 
     def metric(
         self,
@@ -37,4 +37,4 @@ class TokenObjective(Objective):
         """The share of a sample's targets that score highest, NaN if it has none."""
         wanted = target != IGNORED
         right = model.token_logits(encoded.text[wanted]).argmax(-1) == target[wanted]
-        return nan_where_none(mean_of_places(right, wanted), wanted)
+        return nan_where_none(mean_per_sample(right, wanted), wanted)

@@ -12,7 +12,7 @@ from pipeline.benchmarks.base import Benchmark, Evaluation, ResultRow, results_j
 from pipeline.data.load.loader import Batch
 from pipeline.data.sample import Texts
 from pipeline.errors import ConfigError, StageError
-from pipeline.pretrained.files import is_model, read_own
+from pipeline.pretrained.files import extractor_of, is_model, read_own
 from pipeline.pretrained.folder import ModelFolder, load_model, save_decoding
 from pipeline.recipe import Recipe
 from pipeline.report.examples import (
@@ -26,7 +26,6 @@ from pipeline.report.picture import thumbnail
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, once
 from pipeline.stages.train import DataInputs
-from pipeline.vision.feature import extractor_name
 
 EVALUATE_VERSION = 1
 BATCH_SIZE = 64
@@ -79,7 +78,7 @@ def run(recipe: Recipe, progress: StageProgress) -> Outcome:
         headlines: dict[str, float] = {}
         absent: dict[str, str] = {}
         for name, benchmark in recipe.benchmarks.build().items():
-            if not int(split.counts(benchmark.kind).sum()):
+            if not split.num_texts(benchmark.kind):
                 raise StageError(
                     f"benchmarks.{name}: split {split.name!r} has no {benchmark.kind}; leave this "
                     "benchmark out, or choose another dataset.validation_split"
@@ -135,11 +134,16 @@ def _require_same_features(
 
     Those of another release, made by the same settings, are told of.
     """
-    then, now = card.get("extractor") or {}, inputs.extractor
-    if "identity" not in then or then["identity"] == now["identity"]:
+    then, now = extractor_of(card), inputs.extractor
+    if then is None or then.identity == now.identity:
         return
-    other = extractor_name(then["type"], then["identity"])
-    if any(then.get(key) != now.get(key) for key in ("type", "config", "weights", "live")):
+    other = then.name
+    if (then.type, then.config, then.weights, then.live) != (
+        now.type,
+        now.config,
+        now.weights,
+        now.live,
+    ):
         raise ConfigError(
             f"features.extractor: {folder} was trained on features of {other}, and the recipe's "
             f"are of {inputs.name}; set it as it was, or run `sightline finetune`"
@@ -177,8 +181,9 @@ def _shown(
     benchmark: Benchmark[Any], split: Any, progress: StageProgress, blind: bool
 ) -> Iterator[Batch]:
     """Yields the benchmark's batches and shows how far they are."""
-    counts = split.counts(benchmark.kind)
-    total = int((counts > 0).sum() if benchmark.name == "caption" else counts.sum())
+    totals = split.totals(benchmark.kind)
+    of_rows = benchmark.name == "caption"
+    total = int((totals.num_rows_with_texts if of_rows else totals.num_texts).sum())
     done = 0
     phase = f"{benchmark.name}{' blind' if blind else ''}"
     for batch in benchmark.batches(split, BATCH_SIZE):
@@ -202,7 +207,7 @@ def _examples(
     for batch in benchmark.batches(split, 1):
         row = int(batch.rows[0])
         # One question a picture, a different one each time so that every kind of question comes.
-        wanted = len(seen) % int(split.counts(benchmark.kind)[row])
+        wanted = len(seen) % max(len(batch.texts[0].questions), 1)
         if row in seen or (kind == "vqa" and int(batch.text_index[0]) != wanted):
             continue
         seen.add(row)

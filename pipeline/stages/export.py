@@ -19,7 +19,7 @@ from pipeline.pretrained import folder as model_folder
 from pipeline.pretrained.card import ModelCard
 from pipeline.training.checkpoints import checkpoint
 from pipeline.training.continuation import differences, fixed
-from pipeline.training.engine.optimizer import AVERAGE
+from pipeline.training.engine.optimizer import EMA_WEIGHTS
 from pipeline.training.launch.launch import read_spec
 from pipeline.training.loop import CHECKPOINTS
 from pipeline.training.spec import TrainingSpec
@@ -167,7 +167,7 @@ def _parameters(
     parameters = {}
     for name, _ in model.named_parameters():
         stored = f"weight/model.{name}"
-        average = f"{AVERAGE}/model.{name}"  # which a frozen parameter has none of
+        average = f"{EMA_WEIGHTS}/model.{name}"  # which a frozen parameter has none of
         if spec.training.model_weights == "average" and average in manifest.tensors:
             stored = average
         parameters[name] = read(stored)

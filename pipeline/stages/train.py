@@ -1,30 +1,32 @@
 """The pretrain and finetune stages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline import storage
+from pipeline.benchmarks.base import texts_of
 from pipeline.data.read.dataset import Dataset, Split
+from pipeline.data.read.extractor_card import ExtractorCard
 from pipeline.data.read.images import LiveConfig
 from pipeline.data.text.picture_range import PictureRange
 from pipeline.data.text.vocabulary import build_tokenizer, load_tokenizer, save_tokenizer
 from pipeline.errors import ConfigError, PipelineError, StageError, StoppedError
 from pipeline.objectives.objective import ObjectivesConfig
-from pipeline.pretrained.files import OWN, digest, is_model, read_own
+from pipeline.pretrained.files import OWN, digest, extractor_of, is_model, read_own
 from pipeline.pretrained.folder import require_same_words
 from pipeline.recipe import MixedInPart, Recipe
 from pipeline.stages.changed import Begun, OnChange, aside, make_way, refuse
 from pipeline.stages.preflight import require_splits, small_validation
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, Record, identity, once
+from pipeline.training.config import TrainingConfig
 from pipeline.training.continuation import Difference
 from pipeline.training.launch.launch import launch_all
-from pipeline.training.spec import MixedIn, TrainingConfig, TrainingResult, TrainingSpec
+from pipeline.training.spec import MixedIn, TrainingResult, TrainingSpec
 from pipeline.training.tracking.metrics_log import STRETCH
 from pipeline.training.tracking.trackers import tracking
 from pipeline.vision.extractors.live import backbone_config, live_config
-from pipeline.vision.feature import extractor_name
 
 REFUSE = OnChange()
 DATA = "dataset"  # the part of the recipe that says what there is to learn from
@@ -38,7 +40,7 @@ class DataInputs:
     """
 
     dataset: Dataset
-    extractor: dict[str, Any]  # its card
+    extractor: ExtractorCard
     mixed_in: tuple[tuple[Dataset, MixedInPart], ...] = ()
     passed_over: dict[str, int] = field(default_factory=dict)  # by split: samples without features
 
@@ -81,13 +83,12 @@ class DataInputs:
     @property
     def name(self) -> str:
         """What made the features, in a word."""
-        return extractor_name(self.extractor["type"], self.extractor["identity"])
+        return self.extractor.name
 
     @property
     def grid(self) -> tuple[int, int] | None:
         """Rows and columns, if the regions are a grid's cells."""
-        grid = self.extractor["grid"]
-        return (grid[0], grid[1]) if grid else None
+        return self.extractor.grid
 
     def split(self, name: str) -> Split:
         """Opens a split whose pictures are seen as they are, without augmentation."""
@@ -428,7 +429,7 @@ def phase_spec(
         pictures = PictureRange.of(inputs.split(recipe.dataset.train_split)).to_json()
     config = recipe.model.config(
         vocab_size=len(load_tokenizer(tokenizer)),
-        feature_dim=inputs.extractor["dim"],
+        feature_dim=inputs.extractor.dim,
         num_answers=len(answers),
     )
     return TrainingSpec(
@@ -438,7 +439,7 @@ def phase_spec(
         dataset_version=version,
         split=recipe.dataset.train_split,
         mixed_in=mixed_in,
-        held_out_split=recipe.dataset.validation_split if training.evaluate_every_steps else None,
+        held_out_split=recipe.dataset.validation_split if training.evaluation.every_steps else None,
         features=inputs.features,
         live=inputs.live,
         backbone=backbone_config(inputs.extractor),
@@ -467,7 +468,7 @@ def phase_spec(
                 "split": recipe.dataset.train_split,
                 "features": inputs.name,
             },
-            "extractor": inputs.extractor,
+            "extractor": inputs.extractor.plain(),
             "objectives": objectives.settings(),
             "training": training.model_dump(mode="json"),
             "seed": recipe.training.seed,
@@ -481,7 +482,7 @@ def _contents(recipe: Recipe, inputs: DataInputs, training: TrainingConfig) -> d
     Of held-out samples only where they decide when the run ends or which weights it leaves.
     """
     splits = [recipe.dataset.train_split]
-    if training.patience is not None or training.keep_best:
+    if training.evaluation.patience is not None or training.evaluation.restore_best:
         splits.append(recipe.dataset.validation_split)
     found = {f"{DATA}.path: split {split}": inputs.dataset.content(split) for split in splits}
     for number, (other, part) in enumerate(inputs.mixed_in):
@@ -542,12 +543,12 @@ def _tokenizer(
 def check_fits(spec: TrainingSpec, inputs: DataInputs, workers: int) -> None:
     """Refuses what the data cannot feed, before a worker starts."""
     splits = [spec.split]
-    if spec.training.evaluate_every_steps is not None and spec.held_out_split is not None:
+    if spec.training.evaluation.every_steps is not None and spec.held_out_split is not None:
         splits.append(spec.held_out_split)
     for split in map(inputs.split, splits):
         for objective in ObjectivesConfig.model_validate(spec.objectives).build():
             kind = objective.stream.kind
-            num_examples = int(split.counts(kind).sum())
+            num_examples = split.num_texts(kind)
             if num_examples < workers:
                 raise ConfigError(
                     f"cluster.workers: found {workers}, but split {split.name!r} has "
@@ -578,15 +579,19 @@ def prepare_tokenizer(recipe: Recipe, inputs: DataInputs) -> None:
             tokenizer = load_tokenizer(given)
         else:
             split = inputs.split(recipe.dataset.train_split)
-            texts = split.texts(range(split.num_samples))
-            captions = (caption for text in texts for caption in text.captions)
-            questions = (question.question for text in texts for question in text.questions)
-            tokenizer = build_tokenizer([*captions, *questions], recipe.model.vocab_size)
+            tokenizer = build_tokenizer(_sentences(split), recipe.model.vocab_size)
         storage.remove(folder)  # each phase that has begun has a copy
         save_tokenizer(tokenizer, folder)
         return {"tokens": len(tokenizer)}
 
     once(recipe.run, "tokenizer", parts, work, [storage.join(folder, "tokenizer_config.json")])
+
+
+def _sentences(split: Split) -> Iterator[str]:
+    """Yields the captions and questions of all samples."""
+    for texts in texts_of(split):
+        yield from texts.captions
+        yield from (question.question for question in texts.questions)
 
 
 def _pretrained(recipe: Recipe) -> str:
@@ -597,7 +602,7 @@ def _pretrained(recipe: Recipe) -> str:
 def _teachers(locations: Mapping[str, str]) -> dict[str, str]:
     """Returns what is in each model that is learned from; ConfigError for one with a backbone."""
     for key, place in locations.items():
-        if backbone_config(read_own(place).get("extractor") or {}):
+        if backbone_config(extractor_of(read_own(place))):
             raise ConfigError(
                 f"{key}: {place} sees with a backbone of its own, and a teacher is given features; "
                 "choose one that was trained on stored features or on pixels"

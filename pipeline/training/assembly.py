@@ -91,14 +91,14 @@ def assemble(spec: TrainingSpec) -> Assembly:
         )
 
     # Of a model part of which is not trained, the backward pass takes less than twice the forward.
-    flops = None if spec.training.freeze or spec.backbone else _flops(sizes)
+    flops = None if spec.training.optimizer.freeze or spec.backbone else _flops(sizes)
     return Assembly(module, _batches(spec, objectives), save, _evaluation(spec), flops, initial)
 
 
-def _flops(sizes: ModelConfig) -> Callable[[stream.MicroBatch], int]:
+def _flops(sizes: ModelConfig) -> Callable[[stream.CollatedBatch], int]:
     encoding = EncodingFlops(sizes)
 
-    def flops(batch: stream.MicroBatch) -> int:
+    def flops(batch: stream.CollatedBatch) -> int:
         lengths: Counter[tuple[int, int]] = Counter()
         for one in batch.streams.values():
             num_tokens = (~one.inputs.token_padding).sum(dim=1).tolist()
@@ -117,15 +117,15 @@ class _Feed:
     collators: list[StreamCollator]
     global_batch_size: int
     micro_batch_size: int
-    most_places: int | None  # of a micro-batch; None: all have as many samples
+    tokens_per_micro_batch: int | None  # at most; None: all have as many samples
 
     def batches(
         self, start: int, stop: int, rank: int, world_size: int
-    ) -> Generator[list[stream.MicroBatch], None, None]:
+    ) -> Generator[list[stream.CollatedBatch], None, None]:
         """Yields for each step in [start, stop) the rank's micro-batches."""
         self._require_one_pass(world_size)
         read_at_once = self.micro_batch_size
-        if self.most_places is not None:  # all of the rank's share, to be cut here
+        if self.tokens_per_micro_batch is not None:  # all of the rank's share, to be cut here
             read_at_once = self.global_batch_size
         with contextlib.ExitStack() as opened:
             sources = [
@@ -139,15 +139,15 @@ class _Feed:
                     dict(zip(self.loaders, of_kinds, strict=True))
                     for of_kinds in zip(*step, strict=True)
                 ]
-                if self.most_places is not None:
-                    read = self._cut(read[0], self.most_places)
+                if self.tokens_per_micro_batch is not None:
+                    read = self._cut(read[0], self.tokens_per_micro_batch)
                 yield [self._collated(batches) for batches in read]
 
     def _require_one_pass(self, world_size: int) -> None:
         """Raises ConfigError if a global batch is cut that an objective needs whole."""
         whole = self.global_batch_size
         fits = whole <= self.micro_batch_size * world_size and whole % world_size == 0
-        if fits and self.most_places is None:
+        if fits and self.tokens_per_micro_batch is None:
             return
         for collate in self.collators:
             if collate.needs_global_batch:
@@ -157,17 +157,15 @@ class _Feed:
                     "global_batch_size = micro_batch_size x ranks"
                 )
 
-    def _collated(self, batches: Mapping[TextKind, Batch]) -> stream.MicroBatch:
-        return stream.MicroBatch(
+    def _collated(self, batches: Mapping[TextKind, Batch]) -> stream.CollatedBatch:
+        return stream.CollatedBatch(
             {
                 collate.stream.name: collate(batches[collate.stream.kind])
                 for collate in self.collators
             }
         )
 
-    def _cut(
-        self, share: Mapping[TextKind, Batch], most_places: int
-    ) -> list[dict[TextKind, Batch]]:
+    def _cut(self, share: Mapping[TextKind, Batch], max_tokens: int) -> list[dict[TextKind, Batch]]:
         """Cuts a rank's share of a step by what its examples take as the model shall see them.
 
         How long a text comes to be is the objectives' doing, so the share is collated to find out.
@@ -188,10 +186,10 @@ class _Feed:
             lengths.append(np.stack(taken) if taken else np.zeros((1, len(batch.rows)), np.int64))
         return [
             {
-                kind: part(batch, places)
-                for (kind, batch), places in zip(share.items(), of_kinds, strict=True)
+                kind: part(batch, indices)
+                for (kind, batch), indices in zip(share.items(), of_kinds, strict=True)
             }
-            for of_kinds in pack(lengths, most_places, self.micro_batch_size)
+            for of_kinds in pack(lengths, max_tokens, self.micro_batch_size)
         ]
 
 
@@ -201,7 +199,7 @@ def _feed(
     split_name: str,
     features: str | LiveConfig | None,
     mixed_in: Sequence[MixedIn] = (),
-    most_places: int | None = None,
+    tokens_per_micro_batch: int | None = None,
 ) -> _Feed:
     tokenizer = load_tokenizer(spec.tokenizer)
     blind_dim = None
@@ -233,15 +231,15 @@ def _feed(
             global_batch_size=training.global_batch_size,
             seed=spec.seed,
             distractors=any(o.needs_distractors for o in objectives if o.stream.kind == kind),
-            group_by=kind if training.group_by_length else None,
-            threads=training.loader_threads,
+            group_by=kind if training.loading.group_by_length else None,
+            threads=training.loading.threads,
         )
     return _Feed(
         loaders,
         collators,
         training.global_batch_size,
         training.micro_batch_size,
-        most_places,
+        tokens_per_micro_batch,
     )
 
 
@@ -249,8 +247,8 @@ def _ordered(
     spec: TrainingSpec, kind: TextKind, splits: Mapping[Split, float]
 ) -> tuple[AnySplit, AnyOrder]:
     """Returns the splits that have texts of a kind, as one, and the order of their examples."""
-    having = [split for split in splits if split.counts(kind).any()] or list(splits)
-    window = spec.training.shuffle_window_shards
+    having = [split for split in splits if split.num_texts(kind)] or list(splits)
+    window = spec.training.loading.shuffle_window_shards
     orders = [Order(split, kind, spec.seed, window) for split in having]
     if len(having) == 1:
         return having[0], orders[0]
@@ -259,13 +257,19 @@ def _ordered(
 
 
 def _batches(spec: TrainingSpec, objectives: list[Objective]) -> Batches:
-    most_places = spec.training.tokens_per_micro_batch
     features = spec.live or spec.features
-    feed = _feed(spec, objectives, spec.split, features, spec.mixed_in, most_places)
+    feed = _feed(
+        spec,
+        objectives,
+        spec.split,
+        features,
+        spec.mixed_in,
+        spec.training.loading.tokens_per_micro_batch,
+    )
 
     def batches(
         start: int, rank: int, world_size: int
-    ) -> Generator[list[stream.MicroBatch], None, None]:
+    ) -> Generator[list[stream.CollatedBatch], None, None]:
         return feed.batches(start, spec.training.steps, rank, world_size)
 
     return batches
@@ -273,7 +277,7 @@ def _batches(spec: TrainingSpec, objectives: list[Objective]) -> Batches:
 
 def _evaluation(spec: TrainingSpec) -> Evaluate | None:
     """Returns the held-out losses of the same objectives, over the same examples each time."""
-    if spec.held_out_split is None or spec.training.evaluate_every_steps is None:
+    if spec.held_out_split is None or spec.training.evaluation.every_steps is None:
         return None
     # objectives of its own: some open what they read of a split
     feed = _feed(
@@ -283,7 +287,7 @@ def _evaluation(spec: TrainingSpec) -> Evaluate | None:
         spec.live.whole() if spec.live else spec.features,
     )
     training = spec.training
-    parts = held_out_parts(feed.loaders, feed.collators, spec.seed, training.evaluate_examples)
+    parts = held_out_parts(feed.loaders, feed.collators, spec.seed, training.evaluation.examples)
 
     def evaluate_held_out(module: nn.Module, environment: Environment) -> dict[str, float]:
         return evaluate(module, parts, training, environment)

@@ -13,9 +13,10 @@ from torch import nn
 from pipeline.data.load.loader import Loader, share
 from pipeline.data.sample import TextKind
 from pipeline.errors import ConfigError
-from pipeline.objectives.stream import MicroBatch, StreamCollator
+from pipeline.objectives.stream import CollatedBatch, StreamCollator
+from pipeline.training.config import TrainingConfig
 from pipeline.training.evaluation import held_out_losses
-from pipeline.training.spec import Environment, TrainingConfig
+from pipeline.training.spec import Environment
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,18 @@ class HeldOutPart:
 
     def batches(
         self, config: TrainingConfig, rank: int, world_size: int
-    ) -> Generator[MicroBatch, None, None]:
+    ) -> Generator[CollatedBatch, None, None]:
         """Yields the rank's micro-batches."""
-        read = self.loader.at(self._places(config, rank, world_size), self.step)
+        read = self.loader.at(self._ranges(config, rank, world_size), self.step)
         with contextlib.closing(read):
             for batch in read:
-                yield MicroBatch({one.stream.name: one(batch) for one in self.collators})
+                yield CollatedBatch({one.stream.name: one(batch) for one in self.collators})
 
     def num_passes(self, config: TrainingConfig, world_size: int) -> int:
         """Returns the micro-batches of the rank that has most."""
-        return max(len(self._places(config, rank, world_size)) for rank in range(world_size))
+        return max(len(self._ranges(config, rank, world_size)) for rank in range(world_size))
 
-    def _places(self, config: TrainingConfig, rank: int, world_size: int) -> list[range]:
+    def _ranges(self, config: TrainingConfig, rank: int, world_size: int) -> list[range]:
         """Returns where among the examples each micro-batch of a rank begins and ends.
 
         Of a global batch that is needed whole every rank has a part.
@@ -96,7 +97,7 @@ def evaluate(
     for part in parts:
         if part.num_examples < world_size:
             raise ConfigError(
-                f"training.evaluate_every_steps: the held-out split has {part.num_examples} "
+                f"training.evaluation.every_steps: the held-out split has {part.num_examples} "
                 f"{part.collators[0].stream.kind}, fewer than the {world_size} ranks; use fewer "
                 "ranks, or another dataset.validation_split"
             )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.benchmarks.ptb_tokenizer import PUNCTUATION, tokenize
-from tests.benchmarks.excerpts import read_excerpt
+from tests.excerpts import read_excerpt
 
 SEED = 5
 
@@ -100,6 +100,7 @@ def official(texts: list[str], folder: Path) -> list[str]:
     return [" ".join(word for word in line.split(" ") if word not in dropped) for line in lines]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("pattern", ["qa{}bq", "q {} q", "q{} q", "q1{}2q", "q {0}{0} q", "q{}-q"])
 def test_every_character_is_what_the_official_tokenizer_takes_it_for(
     pattern: str, tmp_path: Path
@@ -120,6 +121,7 @@ def test_every_character_is_what_the_official_tokenizer_takes_it_for(
     assert wrong == {}
 
 
+@pytest.mark.processes
 def test_damaged_texts_in_many_scripts_equal_the_official_tokenizer(tmp_path: Path) -> None:
     """A few in a thousand may differ: where a quotation mark or a soft hyphen splits a word."""
     print("seed", SEED)

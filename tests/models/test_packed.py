@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.models import blocks
-from pipeline.models.packed import Places, full_mask, prefix_mask
+from pipeline.models.packed import PackedLayout, full_mask, prefix_mask
 from tests.models.examples import assert_close, randomise
 
 B, S, D, N = 3, 5, 8, 8
@@ -12,20 +12,20 @@ PADDING = torch.arange(S) >= torch.tensor([3, 1, 4])[:, None]
 
 
 def test_packing_keeps_what_is_held_in_order_and_laying_out_brings_it_back() -> None:
-    places = Places.of(PADDING)
+    layout = PackedLayout.of(PADDING)
     states = torch.randn(B, S, D)
-    packed = places.pack(states)
+    packed = layout.pack(states)
     assert torch.equal(packed, torch.cat([states[0, :3], states[1, :1], states[2, :4]]))
-    laid_out = places.lay_out(packed)
-    assert torch.equal(laid_out[~PADDING], packed)
-    assert laid_out[PADDING].abs().max() == 0.0
+    padded = layout.pad(packed)
+    assert torch.equal(padded[~PADDING], packed)
+    assert padded[PADDING].abs().max() == 0.0
 
 
 def test_without_padding_states_stay_as_they_are() -> None:
-    places = Places.of(torch.zeros(B, S, dtype=torch.bool))
+    layout = PackedLayout.of(torch.zeros(B, S, dtype=torch.bool))
     states = torch.randn(B, S, D)
-    assert places.pack(states) is states
-    assert places.lay_out(states) is states
+    assert layout.pack(states) is states
+    assert layout.pad(states) is states
 
 
 @pytest.mark.parametrize("kind", ["full", "prefix"])
@@ -34,9 +34,9 @@ def test_a_layer_gives_packed_states_and_gradients_what_it_gives_padded_ones(kin
     layer = randomise(blocks.TransformerLayer(D, 2, 12, dropout=0.0))
     states = torch.randn(B, S, D, generator=torch.Generator().manual_seed(1), requires_grad=True)
     seen = []
-    for places in (Places(mask, (B, S)), Places.of(PADDING, mask)):
-        done, _ = layer(places.pack(states), places)
-        out = places.lay_out(done)[~PADDING]
+    for layout in (PackedLayout(mask, (B, S)), PackedLayout.of(PADDING, mask)):
+        done, _ = layer(layout.pack(states), layout)
+        out = layout.pad(done)[~PADDING]
         seen.append((out, *torch.autograd.grad(out.square().sum(), [states, *layer.parameters()])))
     assert done.shape == (N, D)
     for padded, packed in zip(*seen, strict=True):

@@ -90,11 +90,11 @@ class UniterEquations(Equations):
         features = features.clone()
         features[masked] += self.tensors[f"{regions}.mask_embedding.weight"][1]
         width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-        places = torch.cat([boxes, torch.stack([width, height, width * height], dim=1)], dim=1)
+        locations = torch.cat([boxes, torch.stack([width, height, width * height], dim=1)], dim=1)
         seen = self.norm(
             f"{regions}.img_layer_norm", self.linear(f"{regions}.img_linear", features)
         )
-        placed = self.linear(f"{regions}.pos_linear", places)
+        placed = self.linear(f"{regions}.pos_linear", locations)
         placed = self.norm(f"{regions}.pos_layer_norm", placed)
         segment = self.tensors["uniter.embeddings.token_type_embeddings.weight"][1]
         image = self.norm(f"{regions}.LayerNorm", seen + placed + segment)

@@ -127,11 +127,11 @@ class VilbertEquations(Equations):
         """Maps tokens (T,), features (R, F) and boxes (R, 4) to the outputs of every head."""
         text = self.text("bert.embeddings", tokens)
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        places = torch.cat([boxes, area[:, None]], dim=1)
-        places = torch.cat([torch.tensor([[0.0, 0.0, 1.0, 1.0, 1.0]]), places])
+        locations = torch.cat([boxes, area[:, None]], dim=1)
+        locations = torch.cat([torch.tensor([[0.0, 0.0, 1.0, 1.0, 1.0]]), locations])
         features = torch.cat([features.mean(0, keepdim=True), features])
         vision = self.linear("bert.v_embeddings.image_embeddings", features)
-        vision = vision + self.linear("bert.v_embeddings.image_location_embeddings", places)
+        vision = vision + self.linear("bert.v_embeddings.image_location_embeddings", locations)
         vision = self.norm("bert.v_embeddings.LayerNorm", vision)
         config = self.config
         steps: list[tuple[str, int]] = []

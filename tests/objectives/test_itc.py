@@ -21,6 +21,7 @@ def tokenizer() -> Any:
     return make_tokenizer()
 
 
+@pytest.mark.processes
 def test_two_ranks_give_the_loss_and_the_gradient_of_one(tmp_path: Path) -> None:
     loss, gradient = ranks.contrast(ranks.NUM_SAMPLES, first=0)
     shared_loss, shared_gradient = ranks.contrast_on(2, tmp_path)
@@ -67,6 +68,7 @@ def test_its_stream_is_neither_masked_nor_mismatched(tokenizer: Any) -> None:
     assert not batch.streams["captions-full"].is_matched.any()
 
 
+@pytest.mark.processes
 def test_ranks_of_other_sizes_judge_as_one_does(tmp_path: Path) -> None:
     figures = ranks.judged(ranks.NUM_SAMPLES, first=0)
     sizes = (1, 3, 2)

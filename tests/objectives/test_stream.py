@@ -147,11 +147,11 @@ def test_padding_goes_only_to_the_longest_of_the_batch(
             assert not stream.inputs.region_padding.all(0).any()
 
 
-def test_counts_tell_real_places_from_padding(objectives: list[Objective], tokenizer: Any) -> None:
+def test_counts_tell_real_tokens_from_padding(objectives: list[Objective], tokenizer: Any) -> None:
     batch = collated(objectives[:1], tokenizer, make_batch(3))
     inputs = batch.streams["captions-full"].inputs
     assert batch.num_samples == 3
-    assert batch.num_places == inputs.tokens.numel() + 3 * 3
+    assert batch.num_tokens_with_padding == inputs.tokens.numel() + 3 * 3
     assert batch.num_tokens == int((~inputs.token_padding).sum()) + 1 + 2 + 3
 
 

@@ -16,7 +16,7 @@ from pipeline.models.families import FAMILIES, build
 from pipeline.models.visualbert import VisualBert, VisualBertConfig
 from pipeline.objectives.base import Objective
 from pipeline.objectives.objective import ObjectivesConfig, by_stream
-from pipeline.objectives.stream import MicroBatch, StreamCollator
+from pipeline.objectives.stream import CollatedBatch, StreamCollator
 
 WORDS = "a red dog runs past the blue cat while two green birds sit on one grey wall".split
 FEATURE_DIM, MAX_REGIONS = 7, 5
@@ -158,8 +158,8 @@ def make_objectives(**settings: Any) -> list[Objective]:
 
 def collated(
     objectives: list[Objective], tokenizer: Any, batch: Batch, blind: bool = False
-) -> MicroBatch:
-    return MicroBatch(
+) -> CollatedBatch:
+    return CollatedBatch(
         {
             name: StreamCollator(group, tokenizer, 24, ANSWERS, 7 if blind else None)(batch)
             for name, group in by_stream(objectives).items()

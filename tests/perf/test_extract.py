@@ -58,6 +58,7 @@ def test_what_starting_costs_is_in_neither_contestant() -> None:
     assert times.rounds == {"a": (4.0, 2.0), "b": (1.0, 1.0)}
 
 
+@pytest.mark.processes
 def test_cpu_time_of_processes_that_have_ended_is_counted() -> None:
     program = "import time\nwhile time.process_time() < 1: pass"
 

@@ -14,10 +14,12 @@ def test_ratios_are_those_of_its_own_figures(
 ) -> None:
     captions = tmp_path / "captions.txt"
     captions.write_text("a dog runs over a green field\na cat\ntwo birds sit on a wall\n")
-    threads = torch.get_num_threads()
+    threads = torch.get_num_threads() + 1
+    torch.set_num_threads(threads)
     settings = ["size=tiny", "rounds=2", "batch_size=3", "threads=1", f"captions={captions}"]
     assert run_job(["bench", "model", *settings, "--json"]) == 0
     assert torch.get_num_threads() == threads
+    torch.set_num_threads(threads - 1)
     found = json.loads(capsys.readouterr().out)
     assert found["settings"]["size"] == "tiny"
     assert found["machine"]["threads"] == 1

@@ -180,6 +180,7 @@ def test_thousands_of_steps_make_a_page_of_about_the_same_size(run_folder: Path)
     assert len(report(run_folder)) < 2 * short
 
 
+@pytest.mark.processes
 def test_a_browser_draws_the_page_without_an_error(run_folder: Path, tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:

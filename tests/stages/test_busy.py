@@ -15,12 +15,13 @@ from pipeline import storage
 from pipeline.cli import BUSY_STATUS
 from pipeline.stages.run import run_stages
 from pipeline.training.tracking.metrics_log import read_metrics
+from tests.processes import DISK_AND_OBJECT_STORE
 from tests.stages.test_run import QUICKSTART, SMALL, small
 
 STEPS = 60
 LONGER = [
     f"training.pretrain.steps={STEPS}",
-    "training.pretrain.checkpoint_every_steps=5",
+    "training.pretrain.checkpoints.every_steps=5",
     "training.pretrain.log_every_steps=1",
 ]
 
@@ -42,7 +43,7 @@ def pretraining(run: str, data: Path, *arguments: str) -> "subprocess.Popen[str]
     )
 
 
-@pytest.fixture(params=["disk", "object store"])
+@pytest.fixture(params=DISK_AND_OBJECT_STORE)
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "disk":
         yield str(tmp_path / "run")
@@ -50,13 +51,14 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield f"{request.getfixturevalue('object_store')}/run"
 
 
+@pytest.mark.processes
 def test_a_second_start_is_refused_and_the_first_knows_nothing_of_it(run: str, data: Path) -> None:
     first = pretraining(run, data)
     while not storage.list_names(f"{run}/pretrain/checkpoints"):
         assert first.poll() is None
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)  # so that it is at work however long the others take
-    for asked in ([], ["training.pretrain.learning_rate=0.5", "--restart"]):
+    for asked in ([], ["training.pretrain.optimizer.learning_rate=0.5", "--restart"]):
         second = pretraining(run, data, *asked)
         _, told = second.communicate(timeout=300)
         assert second.returncode == BUSY_STATUS

@@ -1,7 +1,6 @@
 """A recipe looked at before its run, with and without its data."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,14 +28,6 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors: a second thread only waits for the first
-    yield
-    torch.set_num_threads(threads)
-
-
 def looked_at(folder: Path, *overrides: str) -> Report:
     return check(small(folder, *overrides), QUIET)
 
@@ -60,7 +51,7 @@ class Layers(nn.Module):
 class Numbers:
     """Two samples of five numbers, as a micro-batch is moved."""
 
-    num_samples = num_tokens = num_places = 2
+    num_samples = num_tokens = num_tokens_with_padding = 2
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.ones(2, 5, device=device, dtype=dtype)
@@ -90,7 +81,8 @@ def test_real_steps_on_real_data_tell_how_long_it_takes(
         assert phase.measured is not None
         assert phase.measured.seconds_per_step > 0
         # patches, which the blind twin does not see, and words without their padding
-        regions = 0 if phase.name == "blind" else card["num_regions"]
+        assert card.num_regions is not None
+        regions = 0 if phase.name == "blind" else card.num_regions
         assert regions + 4 < phase.measured.tokens_per_sample < regions + 32
         assert phase.hours == phase.steps * phase.measured.seconds_per_step / 3600
         assert phase.activation_bytes
@@ -129,7 +121,7 @@ def test_what_the_device_cannot_hold_is_refused_with_what_would_fit(
 
 def test_checkpoints_that_would_fill_the_disk_are_refused(extracted: Path) -> None:
     with pytest.raises(ConfigError, match="smaller keep_checkpoints"):
-        looked_at(extracted, "training.finetune.keep_checkpoints=1000000000")
+        looked_at(extracted, "training.finetune.checkpoints.keep_last=1000000000")
 
 
 def test_gpus_that_are_not_here_are_refused(tmp_path: Path) -> None:

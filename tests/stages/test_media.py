@@ -61,7 +61,7 @@ def make_recipe(folder: Path) -> Recipe:
         "node: features.3, weights: random, image_size: 32, window: stored, "
         "frames: {count: 3, folder_rate: 5}}}",
         "training.pretrain.steps=1",
-        "training.pretrain.warmup_steps=0",
+        "training.pretrain.schedule.warmup_steps=0",
         "benchmarks={caption: {metrics: [bleu]}}",
     )
 
@@ -79,7 +79,7 @@ def test_every_kind_of_file_is_ingested_extracted_and_trained_on(tmp_path: Path)
     assert {"mp4", "webm", "zip", "dcm", "jpg"} == set(suffixes.values())
     stage = json.loads((tmp_path / "run" / "stages" / "extract.json").read_text())
     split = Dataset.open(url).split("train", stage["outputs"]["features"])
-    rows = {str(key): row for row, key in enumerate(split.keys)}
+    rows = {key: row for row, key in enumerate(split.each_key())}
     assert split.image(rows["clip"]) == (tmp_path / "album" / "train" / "clip.mp4").read_bytes()
     batch = split.features(list(rows.values()))
     assert batch.times is not None

@@ -14,11 +14,12 @@ from pipeline.data.text.vocabulary import build_tokenizer, load_tokenizer
 from pipeline.errors import ConfigError
 from pipeline.models.flops import EncodingFlops
 from pipeline.objectives.objective import ObjectivesConfig
-from pipeline.objectives.stream import MicroBatch, StreamCollator
+from pipeline.objectives.stream import CollatedBatch, StreamCollator
 from pipeline.pretrained.folder import load_model
 from pipeline.training.assembly import Assembly, assemble
+from pipeline.training.config import TrainingConfig
 from pipeline.training.loop import train
-from pipeline.training.spec import Environment, TrainingConfig, TrainingSpec
+from pipeline.training.spec import Environment, TrainingSpec
 from pipeline.training.tracking.metrics_log import read_events, read_metrics
 from tests.data.tiny_dataset import EXTRACTOR, make_dataset, make_texts
 from tests.training.stand_in import in_processes, train_on
@@ -141,7 +142,7 @@ def test_objectives_of_two_kinds_of_text_share_a_step(data: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("blind", [False, True])
-def test_micro_batches_take_at_most_so_many_places_and_a_step_is_the_same(
+def test_micro_batches_take_at_most_so_many_tokens_and_a_step_is_the_same(
     data: Path, tmp_path: Path, blind: bool
 ) -> None:
     objectives: dict[str, Any] = {"answer": {}, "lm": {}, "itm": {}}
@@ -153,7 +154,8 @@ def test_micro_batches_take_at_most_so_many_places_and_a_step_is_the_same(
             objectives=objectives,
             answers=ANSWERS,
             blind=blind,
-            training=TRAINING | {"micro_batch_size": 6, "tokens_per_micro_batch": tokens},
+            training=TRAINING
+            | {"micro_batch_size": 6, "loading": {"tokens_per_micro_batch": tokens}},
         )
         for tokens in (most, None)
     )
@@ -167,7 +169,7 @@ def test_micro_batches_take_at_most_so_many_places_and_a_step_is_the_same(
             for batch in batches:
                 sizes = {len(batch.streams[stream].inputs.tokens) for stream in streams}
                 assert len(sizes) == 1
-                assert batch.num_places <= most or sizes == {1}
+                assert batch.num_tokens_with_padding <= most or sizes == {1}
             assert sum(batch.num_samples for batch in batches) == share.num_samples
             for stream in streams:
                 assert sorted(words(batches, stream)) == sorted(words([share], stream))
@@ -178,7 +180,10 @@ def test_the_mean_loss_is_that_over_samples_however_they_are_cut(
 ) -> None:
     losses = []
     for tokens in (None, 70, 1):  # with one, each sample is by itself
-        training = TRAINING | {"micro_batch_size": 12, "tokens_per_micro_batch": tokens}
+        training = TRAINING | {
+            "micro_batch_size": 12,
+            "loading": {"tokens_per_micro_batch": tokens},
+        }
         assembly = assemble(make_spec(data, tmp_path, training=training))
         assembly.module.eval()
         (step, *_) = assembly.batches(0, 0, 1)
@@ -207,7 +212,9 @@ def test_operations_are_those_of_real_tokens_and_regions(data: Path, tmp_path: P
     ]
     assert len(set(expected)) == 3
     assert assembly.flops(batch) == 3 * sum(expected)
-    frozen = make_spec(data, tmp_path, training=TRAINING | {"freeze": ("model.embed*",)})
+    frozen = make_spec(
+        data, tmp_path, training=TRAINING | {"optimizer": {"freeze": ("model.embed*",)}}
+    )
     assert assemble(frozen).flops is None
 
 
@@ -229,7 +236,10 @@ def test_every_rank_starts_from_the_same_weights(data: Path, tmp_path: Path) -> 
 def test_held_out_losses_are_found_while_training(data: Path, tmp_path: Path) -> None:
     """Here of the training split itself, which is what the tiny dataset has features for."""
     spec = make_spec(
-        data, tmp_path, held_out_split="train", training=TRAINING | {"evaluate_every_steps": 3}
+        data,
+        tmp_path,
+        held_out_split="train",
+        training=TRAINING | {"evaluation": {"every_steps": 3}},
     )
     train(spec, HERE)
     found = [line["evaluation"] for line in read_metrics(spec.folder) if "evaluation" in line]
@@ -242,7 +252,7 @@ def test_held_out_losses_are_found_while_training(data: Path, tmp_path: Path) ->
 
 def held_out(data: Path, folder: Path, sizes: tuple[int, int], **changes: Any) -> TrainingSpec:
     """A run that evaluates on the tiny dataset's training split."""
-    training = TRAINING | {"evaluate_every_steps": 3} | changes.pop("training", {})
+    training = TRAINING | {"evaluation": {"every_steps": 3}} | changes.pop("training", {})
     training |= dict(zip(("global_batch_size", "micro_batch_size"), sizes, strict=True))
     return make_spec(data, folder, held_out_split="train", training=training, **changes)
 
@@ -270,10 +280,10 @@ def by_hand(spec: TrainingSpec) -> dict[str, float]:
         kind = objective.stream.kind
         collate = StreamCollator([objective], load_tokenizer(spec.tokenizer), 9, ANSWERS)
         found = [
-            float(module(MicroBatch({objective.stream.name: collate(batch)}))[1][objective.name])
+            float(module(CollatedBatch({objective.stream.name: collate(batch)}))[1][objective.name])
             for batch in eval_batches(split, kind, 1)
         ]
-        assert len(found) == split.counts(kind).sum()
+        assert len(found) == split.num_texts(kind)
         means[objective.name] = float(np.mean(found))
     total = sum(objective.weight * means[objective.name] for objective in objectives)
     return {"loss": total, **means}
@@ -289,6 +299,7 @@ def test_held_out_figures_are_means_over_every_example_once(
     assert figures(spec) == pytest.approx(by_hand(spec), rel=1e-5)
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("alone")
 def test_held_out_figures_know_neither_batch_size_nor_ranks(data: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
@@ -312,17 +323,19 @@ def test_held_out_figures_know_neither_batch_size_nor_ranks(data: Path, tmp_path
 
 @pytest.mark.usefixtures("alone")
 def test_at_most_so_many_examples_are_held_out(data: Path, tmp_path: Path) -> None:
-    few, many = (
-        held_out(data, tmp_path, (12, 3), training={"evaluate_examples": count})
-        for count in (5, 1000)
-    )
+    def few_of(count: int) -> dict[str, Any]:
+        return {"evaluation": {"every_steps": 3, "examples": count}}
+
+    few, many = (held_out(data, tmp_path, (12, 3), training=few_of(count)) for count in (5, 1000))
     assert figures(few) == pytest.approx(
-        figures(held_out(data, tmp_path, (4, 4), training={"evaluate_examples": 5})), rel=1e-5
+        figures(held_out(data, tmp_path, (4, 4), training=few_of(5))),
+        rel=1e-5,
     )
     assert figures(few) != pytest.approx(figures(many), rel=1e-3)
     assert figures(many) == figures(held_out(data, tmp_path, (12, 3)))
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("alone")
 def test_contrast_is_held_out_in_global_batches_of_like_size(data: Path, tmp_path: Path) -> None:
     """33 captions in global batches of 12: three of 11, of which each of two ranks has a part."""
@@ -365,7 +378,7 @@ def test_a_model_is_pretrained_saved_and_fine_tuned(data: Path, tmp_path: Path) 
             "steps": 30,
             "global_batch_size": 8,
             "micro_batch_size": 8,
-            "learning_rate": 3e-3,
+            "optimizer": {"learning_rate": 3e-3},
         },
     )
     start = dict(assemble(finetune).module.model.named_parameters())  # type: ignore[union-attr]
@@ -426,6 +439,7 @@ def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("stage", "precision", "tokens"), [(1, "fp32", None), (3, "bf16", None), (2, "fp32", 60)]
 )
@@ -436,10 +450,10 @@ def test_the_real_model_trains_on_two_ranks_and_goes_on_bit_by_bit(
         "steps": 6,
         "global_batch_size": 12,
         "micro_batch_size": 3,
-        "checkpoint_every_steps": 2,
+        "checkpoints": {"every_steps": 2},
         "zero_stage": stage,
         "precision": precision,
-        "tokens_per_micro_batch": tokens,
+        "loading": {"tokens_per_micro_batch": tokens},
     }
     unbroken, broken = (
         make_spec(data, tmp_path / name, training=training) for name in ("unbroken", "broken")

@@ -29,6 +29,7 @@ def losses_of_a_rank(rank: int, spec: TrainingSpec, expected: dict[str, float]) 
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("alone")
 @torch.no_grad()
 def test_the_mean_is_over_samples_whatever_batch_and_rank_they_are_on(tmp_path: Path) -> None:

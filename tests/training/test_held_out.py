@@ -10,8 +10,9 @@ from torch import nn
 from pipeline.errors import ConfigError
 from pipeline.objectives.base import Stream
 from pipeline.objectives.turns import Turns
+from pipeline.training.config import TrainingConfig
 from pipeline.training.held_out import HeldOutPart, evaluate, held_out_parts
-from pipeline.training.spec import Environment, TrainingConfig
+from pipeline.training.spec import Environment
 
 CAPTIONS = Stream("captions", "full")
 
@@ -37,8 +38,8 @@ class Turning:
 class Examples:
     num_examples: int
 
-    def at(self, places: list[range], _: int) -> Any:
-        yield from places
+    def at(self, ranges: list[range], _: int) -> Any:
+        yield from ranges
 
 
 def config(global_batch_size: int, micro_batch_size: int) -> TrainingConfig:
@@ -53,14 +54,14 @@ def part(num_examples: int, whole: bool = False) -> HeldOutPart:
     return HeldOutPart(loader, collators, num_examples, 0, 1.0)
 
 
-def places(part: HeldOutPart, training: TrainingConfig, world_size: int) -> list[list[range]]:
-    return [part._places(training, rank, world_size) for rank in range(world_size)]
+def ranges(part: HeldOutPart, training: TrainingConfig, world_size: int) -> list[list[range]]:
+    return [part._ranges(training, rank, world_size) for rank in range(world_size)]
 
 
 def test_every_example_is_in_one_micro_batch_of_one_rank() -> None:
     for count, world_size, micro in product((7, 8, 23, 24), (1, 2, 3, 5), (1, 3, 4, 50)):
         training = config(60, micro)
-        ranks = places(part(count), training, world_size)
+        ranks = ranges(part(count), training, world_size)
         assert list(chain.from_iterable(chain.from_iterable(ranks))) == list(range(count))
         assert max(len(batch) for batch in chain.from_iterable(ranks)) <= micro
         assert part(count).num_passes(training, world_size) == max(map(len, ranks))
@@ -69,7 +70,7 @@ def test_every_example_is_in_one_micro_batch_of_one_rank() -> None:
 def test_every_rank_has_a_part_of_each_global_batch_that_is_needed_whole() -> None:
     for count, world_size, micro in product((5, 8, 23, 24), (1, 2, 5), (1, 3, 4)):
         training = config(world_size * micro, micro)
-        ranks = places(part(count, whole=True), training, world_size)
+        ranks = ranges(part(count, whole=True), training, world_size)
         assert len({len(batches) for batches in ranks}) == 1
         assert sorted(chain.from_iterable(chain.from_iterable(ranks))) == list(range(count))
         assert all(len(batch) > 0 for batch in chain.from_iterable(ranks))

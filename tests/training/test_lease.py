@@ -17,6 +17,7 @@ from pipeline import storage
 from pipeline.errors import BusyError, StorageError
 from pipeline.training import lease
 from pipeline.training.lease import Holder, only_command, only_writer
+from tests.processes import DISK_AND_OBJECT_STORE
 
 HOLD = """
 import sys, time
@@ -34,7 +35,7 @@ def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "SECONDS_UNTIL_DEAD", 1.0)
 
 
-@pytest.fixture(params=["disk", "object store"])
+@pytest.fixture(params=DISK_AND_OBJECT_STORE)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "disk":
         return str(tmp_path / "run")
@@ -68,6 +69,7 @@ def test_a_folder_has_one_writer_at_a_time_and_the_next_when_it_leaves(folder: s
             assert not is_lost()
 
 
+@pytest.mark.processes
 def test_a_command_is_refused_at_once_and_told_who_holds_the_folder(folder: str) -> None:
     with held_elsewhere("command", folder) as process:
         began = time.monotonic()

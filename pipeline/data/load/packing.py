@@ -1,9 +1,9 @@
 """Micro-batches under a budget of tokens and regions.
 
-Places are tokens and regions with their padding: what a forward pass costs goes by them rather
-than by the number of samples. Which samples make a step, and which rank has them, stays arithmetic
-on the step; micro-batches may hold different numbers of them, so that the mean over the samples is
-that over micro-batches weighted by their samples.
+Tokens are those of texts and the regions of images, with their padding: what a forward pass costs
+goes by them rather than by the number of samples. Which samples make a step, and which rank has
+them, stays arithmetic on the step; micro-batches may hold different numbers of them, so that the
+mean over the samples is that over micro-batches weighted by their samples.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from pipeline.data.tars.members import Int64Array
 
 
 def pack(
-    lengths: Sequence[Int64Array], most_places: int, most_samples: int
+    lengths: Sequence[Int64Array], max_tokens: int, max_samples: int
 ) -> list[tuple[Int64Array, ...]]:
-    """Returns for each micro-batch, and each kind of text, places in the share: shortest first.
+    """Returns for each micro-batch, and each kind of text, indices in the share: shortest first.
 
     `lengths` has for each kind what an example takes in each of the passes over it, if it is not
     padded: (passes, B). A micro-batch holds as many examples of one kind as of another, so that one
     weight is right for all of them, and is one of each kind if even these are more than
-    `most_places`. Within it places rise; of equal lengths the first place comes first.
+    `max_tokens`. Within it indices rise; of equal lengths the first index comes first.
     """
     orders = [np.argsort(of_kind.sum(axis=0), kind="stable") for of_kind in lengths]
     ranked = np.concatenate(
@@ -37,7 +37,7 @@ def pack(
     for end in range(1, num_examples):
         with_it = np.maximum(longest, ranked[:, end])
         count = end + 1 - bounds[-1]
-        if count > most_samples or count * with_it.sum() > most_places:
+        if count > max_samples or count * with_it.sum() > max_tokens:
             bounds.append(end)
             longest = ranked[:, end]
         else:
@@ -48,20 +48,20 @@ def pack(
     ]
 
 
-def part(batch: Batch, places: Int64Array) -> Batch:
-    """Returns the examples at these places of a batch, as a batch of their own."""
+def part(batch: Batch, indices: Int64Array) -> Batch:
+    """Returns the examples at these indices of a batch, as a batch of their own."""
     return replace(
         batch,
-        keys=[batch.keys[place] for place in places],
-        rows=batch.rows[places],
-        positions=batch.positions[places],
-        texts=[batch.texts[place] for place in places],
-        text_index=batch.text_index[places],
-        distractors=[batch.distractors[place] for place in places if batch.distractors],
-        features=_of_features(batch.features, places) if batch.features else None,
+        keys=[batch.keys[index] for index in indices],
+        rows=batch.rows[indices],
+        positions=batch.positions[indices],
+        texts=[batch.texts[index] for index in indices],
+        text_index=batch.text_index[indices],
+        distractors=[batch.distractors[index] for index in indices if batch.distractors],
+        features=_of_features(batch.features, indices) if batch.features else None,
     )
 
 
-def _of_features(features: FeatureBatch, places: Int64Array) -> FeatureBatch:
-    arrays = {name: array[places] for name, array in vars(features).items() if array is not None}
+def _of_features(features: FeatureBatch, indices: Int64Array) -> FeatureBatch:
+    arrays = {name: array[indices] for name, array in vars(features).items() if array is not None}
     return replace(features, **arrays)

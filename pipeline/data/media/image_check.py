@@ -17,7 +17,7 @@ Verify = Literal["decode", "header"]
 def check_image(payload: bytes, verify: Verify) -> tuple[int, int]:
     """Returns the width and height in pixels as stored, before any turning.
 
-    `decode` decodes every pixel, which is what finds files that were cut short or damaged; `header`
+    `decode` reads every coded pixel, which is what finds files cut short or damaged; `header`
     reads only the size and the kind of pixels, and costs a hundredth. Raises BadImageError with
     reason `not-an-image`, `truncated-image`, `corrupt-image`, `oversized-image`,
     `unsupported-pixels` or `undecodable-image`.

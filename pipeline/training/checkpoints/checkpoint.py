@@ -277,8 +277,8 @@ def reader(location: str, manifest: Manifest, cache: Path) -> ReadTensor:
     return read
 
 
-def weights(manifest: Manifest, read: ReadTensor, averaged: bool) -> dict[str, Tensor]:
-    """Returns the module's state dict in fp32; `averaged` gives the weights' moving average.
+def weights(manifest: Manifest, read: ReadTensor, ema: bool) -> dict[str, Tensor]:
+    """Returns the module's state dict in fp32; `ema` gives the weights' moving average.
 
     A frozen parameter has no average, and is what it was.
     """
@@ -287,7 +287,7 @@ def weights(manifest: Manifest, read: ReadTensor, averaged: bool) -> dict[str, T
         kind, name = tensor.split("/", 1)
         if kind in ("weight", "buffer"):
             average = f"average/{name}"
-            uses_average = averaged and kind == "weight" and average in manifest.tensors
+            uses_average = ema and kind == "weight" and average in manifest.tensors
             found[name] = read(average if uses_average else tensor)
     return found
 

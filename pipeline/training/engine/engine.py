@@ -24,14 +24,15 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, TrainingError
+from pipeline.training.config import TrainingConfig
 from pipeline.training.engine import async_io
 from pipeline.training.engine.async_io import is_swapped
 from pipeline.training.engine.known_keys import AskedFor, invalid
-from pipeline.training.engine.optimizer import AVERAGE, build_optimizer, freeze
+from pipeline.training.engine.optimizer import EMA_WEIGHTS, build_optimizer, freeze
 from pipeline.training.engine.schedule import rate_factor
 from pipeline.training.engine.swap_folder import SwapFolder
 from pipeline.training.engine.swapped_state import SwappedState
-from pipeline.training.spec import Environment, TrainingConfig
+from pipeline.training.spec import Environment
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # What DeepSpeed's dynamic loss scaler goes by, which a run must go on with.
@@ -56,7 +57,7 @@ def engine_config(
         # what a micro-batch counts for, and which is a step's last, is said by `advance`.
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation_steps(environment.world_size),
-        "gradient_clipping": 0.0 if config.zero_stage == 0 else config.clip_norm,
+        "gradient_clipping": 0.0 if config.zero_stage == 0 else config.optimizer.clip_norm,
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},
         "zero_optimization": {
@@ -94,7 +95,7 @@ def _swapping(config: TrainingConfig) -> dict[str, Any]:
 
 def _kinds(config: TrainingConfig) -> tuple[str, ...]:
     """Returns the names of what AdamW keeps of each parameter."""
-    return (*MOMENTS, AVERAGE) if config.ema_decay is not None else MOMENTS
+    return (*MOMENTS, EMA_WEIGHTS) if config.optimizer.ema_decay is not None else MOMENTS
 
 
 class Engine:
@@ -137,12 +138,12 @@ class Engine:
         self._kinds = _kinds(config)
         self._accumulation = self.config["gradient_accumulation_steps"]
         self._stage = config.zero_stage
-        self._clip_norm = config.clip_norm or float("inf")
+        self._clip_norm = config.optimizer.clip_norm or float("inf")
         self._swap_folder: SwapFolder | None = None
-        freeze(module, config.freeze)
+        freeze(module, config.optimizer.freeze)
         self._engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=build_optimizer(module, config),
+            optimizer=build_optimizer(module, config.optimizer),
             dist_init_required=False,
             config=_merged(self.config, {"zero_optimization": self._make_swap_folder()}),
         )
@@ -206,7 +207,7 @@ class Engine:
 
     def _num_passes(self, mine: int) -> int:
         """Returns the micro-batches of the rank that has most."""
-        if self._training.tokens_per_micro_batch is None:
+        if self._training.loading.tokens_per_micro_batch is None:
             if mine > self._accumulation:
                 raise TrainingError(
                     f"a step has up to {self._accumulation} micro-batches on a rank, found {mine}"
@@ -219,7 +220,9 @@ class Engine:
     def learning_rate(self) -> float:
         """Returns the rate of the next update, where no factor changes it."""
         # A function of the step, so there is no scheduler state to keep.
-        return self._training.learning_rate * rate_factor(self._training, self._step)
+        return self._training.optimizer.learning_rate * rate_factor(
+            self._training.schedule, self._training.steps, self._step
+        )
 
     def loss_scale(self) -> dict[str, float] | None:
         """Returns the state of fp16's dynamic loss scale: plain numbers; None without one."""
@@ -236,7 +239,7 @@ class Engine:
         return bool(scaler.cur_scale > scaler.min_scale)
 
     @contextlib.contextmanager
-    def evaluating(self, averaged: bool) -> Iterator[nn.Module]:
+    def evaluating(self, ema: bool) -> Iterator[nn.Module]:
         """Yields the module in evaluation mode, with the moving average for weights if asked.
 
         Inside, no gradients are recorded; afterwards training goes on as if nothing had been.
@@ -244,7 +247,7 @@ class Engine:
         module: nn.Module = self._engine.module
         module.eval()
         try:
-            with torch.no_grad(), self._average_shown() if averaged else contextlib.nullcontext():
+            with torch.no_grad(), self._using_ema_weights() if ema else contextlib.nullcontext():
                 yield module
         finally:
             module.train()
@@ -255,26 +258,26 @@ class Engine:
         A yielded tensor is valid until the next one is asked for; keep a copy, not the tensor.
         """
         self._link_moments()
-        with self._looking():
+        with self._state_access():
             for name, parameter in self._parameters():
                 yield f"weight/{name}", self._weight(parameter)
                 if parameter.requires_grad:
                     for kind in self._kinds:
-                        yield f"{kind}/{name}", self._kept(parameter, kind)
+                        yield f"{kind}/{name}", self._optimizer_state(parameter, kind)
         for name, buffer in _persistent_buffers(self._engine.module):
             yield f"buffer/{name}", buffer.detach()
 
-    def weights(self, averaged: bool = False) -> dict[str, Tensor]:
+    def weights(self, ema: bool = False) -> dict[str, Tensor]:
         """Returns the module's state dict in fp32 on the CPU; every rank calls, rank 0 keeps it.
 
-        `averaged` gives the weights' moving average. Other ranks get an empty dict.
+        `ema` gives the weights' moving average. Other ranks get an empty dict.
         """
         self._link_moments()
         weights = {}
-        with self._looking():
+        with self._state_access():
             for name, parameter in self._parameters():
-                if averaged and parameter.requires_grad:
-                    weight = self._kept(parameter, AVERAGE)
+                if ema and parameter.requires_grad:
+                    weight = self._optimizer_state(parameter, EMA_WEIGHTS)
                 else:
                     weight = self._weight(parameter)
                 if torch.distributed.get_rank() == 0:
@@ -307,8 +310,8 @@ class Engine:
         return sorted(named, key=lambda item: self._swapped.group_of(item[1]))
 
     @contextlib.contextmanager
-    def _looking(self) -> Iterator[None]:
-        """Lets stage 3's state be looked at, and written; training goes on after it."""
+    def _state_access(self) -> Iterator[None]:
+        """Lets stage 3's state be read, and written; training goes on after it."""
         try:
             yield
         finally:
@@ -329,7 +332,7 @@ class Engine:
         whole: Tensor = safe_get_full_fp32_param(parameter)
         return whole.detach()
 
-    def _kept(self, parameter: nn.Parameter, kind: str) -> Tensor:
+    def _optimizer_state(self, parameter: nn.Parameter, kind: str) -> Tensor:
         """Returns a moment or the moving average of a parameter, whole."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -348,7 +351,7 @@ class Engine:
         return whole
 
     @contextlib.contextmanager
-    def _average_shown(self) -> Iterator[None]:
+    def _using_ema_weights(self) -> Iterator[None]:
         """Puts the moving average into the weights that the forward pass reads."""
         from deepspeed import zero
 
@@ -357,7 +360,7 @@ class Engine:
         if self._stage < 3:
             before = [parameter.detach().clone() for parameter in trainable]
             for parameter in trainable:
-                parameter.copy_(self._kept(parameter, AVERAGE))
+                parameter.copy_(self._optimizer_state(parameter, EMA_WEIGHTS))
             try:
                 yield
             finally:
@@ -365,31 +368,31 @@ class Engine:
                     parameter.copy_(weight)
             return
 
-        def show(read: Callable[[nn.Parameter], Tensor]) -> None:
-            with self._looking():
+        def fill(read: Callable[[nn.Parameter], Tensor]) -> None:
+            with self._state_access():
                 for parameter in trainable:
                     whole = read(parameter)
                     with zero.GatheredParameters([parameter], modifier_rank=0):
                         parameter.copy_(whole)
 
-        show(lambda parameter: self._kept(parameter, AVERAGE))
+        fill(lambda parameter: self._optimizer_state(parameter, EMA_WEIGHTS))
         try:
             yield
         finally:
-            show(self._weight)  # the low-precision copies are these, rounded
+            fill(self._weight)  # the low-precision copies are these, rounded
 
     def _make_state(self) -> None:
         """Gives AdamW the state that it would make at its first update."""
         inner = self._engine.basic_optimizer
         updates = float(self._step - self.skipped)
-        with self._looking():
+        with self._state_access():
             for partition in self._partitions():
                 inner.state[partition] = {
                     "step": torch.tensor(updates, device=partition.device),
                     **{moment: torch.zeros_like(partition) for moment in MOMENTS},
                 }
-                if AVERAGE in self._kinds:
-                    inner.state[partition][AVERAGE] = partition.detach().clone()
+                if EMA_WEIGHTS in self._kinds:
+                    inner.state[partition][EMA_WEIGHTS] = partition.detach().clone()
 
     def _partitions(self) -> Iterator[nn.Parameter]:
         """Yields what AdamW updates; of stage 3 one is in memory, to be written, at a time."""
@@ -402,7 +405,7 @@ class Engine:
 
     def _restore(self, restored: ReadTensor) -> None:
         self._link_moments()
-        with self._looking():
+        with self._state_access():
             for name, parameter in self._parameters():
                 if parameter.requires_grad:
                     for kind in ("weight", *self._kinds):

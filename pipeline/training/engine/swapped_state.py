@@ -12,7 +12,7 @@ class SwappedState:
     """What AdamW keeps of a stage 3 engine's parameters, one group of them at a time in memory.
 
     A group is what DeepSpeed updates at once, and what it swaps to files where it is asked to; a
-    small one stays in memory. `release` must follow the last look, before training goes on.
+    small one stays in memory. `release` must follow the last reading, before training goes on.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -41,14 +41,14 @@ class SwappedState:
 
     def group_of(self, parameter: nn.Parameter) -> int:
         """Returns the group of a parameter, counted from 0; -1 for one that is not trained."""
-        return self._place(parameter)[0] if parameter.requires_grad else -1
+        return self._location(parameter)[0] if parameter.requires_grad else -1
 
     def part(self, parameter: nn.Parameter, kind: str, changes: bool = False) -> Tensor:
         """Returns this rank's part of `weight`, or of a moment or average by name, flat.
 
         It is valid until another group's is asked for. What is written to it lasts with `changes`.
         """
-        group, start, size = self._place(parameter)
+        group, start, size = self._location(parameter)
         weights = self.hold(group, changes)
         whole = weights if kind == "weight" else self._optimizer.optimizer.state[weights][kind]
         part: Tensor = whole.detach().narrow(0, start, size)
@@ -76,12 +76,12 @@ class SwappedState:
         else:
             self._optimizer._release_swap_buffers(group)
 
-    def _place(self, parameter: nn.Parameter) -> tuple[int, int, int]:
+    def _location(self, parameter: nn.Parameter) -> tuple[int, int, int]:
         """Returns (group, first element, elements) of this rank's part."""
-        place: tuple[int, int, int] = self._optimizer.grad_position[
+        location: tuple[int, int, int] = self._optimizer.grad_position[
             self._optimizer.get_param_id(parameter)
         ]
-        return place
+        return location
 
 
 def _clear_what_gradients_are_read_to(buffers: Any) -> None:

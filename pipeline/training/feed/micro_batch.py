@@ -17,7 +17,7 @@ class MicroBatch(Protocol):
         ...
 
     @property
-    def num_places(self) -> int:
+    def num_tokens_with_padding(self) -> int:
         """The same with their padding."""
         ...
 

@@ -398,16 +398,19 @@ def kill_at_random_moments(url: str, num_kills: int, seed: int) -> None:
     check_dataset(url, world)
 
 
+@pytest.mark.processes
 def test_kills_at_random_moments_lose_and_double_nothing(tmp_path: Path) -> None:
     kill_at_random_moments(str(tmp_path), num_kills=5, seed=1)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_many_kills_at_random_moments_lose_and_double_nothing(tmp_path: Path) -> None:
     for seed in range(6):
         kill_at_random_moments(str(tmp_path / str(seed)), num_kills=8, seed=seed)
 
 
+@pytest.mark.processes
 def test_kills_lose_and_double_nothing_on_an_object_store(object_store: str) -> None:
     kill_at_random_moments(object_store, num_kills=3, seed=2)
 
@@ -506,10 +509,12 @@ def ingest_two_sources_at_once(folder: Path, url: str) -> None:
     assert Manifest.open(url).rows(["key"]).num_rows == 25
 
 
+@pytest.mark.processes
 def test_of_two_sources_ingested_at_once_one_is_refused(tmp_path: Path) -> None:
     ingest_two_sources_at_once(tmp_path, str(tmp_path / "data"))
 
 
+@pytest.mark.processes
 def test_of_two_sources_ingested_at_once_one_is_refused_on_an_object_store(
     tmp_path: Path, object_store: str
 ) -> None:

@@ -158,6 +158,7 @@ def measured(payload: bytes) -> tuple[str, int]:
     return said, 1024 * int(kibibytes)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "make",
     [

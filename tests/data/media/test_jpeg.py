@@ -1,6 +1,9 @@
 import io
 import re
 import struct
+from collections.abc import Callable
+from functools import partial
+from random import Random
 
 import numpy as np
 import pytest
@@ -32,6 +35,48 @@ def damaged(payload: bytes) -> bytes:
     """Loses a part of the coded pixels, but not the end marker."""
     start = scan_start(payload)
     return payload[: start + (len(payload) - start) // 2] + b"\xff\xd9"
+
+
+def damaged_anyhow(payload: bytes, random: Random) -> bytes:
+    """Damages a file behind its first tables: bits, bytes, scans, restart markers, or its end."""
+    first = payload.index(b"\xff\xdb")
+    at = random.randrange(first, len(payload))
+    length = random.choice((1, 2, 16, 128))
+    rest = payload[at + length :]
+    markers = [m.start() for m in re.finditer(rb"\xff[\xda\xd0-\xd7]", payload)]
+    marker = random.choice(markers)
+    match random.choice(("flip", "cut", "end", "noise", "zeros", "insert", "drop", "scan")):
+        case "flip":
+            return (
+                payload[:at] + bytes([payload[at] ^ 1 << random.randrange(8)]) + payload[at + 1 :]
+            )
+        case "cut":
+            return payload[:at]
+        case "end":
+            return payload[:at] + b"\xff\xd9"
+        case "noise":
+            return payload[:at] + random.randbytes(length) + rest
+        case "zeros":
+            return payload[:at] + bytes(length) + rest
+        case "insert":
+            return payload[:at] + random.randbytes(length) + payload[at:]
+        case "drop":
+            return payload[:at] + rest
+        case _:
+            after = next((start for start in markers if start > marker), len(payload) - 2)
+            return payload[:marker] + payload[after:]
+
+
+def every_pixel(payload: bytes, colours: str) -> bool:
+    return jpeg.decode(payload, colours) is not None
+
+
+def verdict(can_read: Callable[[], bool]) -> bool | tuple[str, str]:
+    """Returns whether a decoder can read a file, or what it has against it."""
+    try:
+        return can_read()
+    except BadImageError as error:
+        return error.reason, error.detail
 
 
 def reasons(payload: bytes) -> set[str]:
@@ -116,6 +161,27 @@ def test_every_way_of_reading_has_the_same_against_a_flipped_bit() -> None:
         assert len(found) == 1, (place, found)
         seen |= found
     assert seen >= {"none", "corrupt-image"}
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("restarts", [{}, {"restart_marker_blocks": 5}])
+def test_the_smallest_size_shows_the_damage_that_every_pixel_would(
+    progressive: bool, mode: str, restarts: dict[str, int]
+) -> None:
+    image = picture(1, WIDTH, HEIGHT).convert(mode)
+    payload = encoded(image, "JPEG", quality=70, progressive=progressive, **restarts)
+    random, seen = Random(5), set()
+    for _ in range(150):
+        broken = damaged_anyhow(payload, random)
+        header = jpeg.read_header(broken)
+        if header is None or header.height * header.width > 100 * WIDTH * HEIGHT:
+            continue
+        colours = "CMYK" if mode == "CMYK" else "GRAY"
+        found = verdict(partial(jpeg.require_whole, broken, header))
+        assert found == verdict(partial(every_pixel, broken, colours))
+        seen.add(found if isinstance(found, bool) else found[0])
+    assert seen >= {True, "corrupt-image", "truncated-image"}
 
 
 def test_a_file_without_an_end_marker_is_whole_if_all_pixels_are_there() -> None:

@@ -149,6 +149,7 @@ print(len(copies), flush=True)
 """
 
 
+@pytest.mark.processes
 def test_ranks_of_a_machine_share_one_copy_of_each_shard(object_store: str, tmp_path: Path) -> None:
     locations = [f"{object_store}/{n}.tar" for n in range(5)]
     for location in locations:

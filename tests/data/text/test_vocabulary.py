@@ -28,6 +28,7 @@ def pieces_of(tokenizer: object) -> list[str]:
     return sorted(vocabulary, key=vocabulary.__getitem__)
 
 
+@pytest.mark.processes
 def test_the_same_captions_give_the_same_ids_in_any_order_and_any_process() -> None:
     here = pieces_of(build_tokenizer(iter(CAPTIONS), 120))
     assert pieces_of(build_tokenizer(reversed(CAPTIONS), 120)) == here

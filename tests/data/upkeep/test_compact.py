@@ -25,13 +25,14 @@ from pipeline.data.upkeep import compact as compact_module
 from pipeline.data.upkeep.compact import CompactReport, compact
 from pipeline.data.upkeep.verify import verify
 from pipeline.errors import ManifestError, ShardError
+from tests.data.cards import card_bytes
 from tests.data.tiny_dataset import EXTRACTOR, npy
 from tests.data.world import Item, World, check_dataset, disturb, make_world
 
 NOW = Retention(last_versions=1, min_age_hours=0)  # nothing old is kept
 
 
-CARD = b'{"grid": [2, 3], "parts": {"scores": {"dtype": "float16", "shape": ["R"]}}}'
+CARD = card_bytes(grid=[2, 3], parts={"scores": {"dtype": "float16", "shape": ["R"]}})
 
 
 def config(samples_per_shard: int = 4) -> IngestConfig:
@@ -92,11 +93,12 @@ def check_features(url: str, version: int | None = None) -> None:
         split = dataset.split(name, EXTRACTOR)
         read = split.features(np.arange(split.num_samples))
         assert read.scores is not None
-        for key, values, scores in zip(split.keys.tolist(), read.values, read.scores, strict=True):
+        for key, values, scores in zip([*split.each_key()], read.values, read.scores, strict=True):
             assert np.array_equal(values, values_of(key))
             assert np.array_equal(scores, values_of(key)[:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_after_any_edits_nothing_is_lost_and_the_features_stay(tmp_path: Path, seed: int) -> None:
     random = Random(seed)
@@ -257,7 +259,7 @@ def content(url: str, version: int) -> dict[str, tuple[bytes, tuple[str, ...]]]:
     found = {}
     for name in dataset.splits():
         split = dataset.split(name)
-        for row, key in enumerate(split.keys.tolist()):
+        for row, key in enumerate([*split.each_key()]):
             found[key] = (split.image(row), split.texts([row])[0].captions)
     return found
 
@@ -362,6 +364,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_break_at_any_write_or_removal_leaves_a_valid_dataset(
     tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
@@ -412,6 +415,7 @@ def after(step: object, function: object) -> object:
     return stepped
 
 
+@pytest.mark.processes
 def test_kills_at_random_moments_leave_a_valid_dataset(tmp_path: Path) -> None:
     url = str(tmp_path)
     random = Random(8)

@@ -38,6 +38,7 @@ def test_a_folder_is_there_until_it_is_closed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 def test_a_folder_goes_with_its_process(tmp_path: Path) -> None:
     process, path = in_another_process(tmp_path)
     assert path.is_dir()
@@ -46,6 +47,7 @@ def test_a_folder_goes_with_its_process(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.processes
 def test_what_a_killed_process_left_goes_with_the_next_and_a_living_ones_stays(
     tmp_path: Path,
 ) -> None:

@@ -35,7 +35,7 @@ TWO_WORKERS = ClusterConfig(workers=2)
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
-def wait_until(reached: Callable[[], bool], seconds: float = 300) -> None:
+def wait_until(reached: Callable[[], bool], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not reached():
         assert time.monotonic() < deadline
@@ -143,6 +143,7 @@ class TestOnRay:
     def _stand_ins(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(launch, "_on_ray_worker", stand_in.ray_worker)
 
+    @pytest.mark.processes
     @pytest.mark.parametrize("victims", [(1,), (0, 1)], ids=["one", "all"])
     def test_a_run_whose_workers_are_killed_ends_as_the_unbroken_one(
         self, victims: tuple[int, ...], unbroken: TrainingSpec, tmp_path: Path
@@ -209,7 +210,7 @@ class TestOnRay:
             steps = [line for line in shown if line.startswith("ray_sightline_training_step{")]
             return any('phase="pretrain"' in line and line.endswith(" 8.0") for line in steps)
 
-        wait_until(look, seconds=60)  # Ray shows what was told to it every few seconds
+        wait_until(look)  # Ray shows what was told to it every few seconds
         assert len(shown) >= 8
 
 
@@ -231,7 +232,7 @@ def wait_for_step(driver: "subprocess.Popen[str]", spec: TrainingSpec, step: int
     assert driver.poll() is None
 
 
-def ended(driver: "subprocess.Popen[str]", seconds: float = 300) -> str:
+def ended(driver: "subprocess.Popen[str]", seconds: float = 600) -> str:
     """Returns the last line that a driver printed; it must have succeeded."""
     try:
         output, said = driver.communicate(timeout=seconds)
@@ -267,6 +268,7 @@ def own_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
         yield
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_a_run_whose_driver_is_killed_is_gone_on_with_by_the_same_command(
     unbroken: TrainingSpec, tmp_path: Path
@@ -282,6 +284,7 @@ def test_a_run_whose_driver_is_killed_is_gone_on_with_by_the_same_command(
     assert curve(spec) == curve(unbroken)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_a_driver_that_is_told_to_stop_leaves_a_checkpoint_and_is_gone_on_with(
     unbroken: TrainingSpec, tmp_path: Path
@@ -299,6 +302,7 @@ def test_a_driver_that_is_told_to_stop_leaves_a_checkpoint_and_is_gone_on_with(
     assert curve(spec) == curve(unbroken)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("token", [True, False], ids=["token", "plain"])
 def test_a_run_whose_ray_head_is_killed_says_so_and_is_gone_on_with_on_the_next_one(
@@ -315,7 +319,7 @@ def test_a_run_whose_ray_head_is_killed_says_so_and_is_gone_on_with_on_the_next_
             if not statuses:
                 wait_for_step(driver, spec, step)
                 head.kill()
-            output, said = driver.communicate(timeout=300)
+            output, said = driver.communicate(timeout=600)
             statuses.append(driver.returncode)
             if len(statuses) == 1:
                 assert f"the Ray at {head.address} was lost" in said
@@ -330,6 +334,7 @@ def test_a_run_whose_ray_head_is_killed_says_so_and_is_gone_on_with_on_the_next_
     assert curve(spec) == curve(unbroken)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_cluster")
 def test_a_run_that_loses_a_node_goes_on_with_another(
@@ -344,6 +349,7 @@ def test_a_run_that_loses_a_node_goes_on_with_another(
     assert curve(spec) == curve(unbroken)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_cluster")
 def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ _NEEDS_DELIMITER = ".txt"  # is a table only where a recipe says so
 # A row's image is unpacked with its whole row group, which a worker keeps while it reads on.
 MAX_IMAGE_GROUP_BYTES = 1 << 30
 _GROUPS_KEPT = 2
+_ROWS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,50 @@ def _json_row(place: str, read: Callable[[], Any]) -> Row:
 
 
 def _parquet_rows(location: str, columns: Sequence[str], image: str) -> Iterator[Row]:
+    for part in parquet_parts(location, columns, image):
+        yield from map(part.row, range(part.num_rows))
+
+
+@dataclass(frozen=True)
+class TablePart:
+    """Some rows of a Parquet file as columns."""
+
+    location: str
+    group: int
+    first_in_group: int
+    first_in_file: int
+    num_rows: int
+    columns: pa.RecordBatch | None  # those that were asked for, but for image bytes; None: no other
+    bytes_column: str  # "" if no row has bytes
+
+    def row(self, index: int) -> Row:
+        """Returns one of the rows."""
+        place = f"row {self.first_in_file + index + 1}"
+        image_bytes = ""
+        if self.bytes_column:
+            image_bytes = f"{self.cells_before}{self.first_in_group + index}{self.cells_after}"
+        try:
+            found = self.columns.slice(index, 1).to_pylist()[0] if self.columns is not None else {}
+        except (pa.ArrowException, ValueError, OverflowError, IndexError) as error:
+            return Row(place, None, f"a value cannot be read: {error}")
+        return Row(place, found, image_bytes=image_bytes)
+
+    @property
+    def cells_before(self) -> str:
+        """What stands before a row's number in its group, where its image bytes are named."""
+        return f"{self.location}#{self.group}:"
+
+    @property
+    def cells_after(self) -> str:
+        """What stands after it."""
+        return f":{self.bytes_column}"
+
+
+def parquet_parts(location: str, columns: Sequence[str], image: str) -> Iterator[TablePart]:
+    """Yields the rows of a Parquet file as columns, a few thousand at a time.
+
+    `columns`, `image` and what is raised are those of `rows`.
+    """
     with storage.reader(location) as file:
         table = _open_parquet(file, location)
         with _whole(location):
@@ -153,24 +198,27 @@ def _parquet_rows(location: str, columns: Sequence[str], image: str) -> Iterator
             if bytes_column:
                 _check_group_sizes(table, bytes_column, location)
             wanted = [name for name in _leaves(table, columns) if name != bytes_column]
-        number = 0
+        first_in_file = 0
         for group in range(table.num_row_groups):
             num_rows = table.metadata.row_group(group).num_rows
             with _whole(f"{location}: row group {group}"):
                 has_bytes = bytes_column and not _is_null(table, group, bytes_column)
-            part = _read_group(table, group, wanted, location) if wanted else None
-            for index in range(num_rows):
-                number += 1
-                where = f"{location}#{group}:{index}:{bytes_column}" if has_bytes else ""
-                yield _parquet_row(f"row {number}", part, index, where)
+            of_rows = bytes_column if has_bytes else ""
+            first = 0
+            for batch in _group_batches(table, group, wanted, location) if wanted else ():
+                yield TablePart(
+                    location, group, first, first_in_file, batch.num_rows, batch, of_rows
+                )
+                first += batch.num_rows
+                first_in_file += batch.num_rows
+            if not wanted:
+                yield TablePart(location, group, 0, first_in_file, num_rows, None, of_rows)
+                first_in_file += num_rows
 
 
-def _parquet_row(place: str, part: pa.Table | None, index: int, image_bytes: str) -> Row:
-    try:
-        values = part.slice(index, 1).to_pylist()[0] if part is not None else {}
-    except (pa.ArrowException, ValueError, OverflowError, IndexError) as error:
-        return Row(place, None, f"a value cannot be read: {error}")
-    return Row(place, values, image_bytes=image_bytes)
+def is_parquet(location: str) -> bool:
+    """Whether a table's file is one that `parquet_parts` reads."""
+    return _format(location, ANY_FORM) == ".parquet"
 
 
 def _check_columns(location: str, columns: Sequence[str], names: Sequence[str]) -> None:
@@ -192,6 +240,19 @@ def _open_parquet(file: BinaryIO, location: str) -> Any:
 def _read_group(table: Any, group: int, columns: Sequence[str], location: str) -> pa.Table:
     with _whole(f"{location}: row group {group}"):
         return table.read_row_group(group, columns=columns)
+
+
+def _group_batches(
+    table: Any, group: int, columns: Sequence[str], location: str
+) -> Iterator[pa.RecordBatch]:
+    with _whole(f"{location}: row group {group}"):
+        batches = table.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns)
+    while True:
+        with _whole(f"{location}: row group {group}"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 @contextmanager

@@ -53,6 +53,8 @@ ORDER: dict[str, list[str]] = {
         "table",
         "features",
         "manifest",
+        "index",
+        "index_build",
         "retention",
         "diff",
         "info",

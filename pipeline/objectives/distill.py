@@ -195,7 +195,7 @@ class Distillation(Objective):
             return encodings, TeacherView(mask, None, None, None)
         assert self._split is not None, "open() comes first: the teacher has its own features"
         known = batch.rows[batch.rows < self._split.num_samples]
-        if self._split.keys[known].tolist() != batch.keys:
+        if self._split.keys(known) != batch.keys:
             raise FeatureError(
                 f"objectives.distill.features: {self.config.features} has features of other "
                 "samples than the student's extractor; `sightline data rejects` lists those "

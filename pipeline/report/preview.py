@@ -139,7 +139,7 @@ def _shown(
             ratio = shown.picture.width / shown.picture.height
             layers = found(batch, 0, card.class_names, seen[number].masks, ratio)
         yield Shown(
-            key=str(split.keys[row]),
+            key=split.keys([row])[0],
             split=split.name,
             row=row,
             picture=shown.picture,
@@ -229,9 +229,9 @@ def _counts(split: Split) -> SplitCounts:
     return SplitCounts(
         name=split.name,
         samples=split.num_samples,
-        captions=int(split.counts("captions").sum()),
-        questions=int(split.counts("questions").sum()),
-        rounds=int(split.counts("rounds").sum()),
+        captions=split.num_texts("captions"),
+        questions=split.num_texts("questions"),
+        rounds=split.num_texts("rounds"),
     )
 
 

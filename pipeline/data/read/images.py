@@ -15,8 +15,9 @@ from pipeline.data.media.image_check import BadImageError
 from pipeline.data.media.image_pixels import Pixels, reduction
 from pipeline.data.read.buffers import BufferPool
 from pipeline.data.read.features import FeatureBatch, grid_boxes
+from pipeline.data.read.rows import Located
 from pipeline.data.sample import Texts
-from pipeline.data.tars.members import Int64Array, Members
+from pipeline.data.tars.members import Members, Places
 from pipeline.errors import ConfigError, ShardError
 
 
@@ -109,18 +110,18 @@ class ImageReader:
 
     def read(
         self,
-        rows: Int64Array,
+        places: Places,
         config: ImageConfig,
         texts: Sequence[Texts] = (),
         rng: Callable[[int], np.random.Generator] | None = None,
     ) -> ImageBatch:
-        """Decodes and scales the images of B rows.
+        """Decodes and scales the images that lie at B places.
 
         With `config.augment` each is varied by random numbers of `rng(i)`, as far as `texts[i]`
         allow it. Raises ShardError, naming file and sample, if an image cannot be had.
         """
-        batch = ImageBatch.empty(len(rows), config.size, self._pool)
-        for i, payload in enumerate(self._members.read(rows)):
+        batch = ImageBatch.empty(len(places.files), config.size, self._pool)
+        for i, payload in enumerate(self._members.read(places)):
             try:
                 picture = Picture(payload)
                 view = View.whole(picture.width, picture.height)
@@ -131,15 +132,12 @@ class ImageReader:
                     )
                 render(picture, view, batch.pixels[i])
             except BadImageError as error:
-                row = int(rows[i])
-                raise ShardError(
-                    f"{self._members.location(row)}: sample {self._members.keys[row]!r}: {error}"
-                ) from error
+                raise ShardError(f"{self._members.where(places, i)}: {error}") from error
         return batch
 
-    def fetch(self, rows: Int64Array) -> None:
-        """Brings the shards of these rows, where they are far away, into the cache."""
-        self._members.fetch(rows)
+    def fetch(self, places: Places) -> None:
+        """Brings the files of these places, where they are far away, into the cache."""
+        self._members.fetch(places)
 
 
 class LiveReader:
@@ -152,18 +150,20 @@ class LiveReader:
 
     def read(
         self,
-        rows: Int64Array,
+        located: Located,
         texts: Sequence[Texts] = (),
         rng: Callable[[int], np.random.Generator] | None = None,
     ) -> FeatureBatch:
         """Returns B × R shares or patches; texts and rng are as of `ImageReader.read`."""
-        return self._pictures.read(rows, self._config.images, texts, rng).regions(self._config)
+        return self._pictures.read(
+            located.places("image"), self._config.images, texts, rng
+        ).regions(self._config)
 
-    def fetch(self, rows: Int64Array) -> None:
-        """Brings the shards of these rows, where they are far away, into the cache."""
-        self._pictures.fetch(rows)
+    def fetch(self, located: Located) -> None:
+        """Brings the files of these rows, where they are far away, into the cache."""
+        self._pictures.fetch(located.places("image"))
 
-    def masks(self, row: int) -> list[dict[str, Any]] | None:  # noqa: ARG002
+    def masks(self, located: Located) -> list[dict[str, Any]] | None:  # noqa: ARG002
         """Returns None: pictures come without outlines."""
         return None
 

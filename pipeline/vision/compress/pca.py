@@ -144,7 +144,7 @@ def sample_images(url: str, count: int) -> Iterator[bytes]:
     hashed = (
         (xxhash.xxh3_64_intdigest(key.encode()), number, row)
         for number, split in enumerate(splits)
-        for row, key in enumerate(split.keys.tolist())
+        for row, key in enumerate(split.each_key())
     )
     for _, number, row in heapq.nsmallest(count, hashed):
         yield splits[number].image(row)

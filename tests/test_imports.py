@@ -45,6 +45,18 @@ ORDER: dict[str, list[str]] = {
         "load",
         "text",
     ],
+    "pipeline.data.manifest": [
+        "schema",
+        "versions",
+        "earlier_form",
+        "engine",
+        "table",
+        "features",
+        "manifest",
+        "retention",
+        "diff",
+        "info",
+    ],
     "pipeline.data.sources": [
         "base",
         "digests",
@@ -84,6 +96,7 @@ ORDER: dict[str, list[str]] = {
         "live",
     ],
     "pipeline.training": [
+        "config",
         "spec",
         "lease",
         "continuation",

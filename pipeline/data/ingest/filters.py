@@ -21,17 +21,18 @@ from pydantic import Field, PositiveInt, model_validator
 
 from pipeline.config import Config
 from pipeline.data.media.image_check import BadImageError
-from pipeline.data.sources.base import Record, Reject, with_texts
+from pipeline.data.sources.base import Record, Reject, refused
+from pipeline.reason import Reason
 
 # Rejects for these reasons were asked for: they are no sign of a run that is going wrong.
 WANTED_REASONS = frozenset(
     {
-        "too-small",
-        "extreme-aspect",
-        "caption-length",
-        "duplicate-image",
-        "near-duplicate",
-        "animated-image",
+        Reason.TOO_SMALL,
+        Reason.EXTREME_ASPECT,
+        Reason.CAPTION_LENGTH,
+        Reason.DUPLICATE_IMAGE,
+        Reason.NEAR_DUPLICATE,
+        Reason.ANIMATED_IMAGE,
     }
 )
 
@@ -39,13 +40,31 @@ WANTED_REASONS = frozenset(
 class FilterConfig(Config):
     """What is left out; by default nothing."""
 
-    min_shorter_side: PositiveInt | None = None  # pixels, before any encoding anew
-    max_aspect_ratio: float | None = Field(default=None, ge=1)  # longer side by shorter
-    min_caption_words: PositiveInt | None = None  # words are what spaces part
-    max_caption_words: PositiveInt | None = None
-    # `exact`: files of the same bytes; `near`: also pictures that look alike.
-    duplicates: Literal["keep", "exact", "near"] = "keep"
-    near_distance: int = Field(default=4, ge=1, le=10)  # of 64 bits, how many may differ
+    min_shorter_side: PositiveInt | None = Field(
+        default=None,
+        description="pixels of an image's shorter side, before any encoding anew; null: any",
+    )
+    max_aspect_ratio: float | None = Field(
+        default=None, ge=1, description="longer side by shorter; null: any"
+    )
+    min_caption_words: PositiveInt | None = Field(
+        default=None, description="fewest words of a caption, which are what spaces part; null: any"
+    )
+    max_caption_words: PositiveInt | None = Field(
+        default=None, description="most words of a caption; null: any"
+    )
+    duplicates: Literal["keep", "exact", "near"] = Field(
+        default="keep",
+        description="which images are left out: `exact` those whose files have the same bytes "
+        "as another's, `near` also those that look alike",
+    )
+    near_distance: int = Field(
+        default=4,
+        ge=1,
+        le=10,
+        description="of the 64 bits of two perceptual hashes, how many may differ where images "
+        "look alike",
+    )
 
     @model_validator(mode="after")
     def _some_length_fits(self) -> Self:
@@ -61,10 +80,10 @@ class FilterConfig(Config):
         shorter, longer = sorted((width, height))
         if self.min_shorter_side is not None and shorter < self.min_shorter_side:
             detail = f"{width}x{height}, min_shorter_side is {self.min_shorter_side}"
-            raise BadImageError("too-small", detail)
+            raise BadImageError(Reason.TOO_SMALL, detail)
         if self.max_aspect_ratio is not None and longer > self.max_aspect_ratio * shorter:
             detail = f"{width}x{height}, max_aspect_ratio is {self.max_aspect_ratio:g}"
-            raise BadImageError("extreme-aspect", detail)
+            raise BadImageError(Reason.EXTREME_ASPECT, detail)
 
     @property
     def has_caption_rule(self) -> bool:
@@ -73,17 +92,17 @@ class FilterConfig(Config):
 
     def captioned(self, record: Record) -> Record | Reject:
         """Returns a record with the captions of a wanted length, or a reject if no text is left."""
-        captions = record.texts.captions
+        written = record.texts.decode()
+        captions = written.captions
         kept = tuple(caption for caption in captions if self._fits(caption))
         if len(kept) == len(captions):
             return record
-        texts = dataclasses.replace(record.texts, captions=kept)
-        fingerprint = with_texts(record.fingerprint, texts)
+        texts = dataclasses.replace(written, captions=kept).encoded()
+        record = replace(record, texts=texts)
         dropped = f"{len(captions) - len(kept)} captions of unwanted length dropped"
         if not texts.num_texts:
-            return Reject(record.key, record.split, "caption-length", dropped, fingerprint)
-        detail = f"{record.detail}, {dropped}" if record.detail else dropped
-        return replace(record, texts=texts, fingerprint=fingerprint, detail=detail)
+            return refused(record, Reason.CAPTION_LENGTH, dropped)
+        return replace(record, detail=f"{record.detail}, {dropped}" if record.detail else dropped)
 
     def _fits(self, caption: str) -> bool:
         num_words = len(caption.split())

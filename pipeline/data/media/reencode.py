@@ -8,6 +8,7 @@ from pydantic import Field, PositiveInt
 from pipeline.config import Config
 from pipeline.data.media.image_check import BadImageError
 from pipeline.data.media.image_pixels import is_animated, upright_srgb
+from pipeline.reason import Reason
 
 SUFFIX = "jpg"
 
@@ -19,10 +20,16 @@ class ReencodeConfig(Config):
     DICOM images are stored as they came.
     """
 
-    # Pixels; larger images are scaled down to it, smaller ones keep their size. Null: all do.
-    shorter_side: PositiveInt | None = None
-    quality: int = Field(default=90, ge=1, le=100)  # of the JPEG, 4:2:0
-    animated: Literal["first-frame", "reject"] = "first-frame"  # GIF, PNG, WebP with several
+    shorter_side: PositiveInt | None = Field(
+        default=None,
+        description="pixels; larger images are scaled down to it, smaller ones keep their size; "
+        "null: all do",
+    )
+    quality: int = Field(default=90, ge=1, le=100, description="of the JPEG, 4:2:0")
+    animated: Literal["first-frame", "reject"] = Field(
+        default="first-frame",
+        description="what becomes of GIF, PNG and WebP files with several pictures",
+    )
 
 
 class StoredImage(NamedTuple):
@@ -40,7 +47,7 @@ def reencode(payload: bytes, config: ReencodeConfig) -> StoredImage:
     `animated-image`.
     """
     if config.animated == "reject" and is_animated(payload):
-        raise BadImageError("animated-image", "has several frames, and animated is `reject`")
+        raise BadImageError(Reason.ANIMATED_IMAGE, "has several frames, and animated is `reject`")
     pixels = upright_srgb(payload, config.shorter_side)
     encoded = simplejpeg.encode_jpeg(pixels, config.quality, "RGB", "420")
     height, width, _ = pixels.shape

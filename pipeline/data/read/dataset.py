@@ -14,12 +14,13 @@ import xxhash
 
 from pipeline import storage
 from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import foreign_tars
 from pipeline.data.read.features import FeatureBatch as FeatureBatch
 from pipeline.data.read.features import FeatureReader, listed_features, open_features
 from pipeline.data.read.images import ImageReader, LiveConfig, LiveReader
 from pipeline.data.sample import TextKind as TextKind
 from pipeline.data.sample import Texts
-from pipeline.data.tars.foreign_tar import ForeignTar, Location
+from pipeline.data.tars.foreign_tar import Location
 from pipeline.data.tars.members import Int64Array, Members, sorted_codes
 from pipeline.data.tars.shard import shard_location
 from pipeline.data.tars.shard_files import CACHE_SIZE_BYTES, ShardFiles, default_cache
@@ -84,16 +85,19 @@ class Dataset:
 
         Two versions have the same if they have the same keys, splits, images to the byte, and
         texts. Where samples lie is no part of it, so that `compact` does not change it, but does
-        change the order of training: a run that goes on needs its version. Of a source whose
-        fingerprints do not tell texts from images, an image's new date counts as new texts.
+        change the order of training: a run that goes on needs its version.
         """
-        samples = self._manifest.samples(("key", "split", "digest", "fingerprint"))
+        samples = self._manifest.samples(("key", "split", "digest", "texts_fingerprint"))
         if split is not None:
             samples = samples.filter(pc.equal(samples["split"], split))
         samples = samples.sort_by("key")
-        texts = pc.replace_substring_regex(samples["fingerprint"], "^[^-]*-", "")
         lines = pc.binary_join_element_wise(
-            samples["key"], samples["split"], samples["digest"], texts, "\n", "\t"
+            samples["key"],
+            samples["split"],
+            samples["digest"],
+            samples["texts_fingerprint"],
+            "\n",
+            "\t",
         )
         digest = xxhash.xxh3_128()
         for start in range(0, len(lines), _KEYS_AT_ONCE):
@@ -110,7 +114,7 @@ class Dataset:
         """
         samples = self._manifest.samples(_COLUMNS)
         in_split = pc.equal(samples["split"], name)
-        for column in ("shard", "tar", "texts_shard"):  # numbers are filtered and sorted faster
+        for column in ("shard", "texts_shard"):  # numbers are filtered and sorted faster
             index = samples.column_names.index(column)
             samples = samples.set_column(index, column, samples[column].dictionary_encode())
         samples = samples.drop_columns("split").filter(in_split)
@@ -264,11 +268,11 @@ class Split:
 def _image_files(url: str, split: str, samples: pa.Table) -> tuple[Sequence[Location], Int64Array]:
     """Returns the files that hold images, and for each row which of them holds its."""
     shards, file_of_row = sorted_codes(samples["shard"])
-    left = np.flatnonzero(np.asarray(pc.is_valid(samples["tar"])))
-    tars, tar_of_row = sorted_codes(samples["tar"].take(pa.array(left)))
-    file_of_row[left] = len(shards) + tar_of_row
+    tars, tar_of_row = foreign_tars(samples["tar"])
+    left = tar_of_row >= 0
+    file_of_row[left] = len(shards) + tar_of_row[left]
     locations = [shard_location(url, split, shard) for shard in shards]
-    return [*locations, *map(ForeignTar.named, tars)], file_of_row
+    return [*locations, *tars], file_of_row
 
 
 def _array(rows: Rows) -> Int64Array:

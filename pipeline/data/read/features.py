@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 
 from pipeline import storage
 from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import part_names, part_places
 from pipeline.data.read.buffers import BufferPool
 from pipeline.data.read.extractor_card import card_location, read_card
-from pipeline.data.read.sidecar_layout import BLOCK_BYTES, card_layout
 from pipeline.data.tars.members import Int64Array, Members, sorted_codes
 from pipeline.data.tars.shard import sidecar_location
 from pipeline.data.tars.shard_files import ShardFiles
@@ -26,16 +26,19 @@ from pipeline.errors import FeatureError
 MAX_HEADER_BYTES = 4096  # ours have 128
 
 # Fields of FeatureBatch that only some extractors fill.
-_PARTS = ("classes", "attributes", "labels", "scores", "times")
+_PARTS = {
+    "classes": "(R, C)",
+    "attributes": "(R, A)",
+    "labels": "(R,)",
+    "scores": "(R,)",
+    "times": "(R,)",
+}
 
 _COLUMNS = (
     "key",
     "shard",
-    "values_offset",
-    "values_size",
-    "boxes_offset",
-    "boxes_size",
     "num_regions",
+    "parts",
     "reason",
 )
 
@@ -117,12 +120,10 @@ class ArrayReader:
         self._num_regions = num_regions
         self._pool = BufferPool()
         self._headers: dict[int, bytes] = {}  # that were parsed, by number of regions
-        first = storage.read_range(
-            members.location(0), members.offset(0), min(int(members.sizes[0]), MAX_HEADER_BYTES)
-        )
-        shape, self.dtype, _ = self._parse(0, first)
+        shape, self.dtype = first_array(members)
         if len(shape) != len(axes.strip("()").rstrip(",").split(",")):
-            raise FeatureError(f"{self._where(0)}: expected an array {axes}, found shape {shape}")
+            where = _where(members, 0)
+            raise FeatureError(f"{where}: expected an array {axes}, found shape {shape}")
         self._region = shape[1:]  # of what is kept of one region
         region_size_bytes = int(np.prod(self._region)) * self.dtype.itemsize
         self._data_sizes = num_regions.astype(np.int64) * region_size_bytes
@@ -131,7 +132,7 @@ class ArrayReader:
         if odd.any():
             row = int(np.argmax(odd))
             raise FeatureError(
-                f"{self._where(row)}: the manifest gives {members.sizes[row]} bytes to "
+                f"{_where(self._members, row)}: the manifest gives {members.sizes[row]} bytes to "
                 f"{num_regions[row]} regions of {self._region} {self.dtype} values, which need "
                 f"{self._data_sizes[row]} and a header; were extractors mixed in one folder?"
             )
@@ -176,51 +177,59 @@ class ArrayReader:
         expected = (int(self._num_regions[row]), *self._region)
         if self._headers.get(expected[0]) == header:
             return
-        shape, dtype, size = self._parse(row, header)
+        shape, dtype, size = _parse(self._members, row, header)
         if (shape, dtype, size) != (expected, self.dtype, len(header)):
             raise FeatureError(
-                f"{self._where(row)}: expected an array {expected} of {self.dtype}, found "
-                f"{shape} of {dtype}; the sidecar is not the one that the manifest lists"
+                f"{_where(self._members, row)}: expected an array {expected} of {self.dtype}, "
+                f"found {shape} of {dtype}; the sidecar is not the one that the manifest lists"
             )
         self._headers[expected[0]] = header
 
-    def _parse(self, row: int, header: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-        stream = BytesIO(header)
-        try:
-            version = npy.read_magic(stream)
-            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-            shape, fortran_order, dtype = read(stream)
-        except ValueError as error:
-            raise FeatureError(f"{self._where(row)}: not a .npy payload ({error})") from error
-        if fortran_order or dtype.hasobject:
-            raise FeatureError(
-                f"{self._where(row)}: expected plain values in C order, found {dtype} in "
-                f"{'Fortran' if fortran_order else 'C'} order"
-            )
-        return shape, dtype, stream.tell()
 
-    def _where(self, row: int) -> str:
-        return f"{self._members.location(row)}: sample {self._members.keys[row]!r}"
+def first_array(members: Members) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Returns shape and type of the first row's array, by its header."""
+    size_bytes = min(int(members.sizes[0]), MAX_HEADER_BYTES)
+    header = storage.read_range(members.location(0), members.offset(0), size_bytes)
+    shape, dtype, _ = _parse(members, 0, header)
+    return shape, dtype
+
+
+def _parse(members: Members, row: int, header: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    stream = BytesIO(header)
+    try:
+        version = npy.read_magic(stream)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, fortran_order, dtype = read(stream)
+    except ValueError as error:
+        raise FeatureError(f"{_where(members, row)}: not a .npy payload ({error})") from error
+    if fortran_order or dtype.hasobject:
+        raise FeatureError(
+            f"{_where(members, row)}: expected plain values in C order, found {dtype} in "
+            f"{'Fortran' if fortran_order else 'C'} order"
+        )
+    return shape, dtype, stream.tell()
+
+
+def _where(members: Members, row: int) -> str:
+    return f"{members.location(row)}: sample {members.keys[row]!r}"
 
 
 class MaskReader:
     """Reads the outlines of one sample's regions."""
 
     def __init__(self, members: Members) -> None:
-        self._members = members  # as if each had no bytes: the size of one stands in its tar
+        self._members = members
 
     def read(self, row: int) -> list[dict[str, Any]]:
         """Returns a COCO run-length code, `size` and `counts`, for each region of the row."""
-        location, offset = self._members.location(row), self._members.offset(row)
-        header = storage.read_range(location, offset - BLOCK_BYTES, BLOCK_BYTES)
-        name = f"{self._members.keys[row]}.segments.json".encode()
-        if header[: len(name)] != name:
+        (payload,) = self._members.read(np.array([row]))
+        try:
+            masks: list[dict[str, Any]] = json.loads(payload)
+        except ValueError as error:
             raise FeatureError(
-                f"{location}: sample {self._members.keys[row]!r}: no masks at byte {offset}, where "
-                "the card has them; the sidecar is not the one that the manifest lists"
-            )
-        size_bytes = int(header[124:135], 8)
-        masks: list[dict[str, Any]] = json.loads(storage.read_range(location, offset, size_bytes))
+                f"{_where(self._members, row)}: no masks at byte {self._members.offset(row)} "
+                f"({error}); the sidecar is not the one that the manifest lists"
+            ) from error
         return masks
 
 
@@ -269,40 +278,33 @@ def open_features(
     locations = [sidecar_location(manifest.url, extractor, name) for name in names]
     num_regions = listed["num_regions"].to_numpy()
 
-    def members(offsets: Int64Array, sizes: Int64Array) -> Members:
+    def members(part: str) -> Members:
+        offsets, sizes = part_places(listed["parts"], part)
+        if (offsets < 0).any():
+            raise FeatureError(
+                f"{manifest.url}: features of {extractor!r}: sample {keys[np.argmin(offsets)]!r} "
+                f"has no {part}, as others have; run `sightline extract RECIPE`"
+            )
         return Members(files, locations, location_of_row, offsets, sizes, keys)
 
-    def listed_members(part: str) -> Members:
-        return members(*(listed[f"{part}_{name}"].to_numpy() for name in ("offset", "size")))
-
-    values = ArrayReader(listed_members("values"), num_regions)
-    implied = listed["boxes_offset"].to_numpy() < 0
-    layout = card_layout(manifest.url, extractor)
-    if values.dtype == np.int8 and "scales" not in layout.arrays:
+    stored = part_names(listed["parts"])
+    values = ArrayReader(members("values"), num_regions)
+    if values.dtype == np.int8 and "scales" not in stored:
         raise FeatureError(
-            f"{manifest.url}: features of {extractor!r} are int8 without scales on their card; "
+            f"{manifest.url}: features of {extractor!r} are int8 without scales; "
             "run `sightline extract RECIPE`"
         )
-    places = layout.places(
-        listed["values_offset"].to_numpy(),
-        listed["values_size"].to_numpy(),
-        num_regions,
-        with_boxes=not implied.any(),
-    )
     parts = {
-        name: ArrayReader(
-            members(*places[name]),
-            layout.arrays[name].counts(num_regions),
-            layout.arrays[name].axes,
-        )
-        for name in (*_PARTS, "scales")
-        if name in layout.arrays
+        name: ArrayReader(members(name), num_regions, axes)
+        for name, axes in _PARTS.items()
+        if name in stored
     }
-    masks = None
-    if layout.segments:
-        masks = MaskReader(members(*places["segments"]))
+    if "scales" in stored:
+        parts["scales"] = _scales(members("scales"), num_regions)
+    masks = MaskReader(members("segments")) if "segments" in stored else None
+    implied = part_places(listed["parts"], "boxes")[0] < 0
     if not implied.any():
-        boxes = ArrayReader(listed_members("boxes"), num_regions)
+        boxes = ArrayReader(members("boxes"), num_regions)
         return FeatureReader(values, boxes, num_regions, parts, masks)
     cells = card_boxes(manifest.url, extractor)
     odd = ~implied | (num_regions != len(cells))
@@ -314,6 +316,14 @@ def open_features(
             + ("" if implied[first] else " with boxes of its own")
         )
     return FeatureReader(values, cells, num_regions, parts, masks)
+
+
+def _scales(members: Members, num_regions: npt.NDArray[np.int32]) -> ArrayReader:
+    """Reads one scale for each region, (R, 1), or for each value of all regions, (1, D)."""
+    shape, _ = first_array(members)
+    if shape[1:] == (1,):
+        return ArrayReader(members, num_regions, "(R, 1)")
+    return ArrayReader(members, np.ones_like(num_regions), "(1, D)")
 
 
 def merged(parts: Sequence[tuple[Int64Array, FeatureBatch]], pool: BufferPool) -> FeatureBatch:

@@ -32,17 +32,25 @@ from pipeline.data.sources.image_files import (
 from pipeline.data.sources.readers.json_file import read_text, shown
 from pipeline.data.sources.splits import check_splits, folders_of, hash_split
 from pipeline.errors import SourceError
+from pipeline.reason import Reason
 
 
 class FlickrSourceConfig(SourceConfig):
     """Where the files are, and how the images are split."""
 
-    type: Literal["flickr"]
-    images: str | list[str]  # one folder or several
-    captions: str  # the `.token` file
-    splits: dict[str, str] | None = None  # a list of image names for each split
-    # Without lists: the share of images whose key's hash puts them into `validation`; 0.1 if null.
-    validation_fraction: float | None = Field(default=None, ge=0, lt=1)
+    type: Literal["flickr"] = Field(description="Flickr8k's and Flickr30k's `.token` file")
+    images: str | list[str] = Field(description="one folder or several")
+    captions: str = Field(description="the `.token` file")
+    splits: dict[str, str] | None = Field(
+        default=None, description="a list of image names for each split; null: there are no lists"
+    )
+    validation_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="the share of images whose key's hash puts them into `validation`, where "
+        "there are no lists; null: 0.1",
+    )
 
     @model_validator(mode="after")
     def _splits_agree(self) -> Self:
@@ -83,11 +91,14 @@ class FlickrSource:
             if self.config.splits is not None:
                 split, *others = splits.get(name) or ["unlisted"]
                 if name not in splits:
-                    fault = ("no-split", f"{name}: none of the lists in `splits` names it")
+                    fault = (Reason.NO_SPLIT, f"{name}: none of the lists in `splits` names it")
                 elif others:
-                    fault = ("several-splits", f"{name}: listed for {split}, {', '.join(others)}")
+                    fault = (
+                        Reason.SEVERAL_SPLITS,
+                        f"{name}: listed for {split}, {', '.join(others)}",
+                    )
             if not words:
-                fault = ("no-captions", f"{name}: nothing describes it")
+                fault = (Reason.NO_CAPTIONS, f"{name}: nothing describes it")
             yield listed(
                 key=key,
                 split=split,

@@ -82,25 +82,52 @@ _NEVER = ("http", "https", "ftp", "data")  # schemes of which a folder cannot be
 class TableSourceConfig(SourceConfig):
     """Where the table is, and what its columns hold."""
 
-    type: Literal["table"]
-    table: str | dict[str, str]  # a file or a folder of files, or one for each split
-    image: str  # the column of paths, bytes or objects with both, as a dotted path
-    texts: TextColumns
-    images: str | None = None  # the folder that paths begin in; null: the table's own
-    key: str | None = None  # the column of keys; needed where bytes come without a path
-    split: str | None = None  # the column of splits, of a single table
-    image_suffix: str = "jpg"  # of bytes that come without a path
-    # Of CSV, TSV and text like it: what stands between cells (null: a tab in `.tsv`, a comma in
-    # `.csv`; a `.txt` needs it), what quotation marks mean (see `delimited`), and the encoding
-    # (also of JSONL; null: UTF-8, or what the byte order mark says).
-    delimiter: str | None = None
-    quoting: Quoting = "auto"
-    encoding: str | None = None
-    # What rows may name besides local files and files of the table's own kind: `s3`, `gs`, …
-    image_schemes: tuple[str, ...] = ()
-    # Of a single table without a column of splits: the share of images whose key's hash puts them
-    # into `validation`; 0.1 if null.
-    validation_fraction: float | None = Field(default=None, ge=0, lt=1)
+    type: Literal["table"] = Field(
+        description="your own table: Parquet, JSON, JSONL, CSV, TSV or text like it"
+    )
+    table: str | dict[str, str] = Field(
+        description="a file or a folder of files, or one for each split"
+    )
+    image: str = Field(
+        description="the column of paths, bytes or objects with both, as a dotted path"
+    )
+    texts: TextColumns = Field(description="the columns that hold texts")
+    images: str | None = Field(
+        default=None, description="the folder that paths begin in; null: the table's own"
+    )
+    key: str | None = Field(
+        default=None, description="the column of keys; needed where bytes come without a path"
+    )
+    split: str | None = Field(default=None, description="the column of splits, of a single table")
+    image_suffix: str = Field(default="jpg", description="of bytes that come without a path")
+    delimiter: str | None = Field(
+        default=None,
+        description="of CSV, TSV and text like it: what stands between cells; null: a tab in "
+        "`.tsv`, a comma in `.csv` (a `.txt` needs it)",
+    )
+    quoting: Quoting = Field(
+        default="auto",
+        description="of CSV, TSV and text like it: what quotation marks mean: csv: they quote; "
+        "none: they are ordinary characters; auto: that of both with which all of the file can "
+        "be read",
+    )
+    encoding: str | None = Field(
+        default=None,
+        description="of CSV, TSV, text like it and JSONL; null: UTF-8, or what the byte order "
+        "mark says",
+    )
+    image_schemes: tuple[str, ...] = Field(
+        default=(),
+        description="what rows may name besides local files and files of the table's own kind: "
+        "`s3`, `gs`, …",
+    )
+    validation_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="the share of images whose key's hash puts them into `validation`, of a "
+        "single table without a column of splits; null: 0.1",
+    )
 
     @field_validator("delimiter")
     @classmethod
@@ -338,7 +365,7 @@ class TableSource:
         """Returns a row's key and what it says; raises _RowError if it cannot be used."""
         config = self.config
         if row.values is None:
-            raise _RowError("malformed-row", row.fault)
+            raise _RowError(Reason.MALFORMED_ROW, row.fault)
         try:
             name, suffix = self._image(row, images)
             identity, key = self._key(row, name)
@@ -346,9 +373,9 @@ class TableSource:
                 split = _split(cell(row.values, config.split), config.split)
             texts = config.texts.texts(row.values, identity).to_json().decode()
         except (ValueError, TypeError, ShardError) as error:
-            raise _RowError("malformed-row", str(error)) from error
+            raise _RowError(Reason.MALFORMED_ROW, str(error)) from error
         except RecursionError as error:
-            raise _RowError("malformed-row", "its values are nested too deeply") from error
+            raise _RowError(Reason.MALFORMED_ROW, "its values are nested too deeply") from error
         split = split or hash_split(key, config.validation_fraction)
         if row.image_bytes:
             image = {"cell": f"{_CELL}{row.image_bytes}", "stamp": stamp, "suffix": suffix}
@@ -376,11 +403,11 @@ class TableSource:
             suffix = SUFFIXES.get(path.rpartition(".")[2].lower(), self.config.image_suffix)
             return path, suffix
         if path is None or path == "":
-            raise _RowError("no-image", f"column {column!r} is empty")
+            raise _RowError(Reason.NO_IMAGE, f"column {column!r} is empty")
         if not isinstance(path, str):
-            raise _RowError("malformed-row", f"{column}: expected a path: {shown(path)}")
+            raise _RowError(Reason.MALFORMED_ROW, f"{column}: expected a path: {shown(path)}")
         if not is_utf8(path) or "\0" in path:
-            raise _RowError("malformed-row", f"{column}: no file is called {shown(path)}")
+            raise _RowError(Reason.MALFORMED_ROW, f"{column}: no file is called {shown(path)}")
         known = self._schemes(images)
         found = "data" if path.startswith("data:") else storage.scheme(path)
         if found not in known:
@@ -388,7 +415,7 @@ class TableSource:
             if found.isalnum() and found not in _NEVER:
                 hint = f"`image_schemes: [{found}]` of the source allows it"
             raise _RowError(
-                "forbidden-location",
+                Reason.FORBIDDEN_LOCATION,
                 f"{column}: found {shown(path)}, a {found!r} location; rows may name those of "
                 f"{', '.join(known)}; {hint}",
             )
@@ -426,7 +453,7 @@ class TableSource:
                 image=self._image_file(image, folders),
                 texts=texts,
                 detail=f"also listed for {', '.join(others)}" if others else "",
-                fault=None if texts.num_texts else ("no-texts", "nothing is written about it"),
+                fault=None if texts.num_texts else (Reason.NO_TEXTS, "nothing is written about it"),
                 num_entries=len(of_image),
             )
 
@@ -460,7 +487,7 @@ def _digest(image_bytes: str) -> str:
     try:
         found: str = xxhash.xxh3_128_hexdigest(read_cell(image_bytes))
     except SourceError as error:
-        raise _RowError("no-image", str(error)) from error
+        raise _RowError(Reason.NO_IMAGE, str(error)) from error
     return found
 
 
@@ -478,7 +505,7 @@ def _renamed(texts: Texts, identity: str) -> Texts:
 class _RowError(Exception):
     """A row cannot be used: a reject's reason and detail."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
@@ -487,11 +514,13 @@ class _RowError(Exception):
 def _identity(value: Any, column: str) -> int | str:
     """Returns a key column's value; decimal digits, as CSV writes numbers, are a number."""
     if value is None or value == "":
-        raise _RowError("no-key", f"column {column!r} is empty")
+        raise _RowError(Reason.NO_KEY, f"column {column!r} is empty")
     if type(value) is int and abs(value) <= _MAX_NUMBER:
         return value
     if not isinstance(value, str) or not is_utf8(value):
-        raise _RowError("malformed-row", f"{column}: expected a number or a string: {shown(value)}")
+        raise _RowError(
+            Reason.MALFORMED_ROW, f"{column}: expected a number or a string: {shown(value)}"
+        )
     if value.isdecimal() and len(value) <= _MAX_NUMBER_DIGITS and str(int(value)) == value:
         return int(value)
     return value
@@ -502,7 +531,7 @@ def _split(value: Any, column: str) -> str:
     if value is None or value == "":
         return ""
     if not isinstance(value, str):
-        raise _RowError("malformed-row", f"{column}: expected a split's name: {shown(value)}")
+        raise _RowError(Reason.MALFORMED_ROW, f"{column}: expected a split's name: {shown(value)}")
     check_names(value)
     return value
 

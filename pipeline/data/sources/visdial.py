@@ -24,7 +24,13 @@ from pydantic import Field, model_validator
 
 from pipeline import storage
 from pipeline.data.sample import Dialog, Round, Texts
-from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, fingerprint
+from pipeline.data.sources.base import (
+    Record,
+    Reject,
+    SourceConfig,
+    by_key,
+    without_texts,
+)
 from pipeline.data.sources.image_files import ImageFolders, image_key, listed, read_image
 from pipeline.data.sources.readers.json_file import (
     Fields,
@@ -35,6 +41,7 @@ from pipeline.data.sources.readers.json_file import (
     shown,
 )
 from pipeline.data.sources.splits import check_splits, folders_of, hash_split
+from pipeline.reason import Reason
 
 _DIALOGS = "a VisDial v1.0 file"
 _DENSE = "a VisDial v1.0 dense annotations file"
@@ -44,15 +51,24 @@ _RELEVANCE = ("gt_relevance", "relevance")  # what val's and train's dense annot
 class VisdialSourceConfig(SourceConfig):
     """Where the files are, and how the images of a single file are split."""
 
-    type: Literal["visdial"]
-    # A folder, several (training dialogs are about COCO's train2014 and val2014), or some for
-    # each split. The image of id 9 is any file whose name ends with that number.
-    images: str | list[str] | dict[str, str | list[str]]
-    dialogs: str | dict[str, str]  # one file, or a file for each split
-    # The dense annotations of one file of dialogs, or of some of the splits.
-    dense: str | dict[str, str] | None = None
-    # With one file: the share of images whose key's hash puts them into `validation`; 0.1 if null.
-    validation_fraction: float | None = Field(default=None, ge=0, lt=1)
+    type: Literal["visdial"] = Field(description="VisDial's dialogs")
+    images: str | list[str] | dict[str, str | list[str]] = Field(
+        description="a folder, several (training dialogs are about COCO's train2014 and "
+        "val2014), or some for each split; the image of id 9 is any file whose name ends with "
+        "that number"
+    )
+    dialogs: str | dict[str, str] = Field(description="one file, or a file for each split")
+    dense: str | dict[str, str] | None = Field(
+        default=None,
+        description="the dense annotations of one file of dialogs, or of some of the splits",
+    )
+    validation_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="the share of images whose key's hash puts them into `validation`, of a "
+        "single file; null: 0.1",
+    )
 
     @model_validator(mode="after")
     def _splits_agree(self) -> Self:
@@ -123,7 +139,7 @@ class VisdialSource:
                 split=split or hash_split(key, self.config.validation_fraction),
                 image=folders.numbered(image_id),
                 texts=texts,
-                fault=None if texts.num_rounds else ("no-rounds", "its dialogs have no round"),
+                fault=None if texts.num_rounds else (Reason.NO_ROUNDS, "its dialogs have no round"),
                 num_entries=len(found),
             )
         yield from listed_dialogs.rejects(split)
@@ -137,14 +153,15 @@ class VisdialSource:
 
     def _orphan(self, image_id: Identity, detail: str, split: str) -> Reject:
         key = image_key(image_id)
-        return Reject(
+        reject = without_texts(
+            Texts(image_id),
             key=key,
             split=split or hash_split(key, self.config.validation_fraction),
-            reason="unknown-image",
+            reason=Reason.UNKNOWN_IMAGE,
             detail=f"image {image_id!r}: {detail}",
-            fingerprint=fingerprint(detail, Texts(image_id)),
-            num_entries=0,
+            image=detail,
         )
+        return msgspec.structs.replace(reject, num_entries=0)
 
 
 class _Words:

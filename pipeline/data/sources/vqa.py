@@ -22,11 +22,18 @@ from pydantic import Field, model_validator
 
 from pipeline import storage
 from pipeline.data.sample import Question, Texts, safe_key
-from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, fingerprint
+from pipeline.data.sources.base import (
+    Record,
+    Reject,
+    SourceConfig,
+    by_key,
+    without_texts,
+)
 from pipeline.data.sources.image_files import ImageFolders, image_key, listed, read_image
 from pipeline.data.sources.readers.json_file import Fields, Groups, Identity, JsonList, read_json
 from pipeline.data.sources.splits import check_splits, folders_of, hash_split
 from pipeline.errors import SourceError
+from pipeline.reason import Reason
 
 _QUESTIONS = "a VQA v2 questions file"
 _ANNOTATIONS = "a VQA v2 annotations file"
@@ -37,14 +44,24 @@ _NUM_CHECKED = 10  # annotations that say whether the file is one
 class VqaSourceConfig(SourceConfig):
     """Where the files are, and how the images of a single file are split."""
 
-    type: Literal["vqa"]
-    # A folder, several, or some for each split. The image of id 9 is any file whose name ends
-    # with that number: COCO_train2014_000000000009.jpg, 000000000009.jpg, image9.png.
-    images: str | list[str] | dict[str, str | list[str]]
-    questions: str | dict[str, str]  # one file, or a file for each split
-    annotations: str | dict[str, str] | None = None  # likewise
-    # With one file: the share of images whose key's hash puts them into `validation`; 0.1 if null.
-    validation_fraction: float | None = Field(default=None, ge=0, lt=1)
+    type: Literal["vqa"] = Field(description="VQA v2's questions and annotations")
+    images: str | list[str] | dict[str, str | list[str]] = Field(
+        description="a folder, several, or some for each split; the image of id 9 is any file "
+        "whose name ends with that number: COCO_train2014_000000000009.jpg, 000000000009.jpg, "
+        "image9.png"
+    )
+    questions: str | dict[str, str] = Field(description="one file, or a file for each split")
+    annotations: str | dict[str, str] | None = Field(
+        default=None,
+        description="one file, or a file for each split; null: the questions have no answers",
+    )
+    validation_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="the share of images whose key's hash puts them into `validation`, of a "
+        "single file; null: 0.1",
+    )
 
     @model_validator(mode="after")
     def _splits_agree(self) -> Self:
@@ -114,7 +131,10 @@ class VqaSource:
             num_used += len(kept)
             num_dropped = len(found) - len(kept)
             detail = f"{num_dropped} questions without answers dropped" if num_dropped else ""
-            fault = ("no-answers", f"image {image_id!r}: {answers} answers no question about it")
+            fault = (
+                Reason.NO_ANSWERS,
+                f"image {image_id!r}: {answers} answers no question about it",
+            )
             yield listed(
                 key=key,
                 split=split or hash_split(key, self.config.validation_fraction),
@@ -141,15 +161,16 @@ class VqaSource:
             unknown = [found for found in unknown if found is not None and found not in asked]
             if unknown:
                 key = safe_key(f"{image_key(image_id)}-unknown-questions")
-                yield Reject(
+                reject = without_texts(
+                    Texts(image_id),
                     key=key,
                     split=split or hash_split(image_key(image_id), self.config.validation_fraction),
-                    reason="unknown-question",
+                    reason=Reason.UNKNOWN_QUESTION,
                     detail=f"{len(unknown)} annotations of image {image_id!r} answer questions "
                     f"that {location} does not ask of it, such as {unknown[0]!r}",
-                    fingerprint=fingerprint(repr(unknown), Texts(image_id)),
-                    num_entries=0,
+                    image=repr(unknown),
                 )
+                yield replace(reject, num_entries=0)
 
 
 def _check_fields(annotations: JsonList) -> None:

@@ -54,6 +54,7 @@ from pipeline.data.tars.member_names import is_hidden, is_utf8, shown
 from pipeline.data.tars.read_ahead import ReadAhead, ReadAheadFile
 from pipeline.data.tars.tar_listing import TarMember, list_tar
 from pipeline.errors import ShardError, SourceError, StorageError
+from pipeline.reason import Reason
 
 _METHOD = 3  # raised when the same settings list other samples, so that tars are listed anew
 _MOST_TEXT_BYTES = 64 * 1024**2  # of a text part, which is read into memory
@@ -69,18 +70,28 @@ _OWN_COLUMNS = TextColumns(
 class WebDatasetSourceConfig(SourceConfig):
     """Where the tars are, and which of their parts hold texts."""
 
-    type: Literal["webdataset"]
-    # A tar, a folder of tars, or a range such as `cc3m-{00000..00331}.tar`; or some by split.
-    shards: str | list[str] | dict[str, str | list[str]]
-    # The parts an image may be: the first that is there.
-    image: str | list[str] = Field(default=list(SUFFIXES))
-    texts: TextColumns = _OWN_COLUMNS
-    # Whether the images are read where they lie from now on; false: they are copied. In place, a
-    # tar that is changed or removed takes its samples with it, and no image is encoded anew.
-    in_place: bool = True
-    # Of shards without splits: the share of images whose key's hash puts them into `validation`;
-    # 0.1 if null.
-    validation_fraction: float | None = Field(default=None, ge=0, lt=1)
+    type: Literal["webdataset"] = Field(description="tars of samples in WebDataset's form")
+    shards: str | list[str] | dict[str, str | list[str]] = Field(
+        description="a tar, a folder of tars, or a range such as `cc3m-{00000..00331}.tar`; or "
+        "some by split"
+    )
+    image: str | list[str] = Field(
+        default=list(SUFFIXES), description="the parts an image may be: the first that is there"
+    )
+    texts: TextColumns = Field(default=_OWN_COLUMNS, description="the parts that hold texts")
+    in_place: bool = Field(
+        default=True,
+        description="whether the images are read where they lie from now on; false: they are "
+        "copied. In place, a tar that is changed or removed takes its samples with it, and no "
+        "image is encoded anew",
+    )
+    validation_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="the share of images whose key's hash puts them into `validation`, of "
+        "shards without splits; null: 0.1",
+    )
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
@@ -261,11 +272,11 @@ class WebDatasetSource:
             no_texts += (
                 "; if it is one part of several of a sample, name it by `image`, as `left.png`"
             )
-        texts, fault = Texts(name), ("no-texts", no_texts)
-        unusable: tuple[str, str] | None = None
+        texts, fault = Texts(name), (Reason.NO_TEXTS, no_texts)
+        unusable: tuple[Reason, str] | None = None
         suffix = next((suffix for suffix in self.config.images() if suffix in parts), None)
         if not is_named:
-            unusable = ("name-not-utf8", "a name that is not UTF-8; pack it under another")
+            unusable = (Reason.NAME_NOT_UTF8, "a name that is not UTF-8; pack it under another")
         elif suffix is not None and parts[suffix].fault is not None:
             unusable = parts[suffix].fault
         elif suffix is not None:
@@ -275,7 +286,7 @@ class WebDatasetSource:
         try:
             texts = self._texts(name, parts, file)
         except (ValueError, TypeError) as error:
-            fault = ("malformed-texts", f"{location}: {name}: {error}")
+            fault = (Reason.MALFORMED_TEXTS, f"{location}: {name}: {error}")
         entry = listed(
             key=key,
             split=split or hash_split(key, self.config.validation_fraction),
@@ -294,10 +305,10 @@ class WebDatasetSource:
     ) -> Record | Reject:
         """Returns an entry whose image stays in its tar."""
         if isinstance(entry, Record):
-            return replace(entry, tar=tar.name, image_offset=offset, image_size=size)
+            return replace(entry, tar=tar, image_offset=offset, image_size=size)
         remains = entry.remains and self._left(entry.remains, tar, offset, size)
         assert remains is None or isinstance(remains, Record)
-        return replace(entry, tar=tar.name, remains=remains)
+        return replace(entry, tar=tar, remains=remains)
 
     def _settings(self, split: str) -> str:
         """Returns what differs if a tar of this split may be listed otherwise."""

@@ -8,11 +8,29 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Protocol, runtime_checkable
 
+import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline.data.sources.base import Record, Reject, Source
+from pipeline.data.sources.base import (
+    IndexedSource,
+    Record,
+    Reject,
+    Source,
+    require_accounted,
+    require_readable,
+)
 
 _ROWS_AT_ONCE = 8192
+
+_TAR = pa.struct(
+    [
+        ("location", pa.string()),
+        ("stamp", pa.string()),
+        ("listing", pa.string()),
+        ("num_records", pa.int64()),
+    ]
+)
 
 # What a record or a reject says. A reject has a reason, and no texts; its image is "".
 LISTED = pa.schema(
@@ -30,6 +48,9 @@ LISTED = pa.schema(
         ("num_questions", pa.int32()),
         ("num_rounds", pa.int32()),
         ("num_entries", pa.int32()),
+        ("tar", _TAR),  # that the image stays in, with its place there
+        ("image_offset", pa.int64()),
+        ("image_size", pa.int64()),
     ]
 )
 
@@ -49,6 +70,7 @@ def _columns_of(entry: Record | Reject) -> dict[str, object]:
         "image_fingerprint": entry.image_fingerprint,
         "texts_fingerprint": entry.texts_fingerprint,
         "num_entries": entry.num_entries,
+        "tar": msgspec.to_builtins(entry.tar),
     }
     if isinstance(entry, Reject):
         return both | {"reason": entry.reason}
@@ -59,6 +81,8 @@ def _columns_of(entry: Record | Reject) -> dict[str, object]:
         "num_captions": entry.texts.num_captions,
         "num_questions": entry.texts.num_questions,
         "num_rounds": entry.texts.num_rounds,
+        "image_offset": entry.image_offset,
+        "image_size": entry.image_size,
     }
 
 
@@ -72,3 +96,22 @@ class ColumnarSource(Source, Protocol):
         The same but for the order of different keys, and what remains of a reject.
         """
         ...
+
+
+def listed(source: Source) -> Iterator[pa.RecordBatch]:
+    """Yields what a source lists in batches of schema LISTED."""
+    if isinstance(source, ColumnarSource):
+        yield from source.batches()
+    else:
+        yield from in_batches(source.records())
+
+
+def accounted_batches(source: ColumnarSource) -> Iterator[pa.RecordBatch]:
+    """Yields what a source lists, and raises SourceError if entries of its index are in nothing."""
+    require_readable(source)
+    num_entries = 0
+    for batch in source.batches():
+        num_entries += pc.sum(batch.column("num_entries")).as_py() or 0
+        yield batch
+    if isinstance(source, IndexedSource):
+        require_accounted(source.index(), num_entries)

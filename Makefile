@@ -1,4 +1,5 @@
 # Two commands for a newcomer: `make quickstart` trains a model one can look at, `make test` proves it.
+# One for every change: `make fast` leaves out the tests that start processes or are slow.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin

@@ -48,6 +48,14 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def photographs() -> list[Path]:
+    """The pictures drawn for tests, and real photographs where there are some."""
+    tests = Path(__file__).resolve().parent
+    real = tests.parents[1] / "shared" / "data" / "coco" / "val2017"
+    return [*sorted((tests / "pictures").glob("*.jpg")), *sorted(real.glob("*.jpg"))]
+
+
+@pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """A real local Ray with two CPUs, shared by the tests of a session."""
     import ray
@@ -59,7 +67,7 @@ def ray_local() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # an idle Ray takes a tenth of a processor
 def plain_head() -> Iterator[RayHead]:
     """A cluster that anybody on this machine may join."""
     head = RayHead(token=False)
@@ -69,7 +77,7 @@ def plain_head() -> Iterator[RayHead]:
         head.kill()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def token_head() -> Iterator[RayHead]:
     """A cluster that wants a token."""
     head = RayHead(token=True)

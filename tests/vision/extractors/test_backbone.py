@@ -88,10 +88,9 @@ def test_a_blind_model_trains_nothing_of_it(network: str) -> None:
             assert not parameter.grad.any()
 
 
-def test_weights_go_to_the_backbone_and_come_back(shared_data: Path, tmp_path: Path) -> None:
-    weights = shared_data / "weights" / "squeezenet1_0.imagenet.fp16.safetensors"
+def test_weights_go_to_the_backbone_and_come_back(squeezenet_file: Path, tmp_path: Path) -> None:
     config = GridConfig(
-        network="squeezenet1_0", node="features", weights=str(weights), image_size=SIZE
+        network="squeezenet1_0", node="features", weights=str(squeezenet_file), image_size=SIZE
     )
     saved = tmp_path / "backbone.safetensors"
     safetensors.torch.save_file(config.backbone().network.state_dict(), saved)

@@ -82,25 +82,52 @@ _NEVER = ("http", "https", "ftp", "data")  # schemes of which a folder cannot be
 class TableSourceConfig(SourceConfig):
     """Where the table is, and what its columns hold."""
 
-    type: Literal["table"]
-    table: str | dict[str, str]  # a file or a folder of files, or one for each split
-    image: str  # the column of paths, bytes or objects with both, as a dotted path
-    texts: TextColumns
-    images: str | None = None  # the folder that paths begin in; null: the table's own
-    key: str | None = None  # the column of keys; needed where bytes come without a path
-    split: str | None = None  # the column of splits, of a single table
-    image_suffix: str = "jpg"  # of bytes that come without a path
-    # Of CSV, TSV and text like it: what stands between cells (null: a tab in `.tsv`, a comma in
-    # `.csv`; a `.txt` needs it), what quotation marks mean (see `delimited`), and the encoding
-    # (also of JSONL; null: UTF-8, or what the byte order mark says).
-    delimiter: str | None = None
-    quoting: Quoting = "auto"
-    encoding: str | None = None
-    # What rows may name besides local files and files of the table's own kind: `s3`, `gs`, …
-    image_schemes: tuple[str, ...] = ()
-    # Of a single table without a column of splits: the share of images whose key's hash puts them
-    # into `validation`; 0.1 if null.
-    validation_fraction: float | None = Field(default=None, ge=0, lt=1)
+    type: Literal["table"] = Field(
+        description="your own table: Parquet, JSON, JSONL, CSV, TSV or text like it"
+    )
+    table: str | dict[str, str] = Field(
+        description="a file or a folder of files, or one for each split"
+    )
+    image: str = Field(
+        description="the column of paths, bytes or objects with both, as a dotted path"
+    )
+    texts: TextColumns = Field(description="the columns that hold texts")
+    images: str | None = Field(
+        default=None, description="the folder that paths begin in; null: the table's own"
+    )
+    key: str | None = Field(
+        default=None, description="the column of keys; needed where bytes come without a path"
+    )
+    split: str | None = Field(default=None, description="the column of splits, of a single table")
+    image_suffix: str = Field(default="jpg", description="of bytes that come without a path")
+    delimiter: str | None = Field(
+        default=None,
+        description="of CSV, TSV and text like it: what stands between cells; null: a tab in "
+        "`.tsv`, a comma in `.csv` (a `.txt` needs it)",
+    )
+    quoting: Quoting = Field(
+        default="auto",
+        description="of CSV, TSV and text like it: what quotation marks mean: csv: they quote; "
+        "none: they are ordinary characters; auto: that of both with which all of the file can "
+        "be read",
+    )
+    encoding: str | None = Field(
+        default=None,
+        description="of CSV, TSV, text like it and JSONL; null: UTF-8, or what the byte order "
+        "mark says",
+    )
+    image_schemes: tuple[str, ...] = Field(
+        default=(),
+        description="what rows may name besides local files and files of the table's own kind: "
+        "`s3`, `gs`, …",
+    )
+    validation_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="the share of images whose key's hash puts them into `validation`, of a "
+        "single table without a column of splits; null: 0.1",
+    )
 
     @field_validator("delimiter")
     @classmethod

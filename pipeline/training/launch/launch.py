@@ -27,11 +27,13 @@ from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.cluster import ClusterConfig, start_ray
+from pipeline.config import as_now, selected, settings
 from pipeline.errors import ConfigError, PipelineError, StorageError, TrainingError
 from pipeline.resources import Waiting, require_cluster
 from pipeline.scratch import scratch_folder
+from pipeline.training.config import TrainingConfig
 from pipeline.training.continuation import differences, fixed
-from pipeline.training.spec import Environment, TrainingConfig, TrainingResult, TrainingSpec
+from pipeline.training.spec import Environment, TrainingResult, TrainingSpec
 
 if TYPE_CHECKING:
     from pipeline.training.assembly import Assembly
@@ -103,8 +105,8 @@ def read_spec(folder: str) -> TrainingSpec:
     """
     try:
         document = json.loads(storage.read_bytes(storage.join(folder, SPEC)))
-        settings = document["training"].items()
-        known = {key: value for key, value in settings if key in TrainingConfig.model_fields}
+        training = as_now(TrainingConfig, document["training"])
+        known = selected(training, settings(TrainingConfig))
         return TrainingSpec.model_validate({**document, "training": known})
     except (
         StorageError,

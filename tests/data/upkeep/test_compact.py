@@ -98,6 +98,7 @@ def check_features(url: str, version: int | None = None) -> None:
             assert np.array_equal(scores, values_of(key)[:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_after_any_edits_nothing_is_lost_and_the_features_stay(tmp_path: Path, seed: int) -> None:
     random = Random(seed)
@@ -363,6 +364,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_break_at_any_write_or_removal_leaves_a_valid_dataset(
     tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch

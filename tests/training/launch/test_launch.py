@@ -35,7 +35,7 @@ TWO_WORKERS = ClusterConfig(workers=2)
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
-def wait_until(reached: Callable[[], bool], seconds: float = 300) -> None:
+def wait_until(reached: Callable[[], bool], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not reached():
         assert time.monotonic() < deadline
@@ -210,7 +210,7 @@ class TestOnRay:
             steps = [line for line in shown if line.startswith("ray_sightline_training_step{")]
             return any('phase="pretrain"' in line and line.endswith(" 8.0") for line in steps)
 
-        wait_until(look, seconds=60)  # Ray shows what was told to it every few seconds
+        wait_until(look)  # Ray shows what was told to it every few seconds
         assert len(shown) >= 8
 
 
@@ -232,7 +232,7 @@ def wait_for_step(driver: "subprocess.Popen[str]", spec: TrainingSpec, step: int
     assert driver.poll() is None
 
 
-def ended(driver: "subprocess.Popen[str]", seconds: float = 300) -> str:
+def ended(driver: "subprocess.Popen[str]", seconds: float = 600) -> str:
     """Returns the last line that a driver printed; it must have succeeded."""
     try:
         output, said = driver.communicate(timeout=seconds)
@@ -319,7 +319,7 @@ def test_a_run_whose_ray_head_is_killed_says_so_and_is_gone_on_with_on_the_next_
             if not statuses:
                 wait_for_step(driver, spec, step)
                 head.kill()
-            output, said = driver.communicate(timeout=300)
+            output, said = driver.communicate(timeout=600)
             statuses.append(driver.returncode)
             if len(statuses) == 1:
                 assert f"the Ray at {head.address} was lost" in said

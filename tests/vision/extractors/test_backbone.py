@@ -25,6 +25,7 @@ def pixels(config: GridConfig, count: int) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([batch for batch in batches if batch is not None]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "node"),
     [
@@ -74,6 +75,7 @@ def test_a_picture_does_not_see_its_neighbours_while_training() -> None:
         assert torch.equal(tensor, before[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["resnet18", "mobilenet_v2", "convnext_tiny"])
 def test_a_blind_model_trains_nothing_of_it(network: str) -> None:
     node = {"resnet18": "layer4"}.get(network, "features")
@@ -88,10 +90,9 @@ def test_a_blind_model_trains_nothing_of_it(network: str) -> None:
             assert not parameter.grad.any()
 
 
-def test_weights_go_to_the_backbone_and_come_back(shared_data: Path, tmp_path: Path) -> None:
-    weights = shared_data / "weights" / "squeezenet1_0.imagenet.fp16.safetensors"
+def test_weights_go_to_the_backbone_and_come_back(squeezenet_file: Path, tmp_path: Path) -> None:
     config = GridConfig(
-        network="squeezenet1_0", node="features", weights=str(weights), image_size=SIZE
+        network="squeezenet1_0", node="features", weights=str(squeezenet_file), image_size=SIZE
     )
     saved = tmp_path / "backbone.safetensors"
     safetensors.torch.save_file(config.backbone().network.state_dict(), saved)

@@ -33,8 +33,8 @@ def extractor() -> Extractor:
 
 
 @pytest.fixture(scope="module")
-def photos(shared_data: Path) -> list[bytes]:
-    return [path.read_bytes() for path in sorted((shared_data / "weights" / "photos").iterdir())]
+def photos(photographs: list[Path]) -> list[bytes]:
+    return [path.read_bytes() for path in photographs[:5]]
 
 
 def png(width: int, height: int) -> bytes:
@@ -151,6 +151,7 @@ def test_adaptive_regions_differ_in_number_and_fixed_ones_do_not(photos: list[by
         assert (np.diff(feature.parts["scores"]) <= 1e-6).mean() > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -270,7 +270,7 @@ class VisualPrefix(VisionLanguageModel):
 
     def _read_image(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Returns visual tokens (B, Q, D) and which of them are padding, (B, Q)."""
-        features = blocks.to_float(inputs.features)
+        features = blocks.to_float(self.region_features(inputs))
         if self.config.position_fourier:
             locations = blocks.fourier_boxes(inputs.boxes, self.config.position_fourier)
             features = torch.cat([features, locations.to(features.dtype)], dim=-1)

@@ -97,7 +97,7 @@ class VisualBert(SingleStream):
         return embedded
 
     def embed_regions(self, inputs: Inputs) -> Tensor:
-        regions = self.visual_embeddings(inputs.features, inputs.boxes)
+        regions = self.visual_embeddings(self.region_features(inputs), inputs.boxes)
         embedded: Tensor = self.embedding_norm(regions)
         return embedded
 

@@ -17,6 +17,7 @@ ORDER: dict[str, list[str]] = {
         "config",
         "scratch",
         "look_ahead",
+        "ray_2_60",
         "cluster",
         "resources",
         "data",
@@ -73,6 +74,7 @@ ORDER: dict[str, list[str]] = {
     "pipeline.training": [
         "spec",
         "lease",
+        "stop_request",
         "continuation",
         "feed",
         "engine",
@@ -82,6 +84,17 @@ ORDER: dict[str, list[str]] = {
         "held_out",
         "assembly",
         "loop",
+        "launch",
+    ],
+    "pipeline.training.launch": [
+        "process_group",
+        "followers",
+        "gauges",
+        "failures",
+        "recorded_spec",
+        "phases",
+        "in_process",
+        "ray_train",
         "launch",
     ],
 }
@@ -96,10 +109,17 @@ ONLY_IN = {
         "pipeline/resources.py",
         "pipeline/data/ingest/shard_tasks.py",
         "pipeline/stages/submit.py",
-        "pipeline/training/launch/launch.py",
+        "pipeline/ray_2_60.py",
+        "pipeline/training/launch/failures.py",
+        "pipeline/training/launch/gauges.py",
+        "pipeline/training/launch/process_group.py",
+        "pipeline/training/launch/ray_train.py",
         "pipeline/vision/extract.py",
     },
 }
+
+# What reaches into the private parts of a library stands in one module, named for the version.
+PRIVATE_ONLY_IN = {"ray": "pipeline/ray_2_60.py"}
 
 
 def python_files(folder: str) -> list[Path]:
@@ -205,3 +225,34 @@ def test_data_knows_no_torch() -> None:
 def test_jobs_are_imported_by_nothing_but_tests() -> None:
     for path in python_files("pipeline"):
         assert not any(module.split(".")[0] == "jobs" for module in imported_modules(path)), path
+
+
+def is_private(module: str) -> bool:
+    """Whether a module of Ray's or DeepSpeed's is not for its users."""
+    parts = module.split(".")
+    return any(part.startswith("_") for part in parts) or parts[:3] == ["ray", "core", "generated"]
+
+
+@pytest.mark.parametrize("library", PRIVATE_ONLY_IN)
+def test_private_parts_of_a_library_are_imported_in_the_module_named_for_its_version(
+    library: str,
+) -> None:
+    reaching = {
+        str(path.relative_to(ROOT))
+        for path in python_files("pipeline") + python_files("jobs")
+        for module in imported_modules(path)
+        if module.split(".")[0] == library and is_private(module)
+    }
+    assert reaching == {PRIVATE_ONLY_IN[library]}
+
+
+def test_nobody_else_reaches_into_a_private_attribute_of_a_library() -> None:
+    """In what meets Ray or DeepSpeed, `x._y` is of an object of our own: of self or cls."""
+    for library, hooks in PRIVATE_ONLY_IN.items():
+        for name in ONLY_IN[library] - {hooks}:
+            for node in ast.walk(ast.parse((ROOT / name).read_text())):
+                if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+                    is_own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                    assert is_own or node.attr.startswith("__"), f"{name}:{node.lineno}"
+                if isinstance(node, ast.keyword) and node.arg is not None:
+                    assert not node.arg.startswith("_"), f"{name}:{node.lineno}"

@@ -61,7 +61,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]…",
-        help="Overrides by dotted key, as `training.finetune.learning_rate=1e-4`.",
+        help="Overrides by dotted key, as `training.finetune.optimizer.learning_rate=1e-4`.",
     ),
 ]
 PrintRecipe = Annotated[

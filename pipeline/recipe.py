@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.base import ModelConfig
 from pipeline.models.families import FAMILIES
 from pipeline.objectives.objective import ObjectivesConfig
-from pipeline.training.spec import TrainingConfig
+from pipeline.training.config import TrainingConfig
 from pipeline.training.tracking.trackers import TrackersConfig
 from pipeline.vision.extract import ExtractConfig
 from pipeline.vision.extractors.extractor import AnyExtractor
@@ -163,11 +163,13 @@ class Recipe(Config):
                 ) from None
             contrasts = name == "pretrain" and self.objectives and self.objectives.itc
             is_uneven = any(training.global_batch_size % n for n in self.cluster.world_sizes())
-            if contrasts and (most > 1 or is_uneven or training.tokens_per_micro_batch is not None):
+            if contrasts and (
+                most > 1 or is_uneven or training.loading.tokens_per_micro_batch is not None
+            ):
                 raise ValueError(
                     "objectives.itc contrasts the whole global batch in one pass; set "
                     "global_batch_size to micro_batch_size x cluster.workers, and leave "
-                    "cluster.min_workers and tokens_per_micro_batch out"
+                    "cluster.min_workers and loading.tokens_per_micro_batch out"
                 )
         return self
 
@@ -207,13 +209,13 @@ class Recipe(Config):
         phases = {"pretrain": self.objectives, "finetune": self.benchmarks.objectives()}
         for name, objectives in phases.items():
             training: TrainingConfig | None = getattr(self.training, name)
-            if training is None or objectives is None or training.evaluate_every_steps is None:
+            if training is None or objectives is None or training.evaluation.every_steps is None:
                 continue
             figures = ["loss", *(objective.name for objective in objectives.build())]
-            if training.best_by not in figures:
+            if training.evaluation.best_by not in figures:
                 raise ValueError(
-                    f"training.{name}.best_by={training.best_by}: an evaluation while training "
-                    f"gives {', '.join(figures)}"
+                    f"training.{name}.evaluation.best_by={training.evaluation.best_by}: an "
+                    f"evaluation while training gives {', '.join(figures)}"
                 )
         return self
 

@@ -72,6 +72,7 @@ ORDER: dict[str, list[str]] = {
         "live",
     ],
     "pipeline.training": [
+        "config",
         "spec",
         "lease",
         "stop_request",

@@ -40,7 +40,7 @@ from pipeline.training.engine.peak import peak_flops
 from pipeline.training.feed.device_feed import device_feed
 from pipeline.training.feed.micro_batch import MicroBatch
 from pipeline.training.lease import IsLost, only_writer
-from pipeline.training.spec import Environment, TrainingResult, TrainingSpec
+from pipeline.training.spec import Environment, TrainingResult, TrainingSpec, training_key
 from pipeline.training.stop_request import StopRequest
 from pipeline.training.tracking.metrics_log import MetricsLog, Stretch, last_loss
 
@@ -50,9 +50,9 @@ RESULT = "result.json"
 # With another value of one of these, evaluations are no longer of the same thing.
 _EVALUATED = {
     "dataset.validation_split",
-    "evaluate_examples",
-    "best_by",
-    "best_is",
+    "evaluation.examples",
+    "evaluation.best_by",
+    "evaluation.best_is",
     "model_weights",
 }
 
@@ -167,8 +167,8 @@ class _Run:
 
     def run(self) -> TrainingResult:
         config = self.config
-        if config.evaluate_every_steps is not None and self.evaluate is None:
-            raise ConfigError("training.evaluate_every_steps: this run has no held-out data")
+        if config.evaluation.every_steps is not None and self.evaluate is None:
+            raise ConfigError("training.evaluation.every_steps: this run has no held-out data")
         with contextlib.ExitStack() as stack:
             if self.is_first:
                 checkpoint.remove_leftovers(self.checkpoints)
@@ -225,8 +225,8 @@ class _Run:
                 self.changed = _changed(self.spec, manifest.reproducibility_key, location)
                 run_state = manifest.run_state
                 if self.changed:
-                    names = {one.key.rsplit(".", 1)[-1] for one in self.changed}
-                    names |= {one.key for one in self.changed}
+                    prefix = f"{training_key(self.spec.phase)}."
+                    names = {one.key.removeprefix(prefix) for one in self.changed}
                     run_state = run_state.in_new_stretch(not names & _EVALUATED)
                 read = checkpoint.reader(location, manifest, cache)
                 self._build(manifest.step, given_up, run_state, read)
@@ -262,7 +262,7 @@ class _Run:
         meter = _Meter(self.device_flops and self.device_flops * environment.world_size)
         step = start
         device, dtype = self.engine.device, self.engine.dtype
-        with device_feed(source, config.prefetch_steps, device, dtype) as take:
+        with device_feed(source, config.loading.prefetch_steps, device, dtype) as take:
             while step < config.steps and not self.run_state.is_patience_spent(config):
                 step += 1
                 began = time.perf_counter()
@@ -289,9 +289,9 @@ class _Run:
                 if figures.written:
                     self.manager.finish()
                 last = step == config.steps or self.run_state.is_patience_spent(config)
-                due = step % config.checkpoint_every_steps == 0
+                due = step % config.checkpoints.every_steps == 0
                 best = self.run_state.is_best(step) and (
-                    config.keep_best or config.keep_best_checkpoints > 0
+                    config.evaluation.restore_best or config.checkpoints.keep_best > 0
                 )
                 if due or best or last or figures.stop:
                     self._save(step)
@@ -312,7 +312,7 @@ class _Run:
     def _report(self, step: int, figures: _StepFigures, rate: float, meter: "_Meter") -> None:
         """Evaluates and logs a step, where it is due."""
         config = self.config
-        every = config.evaluate_every_steps
+        every = config.evaluation.every_steps
         evaluates = every is not None and (step % every == 0 or step == config.steps)
         logs = step % config.log_every_steps == 0 or step == config.steps
         if not (evaluates or logs):
@@ -430,11 +430,11 @@ class _Run:
 
     def _advice(self) -> str:
         """Says what to do about a figure that is not finite, in keys of the recipe."""
-        phase = "pretrain" if self.spec.phase == "pretrain" else "finetune"
-        rate = f"training.{phase}.learning_rate={self.config.learning_rate / 2:g}"
-        others = [f"a longer training.{phase}.warmup_steps"]
+        training = training_key(self.spec.phase)
+        rate = f"{training}.optimizer.learning_rate={self.config.optimizer.learning_rate / 2:g}"
+        others = [f"a longer {training}.schedule.warmup_steps"]
         if self.config.resolved_precision(self.environment.device) != "fp32":
-            others.append(f"training.{phase}.precision=fp32")
+            others.append(f"{training}.precision=fp32")
         steps = checkpoint.steps_in(self.checkpoints)
         where = (
             f"it goes on from the checkpoint at step {steps[-1]}"
@@ -501,7 +501,7 @@ class _Run:
     def _chosen(self, step: int) -> int:
         """Returns the step whose weights the model folder gets."""
         best = self.run_state.best_step
-        return best if self.config.keep_best and best is not None else step
+        return best if self.config.evaluation.restore_best and best is not None else step
 
     def _weights(self, chosen: int, step: int) -> dict[str, Tensor]:
         """Returns the weights of a step on rank 0, as the config wants them; `step` is the last."""
@@ -515,12 +515,12 @@ class _Run:
             try:
                 manifest = checkpoint.verify(location, Path(cache))
             except CheckpointError as error:
-                phase = "pretrain" if self.spec.phase == "pretrain" else "finetune"
+                training = training_key(self.spec.phase)
                 raise CheckpointError(
                     f"{error}\nIt has the weights of the best evaluation, which the model is to "
                     "have. Put an undamaged copy of it back; or give the same command with "
-                    f"`training.{phase}.keep_best=false` and `--from-checkpoint`, for a model of "
-                    "the last step's weights"
+                    f"`{training}.evaluation.restore_best=false` and `--from-checkpoint`, for "
+                    "a model of the last step's weights"
                 ) from error
             read = checkpoint.reader(location, manifest, Path(cache))
             return checkpoint.weights(manifest, read, ema)

@@ -17,7 +17,7 @@ STEPS = 200
 LONGER = [
     f"training.pretrain.steps={STEPS}",
     "training.pretrain.log_every_steps=7",
-    "training.pretrain.checkpoint_every_steps=50",
+    "training.pretrain.checkpoints.every_steps=50",
 ]
 
 

@@ -59,7 +59,12 @@ def test_a_job_does_what_the_command_does_and_its_status_is_ours(
     tiny = [
         f"training.{phase}.{setting}"
         for phase in ("pretrain", "finetune")
-        for setting in ("steps=2", "global_batch_size=8", "micro_batch_size=8", "warmup_steps=1")
+        for setting in (
+            "steps=2",
+            "global_batch_size=8",
+            "micro_batch_size=8",
+            "schedule.warmup_steps=1",
+        )
     ]
     settings = [*overrides(tmp_path), *small, *tiny]
     settings += ["training.blind_twin=false", "cluster.workers=1"]

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, TrainingError
+from pipeline.training.config import TrainingConfig
 from pipeline.training.engine import async_io
 from pipeline.training.engine.async_io import is_swapped
 from pipeline.training.engine.known_keys import AskedFor, invalid
@@ -31,7 +32,7 @@ from pipeline.training.engine.optimizer import EMA_WEIGHTS, build_optimizer, fre
 from pipeline.training.engine.schedule import rate_factor
 from pipeline.training.engine.swap_folder import SwapFolder
 from pipeline.training.engine.swapped_state import SwappedState
-from pipeline.training.spec import Environment, TrainingConfig
+from pipeline.training.spec import Environment
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # What DeepSpeed's dynamic loss scaler goes by, which a run must go on with.
@@ -56,7 +57,7 @@ def engine_config(
         # what a micro-batch counts for, and which is a step's last, is said by `advance`.
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation_steps(environment.world_size),
-        "gradient_clipping": 0.0 if config.zero_stage == 0 else config.clip_norm,
+        "gradient_clipping": 0.0 if config.zero_stage == 0 else config.optimizer.clip_norm,
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},
         "zero_optimization": {
@@ -94,7 +95,7 @@ def _swapping(config: TrainingConfig) -> dict[str, Any]:
 
 def _kinds(config: TrainingConfig) -> tuple[str, ...]:
     """Returns the names of what AdamW keeps of each parameter."""
-    return (*MOMENTS, EMA_WEIGHTS) if config.ema_decay is not None else MOMENTS
+    return (*MOMENTS, EMA_WEIGHTS) if config.optimizer.ema_decay is not None else MOMENTS
 
 
 class Engine:
@@ -137,12 +138,12 @@ class Engine:
         self._kinds = _kinds(config)
         self._accumulation = self.config["gradient_accumulation_steps"]
         self._stage = config.zero_stage
-        self._clip_norm = config.clip_norm or float("inf")
+        self._clip_norm = config.optimizer.clip_norm or float("inf")
         self._swap_folder: SwapFolder | None = None
-        freeze(module, config.freeze)
+        freeze(module, config.optimizer.freeze)
         self._engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=build_optimizer(module, config),
+            optimizer=build_optimizer(module, config.optimizer),
             dist_init_required=False,
             config=_merged(self.config, {"zero_optimization": self._make_swap_folder()}),
         )
@@ -206,7 +207,7 @@ class Engine:
 
     def _num_passes(self, mine: int) -> int:
         """Returns the micro-batches of the rank that has most."""
-        if self._training.tokens_per_micro_batch is None:
+        if self._training.loading.tokens_per_micro_batch is None:
             if mine > self._accumulation:
                 raise TrainingError(
                     f"a step has up to {self._accumulation} micro-batches on a rank, found {mine}"
@@ -219,7 +220,9 @@ class Engine:
     def learning_rate(self) -> float:
         """Returns the rate of the next update, where no factor changes it."""
         # A function of the step, so there is no scheduler state to keep.
-        return self._training.learning_rate * rate_factor(self._training, self._step)
+        return self._training.optimizer.learning_rate * rate_factor(
+            self._training.schedule, self._training.steps, self._step
+        )
 
     def loss_scale(self) -> dict[str, float] | None:
         """Returns the state of fp16's dynamic loss scale: plain numbers; None without one."""

@@ -6,9 +6,11 @@ import json
 from pydantic import ValidationError
 
 from pipeline import storage
+from pipeline.config import as_now, selected, settings
 from pipeline.errors import StorageError, TrainingError
+from pipeline.training.config import TrainingConfig
 from pipeline.training.continuation import differences, fixed
-from pipeline.training.spec import TrainingConfig, TrainingSpec
+from pipeline.training.spec import TrainingSpec
 
 SPEC = "spec.json"  # RUN/<phase>/spec.json: what the phase is, for those who read its folder
 
@@ -20,8 +22,8 @@ def read_spec(folder: str) -> TrainingSpec:
     """
     try:
         document = json.loads(storage.read_bytes(storage.join(folder, SPEC)))
-        settings = document["training"].items()
-        known = {key: value for key, value in settings if key in TrainingConfig.model_fields}
+        training = as_now(TrainingConfig, document["training"])
+        known = selected(training, settings(TrainingConfig))
         return TrainingSpec.model_validate({**document, "training": known})
     except (
         StorageError,

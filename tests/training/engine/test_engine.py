@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, TrainingError
+from pipeline.training.config import TrainingConfig
 from pipeline.training.engine.engine import (
     Engine,
     engine_config,
@@ -18,7 +19,7 @@ from pipeline.training.engine.engine import (
     require_precision,
 )
 from pipeline.training.engine.schedule import rate_factor
-from pipeline.training.spec import Environment, TrainingConfig
+from pipeline.training.spec import Environment
 from tests.training.stand_in import StandIn, StandInBatch, make_spec, stand_in
 
 HERE = Environment(rank=0, world_size=1, local_rank=0, device="cpu")
@@ -53,10 +54,15 @@ def with_plain_torch(spec: Any, steps: int) -> list[tuple[float, float]]:
     matrices = [p for p in module.parameters() if p.ndim == 2]
     vectors = [p for p in module.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
-        lr=config.learning_rate,
+        [
+            {"params": matrices, "weight_decay": 0.01},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=config.optimizer.learning_rate,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: rate_factor(config, s))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rate_factor(config.schedule, config.steps, step)
+    )
     trace = []
     for step, batches in zip(range(steps), assembly.batches(0, 0, 1), strict=False):
         torch.manual_seed(step)
@@ -65,7 +71,7 @@ def with_plain_torch(spec: Any, steps: int) -> list[tuple[float, float]]:
             loss, _ = module(batch)
             (loss / len(batches)).backward()
             losses.append(float(loss.detach()))
-        norm = nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
+        norm = nn.utils.clip_grad_norm_(module.parameters(), config.optimizer.clip_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -119,7 +125,7 @@ class Infinite(StandIn):
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     tmp_path: Path, stage: int, precision: str
 ) -> None:
-    spec = make_spec(tmp_path, zero_stage=stage, precision=precision, ema_decay=0.5)
+    spec = make_spec(tmp_path, zero_stage=stage, precision=precision, optimizer={"ema_decay": 0.5})
     module = Infinite()
     engine = Engine(module, spec.training, HERE)
     advance(engine, spec, 0, 3)
@@ -150,10 +156,12 @@ def test_an_average_and_rates_by_name_come_to_what_plain_torch_makes(
         tmp_path,
         zero_stage=stage,
         precision="fp32",
-        ema_decay=0.8,
-        learning_rate_factors=factors,
-        clip_norm=0,
-        weight_decay=0,
+        optimizer={
+            "ema_decay": 0.8,
+            "learning_rate_factors": factors,
+            "clip_norm": 0,
+            "weight_decay": 0,
+        },
     )
     engine = Engine(stand_in(spec).module, spec.training, HERE)
     advance(engine, spec, 0, 5)
@@ -173,12 +181,12 @@ def test_an_average_and_rates_by_name_come_to_what_plain_torch_makes(
     module = stand_in(spec).module
     slow = list(module.hidden.parameters())  # type: ignore[union-attr]
     fast = [p for p in module.parameters() if all(p is not other for other in slow)]
-    rate = spec.training.learning_rate
+    rate = spec.training.optimizer.learning_rate
     optimizer = torch.optim.AdamW(
         [{"params": slow, "lr": 0.25 * rate}, {"params": fast, "lr": rate}], weight_decay=0
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: rate_factor(spec.training, step)
+        optimizer, lambda step: rate_factor(spec.training.schedule, spec.training.steps, step)
     )
     average = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     for step, batches in zip(range(5), stand_in(spec).batches(0, 0, 1), strict=False):
@@ -200,7 +208,7 @@ def test_an_average_and_rates_by_name_come_to_what_plain_torch_makes(
 def test_an_optimizer_offloaded_to_the_cpu_trains_and_resumes_the_same(
     tmp_path: Path, stage: int, precision: str
 ) -> None:
-    here = make_spec(tmp_path, zero_stage=stage, precision=precision, ema_decay=0.5)
+    here = make_spec(tmp_path, zero_stage=stage, precision=precision, optimizer={"ema_decay": 0.5})
     zero: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}}
     if stage == 3:
         zero |= {"offload_param": {"device": "cpu"}, "stage3_param_persistence_threshold": 0}
@@ -208,7 +216,7 @@ def test_an_optimizer_offloaded_to_the_cpu_trains_and_resumes_the_same(
         tmp_path,
         zero_stage=stage,
         precision=precision,
-        ema_decay=0.5,
+        optimizer={"ema_decay": 0.5},
         deepspeed={"zero_optimization": zero},
     )
     engine = Engine(stand_in(here).module, here.training, HERE)
@@ -422,7 +430,7 @@ def test_micro_batches_of_any_sizes_make_the_same_update(tmp_path: Path, stage: 
     """The mean over the samples is that of the micro-batches weighted by their samples."""
     made: list[dict[str, Tensor]] = []
     for sizes in ([2, 2, 2, 2], [1, 4, 3], [8]):
-        spec = make_spec(tmp_path, zero_stage=stage, tokens_per_micro_batch=100)
+        spec = make_spec(tmp_path, zero_stage=stage, loading={"tokens_per_micro_batch": 100})
         module, parts = StandIn(), partial(stand_in, sizes=lambda *_, sizes=sizes: sizes)
         torch.manual_seed(0)
         module.load_state_dict(stand_in(spec).module.state_dict())
@@ -455,7 +463,7 @@ def config_of(**settings: Any) -> dict[str, Any]:
 
 
 def test_the_resolved_configuration_is_plain_and_whole() -> None:
-    config = config_of(zero_stage=2, precision="bf16", clip_norm=0.5)
+    config = config_of(zero_stage=2, precision="bf16", optimizer={"clip_norm": 0.5})
     assert json.loads(json.dumps(config)) == config
     assert config["train_micro_batch_size_per_gpu"] == 2
     assert config["gradient_accumulation_steps"] == 4

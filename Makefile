@@ -1,4 +1,5 @@
 # Two commands for a newcomer: `make quickstart` trains a model one can look at, `make test` proves it.
+# One for every change: `make fast` leaves out the tests that start processes or are slow.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,10 +10,10 @@ quickstart: $(VENV)/installed
 	$(BIN)/sightline run jobs/recipes/quickstart.yaml
 
 fast: $(VENV)/installed-dev lint
-	$(BIN)/python -m pytest --fast --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --fast --numprocesses 2
 
 test: $(VENV)/installed-dev lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses 3
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

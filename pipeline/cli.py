@@ -557,7 +557,7 @@ def data_import_features(
         + (f", {done.num_repeated:,} lines repeated" if done.num_repeated else "")
         + "".join(f", {number:,} rejects: {reason}" for reason, number in done.rejects.items())
         + "\n"
-        f"features.extractor: {json.dumps(done.card['config'])}"
+        f"features.extractor: {json.dumps(done.card.config)}"
     )
 
 

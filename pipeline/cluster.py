@@ -41,18 +41,37 @@ class ClusterConfig(Config):
     of them a rank.
     """
 
-    runner: Literal["ray", "process"] = "ray"
-    address: str | None = None  # null: a Ray of our own on this machine; auto; or host:port
-    workers: PositiveInt = 1  # ranks
-    # A run starts, and goes on after losing nodes, on as few ranks as these where there is no room
-    # for `workers`, and takes in more when nodes come; null: it waits for room.
-    min_workers: PositiveInt | None = None
-    cpus_per_worker: PositiveInt = 1
-    gpus_per_worker: int = Field(default=0, ge=0, le=1)
-    max_failures: int = Field(default=3, ge=0)  # restarts after a lost worker, per launch
-    # Operations that a worker's device can make in a second at best, in the precision that is
-    # trained in: what MFU is a share of. Null: those of a GPU that is known.
-    device_flops: PositiveFloat | None = None
+    runner: Literal["ray", "process"] = Field(
+        default="ray",
+        description="ray: ranks are Ray actors; process: this process is the one rank or, under "
+        "torchrun, one of `workers`",
+    )
+    address: str | None = Field(
+        default=None,
+        description="the Ray cluster; null: one of our own on this machine; auto; or host:port",
+    )
+    workers: PositiveInt = Field(default=1, description="ranks of training")
+    min_workers: PositiveInt | None = Field(
+        default=None,
+        description="a run starts, and goes on after losing nodes, on as few ranks as these "
+        "where there is no room for `workers`, and takes in more when nodes come; null: it "
+        "waits for room",
+    )
+    cpus_per_worker: PositiveInt = Field(
+        default=1, description="CPUs that a rank asks the cluster for"
+    )
+    gpus_per_worker: int = Field(
+        default=0, ge=0, le=1, description="GPUs that a rank asks the cluster for"
+    )
+    max_failures: int = Field(
+        default=3, ge=0, description="restarts after a lost worker, per launch"
+    )
+    device_flops: PositiveFloat | None = Field(
+        default=None,
+        description="operations that a worker's device can make in a second at best, in the "
+        "precision that is trained in: what MFU is a share of; null: those of a GPU that is "
+        "known",
+    )
 
     @field_validator("address")
     @classmethod

@@ -14,6 +14,7 @@ from pipeline.cluster import ClusterConfig
 from pipeline.config import Config
 from pipeline.data.ingest.ingest import IngestConfig
 from pipeline.data.media.augmentation import AugmentConfig
+from pipeline.data.read.extractor_card import ExtractorCard
 from pipeline.data.sources import AnySource
 from pipeline.errors import ConfigError
 from pipeline.models.base import ModelConfig
@@ -22,8 +23,8 @@ from pipeline.objectives.objective import ObjectivesConfig
 from pipeline.training.config import TrainingConfig
 from pipeline.training.tracking.trackers import TrackersConfig
 from pipeline.vision.extract import ExtractConfig
-from pipeline.vision.extractors.extractor import AnyExtractor
 from pipeline.vision.extractors.live import live_card, refusal
+from pipeline.vision.extractors.registry import AnyExtractor
 
 # What the data decides; a recipe that sets them could only contradict it.
 _DERIVED_SIZES = ("vocab_size", "feature_dim", "num_answers")
@@ -32,20 +33,33 @@ _DERIVED_SIZES = ("vocab_size", "feature_dim", "num_answers")
 class MixedInPart(Config):
     """A dataset that another recipe has made, trained on beside this one's own."""
 
-    path: str
-    split: str = "train"
-    weight: PositiveFloat = 1.0  # how often its examples are taken; the own dataset's is 1
+    path: str = Field(description="the dataset's folder or URL")
+    split: str = Field(default="train", description="the split that is trained on")
+    weight: PositiveFloat = Field(
+        default=1.0, description="how often its examples are taken; the own dataset's is 1"
+    )
 
 
 class DatasetPart(Config):
     """Where the samples come from, and the folder or URL they are kept in."""
 
-    path: str
-    source: AnySource
-    ingest: IngestConfig = IngestConfig()
-    train_split: str = "train"
-    validation_split: str = "validation"
-    mixed_in: tuple[MixedInPart, ...] = ()  # each with features of the same extractor
+    path: str = Field(
+        description="the folder or URL of shards, features and manifest; other runs can share it"
+    )
+    source: AnySource = Field(description="where samples come from")
+    ingest: IngestConfig = Field(
+        default=IngestConfig(), description="how the source becomes shards"
+    )
+    train_split: str = Field(default="train", description="the split that is trained on")
+    validation_split: str = Field(
+        default="validation",
+        description="the split that is held out, for evaluations and benchmarks",
+    )
+    mixed_in: tuple[MixedInPart, ...] = Field(
+        default=(),
+        description="datasets of other recipes, trained on beside this one's own; each with "
+        "features of the same extractor",
+    )
 
     @model_validator(mode="after")
     def _images_can_be_treated(self) -> Self:
@@ -60,10 +74,19 @@ class FeaturesPart(Config):
     itself, or those of a network that is trained in the model as its `backbone`.
     """
 
-    extractor: AnyExtractor
-    extract: ExtractConfig = ExtractConfig()
-    live: bool = False
-    augment: AugmentConfig | None = None  # how live pictures are varied in training
+    extractor: AnyExtractor = Field(description="the frozen network that makes features of images")
+    extract: ExtractConfig = Field(
+        default=ExtractConfig(), description="the pool of actors that computes features"
+    )
+    live: bool = Field(
+        default=False,
+        description="whether features are made anew for each batch and not stored: pixels that "
+        "the model learns from, or those of a network that is trained in the model as its "
+        "backbone",
+    )
+    augment: AugmentConfig | None = Field(
+        default=None, description="how live pictures are varied in training; null: not at all"
+    )
 
     @model_validator(mode="after")
     def _can_be_live(self) -> Self:
@@ -74,23 +97,36 @@ class FeaturesPart(Config):
             raise ValueError(f"live=true: extractor.type={self.extractor.type}: {reason}")
         return self
 
-    def card(self) -> dict[str, Any]:
+    def card(self) -> ExtractorCard:
         """Returns what makes the features; raises FeatureError if its weights cannot be had."""
         if self.live:
             return live_card(self.extractor, self.augment)
-        card: dict[str, Any] = self.extractor.build("cpu").card()
-        return card
+        return self.extractor.build("cpu").card()
 
 
 class ModelPart(Config):
     """The network and the words it reads."""
 
-    family: Literal[tuple(FAMILIES)] = "visualbert"  # type: ignore[valid-type]
-    sizes: dict[str, Any] = Field(default={})  # of the family's config; the rest are its defaults
-    initial: str | None = None  # a model folder whose weights pretraining starts from, as BERT's
-    tokenizer: str | None = None  # a vocab.txt or folder; null: built from the training captions
-    vocab_size: PositiveInt = 8000  # of a tokenizer that is built
-    max_tokens: int = Field(default=40, ge=4)  # the longest text, special tokens included
+    family: Literal[tuple(FAMILIES)] = Field(  # type: ignore[valid-type]
+        default="visualbert", description="the architecture"
+    )
+    sizes: dict[str, Any] = Field(
+        default={}, description="sizes of the family's config; the others are its defaults"
+    )
+    initial: str | None = Field(
+        default=None,
+        description="a model folder whose weights pretraining starts from, as BERT's; null: "
+        "from nothing",
+    )
+    tokenizer: str | None = Field(
+        default=None, description="a vocab.txt or folder; null: built from the training texts"
+    )
+    vocab_size: PositiveInt = Field(
+        default=8000, description="word pieces of a tokenizer that is built"
+    )
+    max_tokens: int = Field(
+        default=40, ge=4, description="the longest text, special tokens included"
+    )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -127,25 +163,45 @@ class ModelPart(Config):
 class TrainingPart(Config):
     """How the phases are trained. `blind_twin` trains the fine-tuned model again without images."""
 
-    pretrain: TrainingConfig | None = None  # null: fine-tune from `model.initial` or from nothing
-    finetune: TrainingConfig
-    blind_twin: bool = True
-    seed: int = Field(default=0, ge=0)
+    pretrain: TrainingConfig | None = Field(
+        default=None,
+        description="the phase on `objectives`; null: fine-tune from `model.initial` or from "
+        "nothing",
+    )
+    finetune: TrainingConfig = Field(description="the phase on `benchmarks`")
+    blind_twin: bool = Field(
+        default=True,
+        description="whether the fine-tuned model is trained again without images, to tell what "
+        "they are worth",
+    )
+    seed: int = Field(default=0, ge=0, description="of weights, order, masking and dropout")
 
 
 class Recipe(Config):
     """One run, from source files to a report."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
-    run: str  # the folder or URL of results
-    dataset: DatasetPart
-    features: FeaturesPart
-    model: ModelPart
-    objectives: ObjectivesConfig | None = None  # of pretraining
-    training: TrainingPart
-    benchmarks: BenchmarksConfig  # what is fine-tuned for and evaluated
-    trackers: TrackersConfig = TrackersConfig()  # what is told of each line that training logs
-    cluster: ClusterConfig = ClusterConfig()
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$",
+        description="the run's name, in its report and in trackers",
+    )
+    run: str = Field(description="the folder or URL of results")
+    dataset: DatasetPart = Field(description="where samples come from, and where they are kept")
+    features: FeaturesPart = Field(description="what the model sees of an image")
+    model: ModelPart = Field(description="the network and the words it reads")
+    objectives: ObjectivesConfig | None = Field(
+        default=None, description="what pretraining trains on; null: there is no pretraining"
+    )
+    training: TrainingPart = Field(description="how the phases are trained")
+    benchmarks: BenchmarksConfig = Field(
+        description="what is fine-tuned for and evaluated: those that are given, `vqa: {}` "
+        "being one"
+    )
+    trackers: TrackersConfig = Field(
+        default=TrackersConfig(),
+        description="what is told of each line that training logs: those that are given, "
+        "`tensorboard: {}` being one",
+    )
+    cluster: ClusterConfig = Field(default=ClusterConfig(), description="where training runs")
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:

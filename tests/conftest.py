@@ -22,13 +22,16 @@ import s3fs
 from pipeline.cluster import ClusterConfig, start_ray
 from tests.ray_head import RayHead
 
-pytest_plugins = ["tests.processes"]
+pytest_plugins = ["tests.order", "tests.processes"]
 
 _home = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_home] = os.environ["HOME"] = tempfile.mkdtemp(prefix="sightline-home-")
+    config.stash[_home] = home = tempfile.mkdtemp(prefix="sightline-home-")
+    os.environ["HOME"] = home
+    if not hasattr(config, "workerinput"):  # the processes of pytest-xdist compile what they share
+        os.environ["TORCH_EXTENSIONS_DIR"] = f"{home}/torch_extensions"
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -45,6 +48,14 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def photographs() -> list[Path]:
+    """The pictures drawn for tests, and real photographs where there are some."""
+    tests = Path(__file__).resolve().parent
+    real = tests.parents[1] / "shared" / "data" / "coco" / "val2017"
+    return [*sorted((tests / "pictures").glob("*.jpg")), *sorted(real.glob("*.jpg"))]
+
+
+@pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """A real local Ray with two CPUs, shared by the tests of a session."""
     import ray
@@ -56,7 +67,7 @@ def ray_local() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # an idle Ray takes a tenth of a processor
 def plain_head() -> Iterator[RayHead]:
     """A cluster that anybody on this machine may join."""
     head = RayHead(token=False)
@@ -66,7 +77,7 @@ def plain_head() -> Iterator[RayHead]:
         head.kill()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def token_head() -> Iterator[RayHead]:
     """A cluster that wants a token."""
     head = RayHead(token=True)

@@ -20,18 +20,29 @@ Size = Annotated[int, Field(gt=0)]
 class ModelConfig(Config):
     """The sizes that every family has; the defaults are BERT-base with 2048-d regions."""
 
-    vocab_size: Size = 30522
-    width: Size = 768
-    num_heads: Size = 12
-    intermediate_size: Size = 3072
-    feature_dim: Size = 2048  # of one region, as its extractor's card says
-    max_positions: Size = 512  # the longest text, in tokens
-    type_vocab_size: Size = 2
-    dropout: float = Field(0.1, ge=0, lt=1)
-    # Standard deviation of new weights. BERT's suits a width of 768; narrow models learn sooner
-    # from about 1 / sqrt(width).
-    initializer_range: float = Field(0.02, gt=0)
-    num_answers: int = Field(0, ge=0)  # 0: no answer head
+    vocab_size: Size = Field(default=30522, description="word pieces of the tokenizer")
+    width: Size = Field(default=768, description="values of a token's state")
+    num_heads: Size = Field(default=12, description="attention heads of a layer")
+    intermediate_size: Size = Field(
+        default=3072, description="width of a layer's feed-forward part"
+    )
+    feature_dim: Size = Field(
+        default=2048, description="values of one region, as its extractor's card says"
+    )
+    max_positions: Size = Field(default=512, description="the longest text, in tokens")
+    type_vocab_size: Size = Field(default=2, description="segments that a token may belong to")
+    dropout: float = Field(
+        default=0.1, ge=0, lt=1, description="of states and attention, in training"
+    )
+    initializer_range: float = Field(
+        default=0.02,
+        gt=0,
+        description="standard deviation of new weights; BERT's suits a width of 768, narrow "
+        "models learn sooner from about 1 / sqrt(width)",
+    )
+    num_answers: int = Field(
+        default=0, ge=0, description="answers of the answer head; 0: there is none"
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ModelConfig":

@@ -23,8 +23,15 @@ class VisualBertConfig(SingleStreamConfig):
     are refused with another.
     """
 
-    visual_token_type: int = Field(1, ge=0)
-    position_fourier: int = Field(0, ge=0, multiple_of=8)  # box features beside each region's own
+    visual_token_type: int = Field(
+        default=1,
+        ge=0,
+        description="the segment that regions belong to: transformers passes 1, the original "
+        "code and its checkpoints have 0",
+    )
+    position_fourier: int = Field(
+        default=0, ge=0, multiple_of=8, description="box features beside each region's own; 0: none"
+    )
 
     @model_validator(mode="after")
     def _segment_exists(self) -> "VisualBertConfig":

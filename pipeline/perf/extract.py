@@ -29,6 +29,7 @@ from pipeline.cluster import ClusterConfig, start_ray
 from pipeline.config import Config
 from pipeline.data.ingest.ingest import IngestConfig, ingest
 from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.read.extractor_card import StorageLoss
 from pipeline.data.sample import Texts, safe_key
 from pipeline.data.sources.base import Record, fingerprint
 from pipeline.data.tars.shard_files import ShardFiles, default_cache
@@ -38,10 +39,10 @@ from pipeline.perf.result import Comparison, Result
 from pipeline.vision.compress.packing import compare_storage
 from pipeline.vision.compress.pca import fit
 from pipeline.vision.extract import ExtractConfig, extract, plan_sidecars
+from pipeline.vision.extractor import Extractor, measure_invariance
 from pipeline.vision.extractors.arithmetic import exact_arithmetic
 from pipeline.vision.extractors.detection.regions import RegionsConfig
 from pipeline.vision.extractors.grid import GridConfig
-from pipeline.vision.feature import Extractor, measure_invariance
 from pipeline.vision.preprocess.image import IMAGENET_MEAN, IMAGENET_STD, Prepared
 from pipeline.vision.sidecar import shard_images, write_sidecar
 
@@ -177,12 +178,12 @@ def loaded_network(config: ExtractBenchConfig, url: str, device: torch.device) -
         f"(target {SHARE_TARGET}); decoding takes {1000 * cpu[DECODED] / count:.1f} ms of CPU an "
         f"image, the network {1000 * cpu[BARE] / count:.1f}, packing and moving "
         f"{1000 * max(0.0, cpu[PREPARED] - cpu[BARE]) / count:.1f}",
-        f"batch invariance: a feature moves by at most {invariance['largest_difference']:.1e} of "
-        f"its size with its batch ({invariance['images']} images; {invariance['tolerance']:g} is "
+        f"batch invariance: a feature moves by at most {invariance.largest_difference:.1e} of "
+        f"its size with its batch ({invariance.images} images; {invariance.tolerance:g} is "
         "refused)",
         *(
-            f"stored as {form}: {error['bytes_per_image']:,} bytes an image, relative RMS error "
-            f"{error['relative_rms']:.5f}, cosine {error['cosine']:.6f}"
+            f"stored as {form}: {error.bytes_per_image:,} bytes an image, relative RMS error "
+            f"{error.relative_rms:.5f}, cosine {error.cosine:.6f}"
             for form, error in stored.items()
         ),
     ]
@@ -194,11 +195,11 @@ def loaded_network(config: ExtractBenchConfig, url: str, device: torch.device) -
         figures={
             "share_of_forward": share,
             "share_of_forward_cpu": cpu_share,
-            "batch_invariance": invariance["largest_difference"],
+            "batch_invariance": invariance.largest_difference,
             "decode_cpu_seconds": cpu[DECODED] / count,
             "forward_cpu_seconds": cpu[BARE] / count,
             **{
-                f"{form}: {name}": error[name]
+                f"{form}: {name}": getattr(error, name)
                 for form, error in stored.items()
                 for name in ("bytes_per_image", "relative_rms", "cosine")
             },
@@ -391,7 +392,7 @@ class CpuMeter:
 
 def _storage_forms(
     exact: Extractor, batches: Sequence[Sequence[Prepared]], pca_dims: int | None
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, StorageLoss]:
     """Returns size and error of every form of storage; PCA is fitted to the other batches.
 
     Without PCA if they have no more vectors, or values, than dimensions are asked for.
@@ -399,7 +400,7 @@ def _storage_forms(
     measured, *rest = batches
     values = [feature.values for batch in rest for feature in exact.extract(batch)]
     projections = {}
-    if pca_dims is not None and pca_dims < min(sum(map(len, values)), exact.card()["dim"]):
+    if pca_dims is not None and pca_dims < min(sum(map(len, values)), exact.card().dim):
         projections[f"PCA {pca_dims}"], _ = fit(values, pca_dims)
     return compare_storage(exact.extract(measured[:MEASURED_IMAGES]), projections)
 

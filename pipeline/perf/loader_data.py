@@ -1,7 +1,6 @@
 """Made-up datasets, as ingest and extract leave them, for a loader to read."""
 
 import io
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,13 +12,14 @@ import simplejpeg
 from pipeline import storage
 from pipeline.data.manifest.manifest import FEATURES, LIVE, SAMPLES, Manifest
 from pipeline.data.read.dataset import Dataset, Split
+from pipeline.data.read.extractor_card import ExtractorCard, write_card
 from pipeline.data.read.images import LiveConfig
 from pipeline.data.sample import Sample, Texts
 from pipeline.data.tars.shard import ShardWriter
 from pipeline.errors import ConfigError
 
 SPLIT = "train"
-EXTRACTOR = "grid-bench"
+EXTRACTOR = "grid-bench"  # as a card of this type and identity is called
 GRID = 6, 6  # 36 regions a picture, as detectors give
 SAMPLES_PER_SHARD = 256
 PHOTOGRAPH = 480, 640  # height and width, as most of COCO's have
@@ -31,8 +31,10 @@ def feature_split(folder: str, num_samples: int, dim: int) -> Split:
     """Writes samples with a caption and GRID features of `dim` float16 values; opens them."""
     random = np.random.default_rng(0)
     values = random.standard_normal((GRID[0] * GRID[1], dim)).astype(np.float16)
-    card = storage.join(folder, "features", EXTRACTOR, "card.json")
-    storage.write_bytes(card, json.dumps({"grid": GRID}).encode())
+    card = ExtractorCard(
+        type="grid", identity="bench", config={}, weights=None, dim=dim, grid=GRID, boxes="grid"
+    )
+    write_card(folder, card)
     for numbers in _shards(num_samples):
         shard = _write_shard(folder, numbers, [b""] * len(numbers))
         rows = []

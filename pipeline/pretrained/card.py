@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 
 from pipeline import __version__
+from pipeline.data.read.extractor_card import ExtractorCard
+from pipeline.pretrained.files import extractor_of
 from pipeline.vision.extractors.live import backbone_config
 
 # transformers' classes for the families that it has, by `model_type`
@@ -31,6 +34,10 @@ class ModelCard:
     metrics: Mapping[str, float] = field(default_factory=dict)  # on the held-out split
     environment: Mapping[str, Any] = field(default_factory=dict)  # of RUN/environment.json
     recipe: str = ""  # YAML; empty if the run has left none
+
+    @cached_property
+    def _extractor(self) -> ExtractorCard | None:
+        return extractor_of(self.made)
 
     def page(self) -> str:
         """Returns Markdown with the front matter that the Hugging Face hub reads."""
@@ -86,7 +93,7 @@ class ModelCard:
                 "`sightline.json` describes it. With `position_fourier` in `config.json`, each "
                 "region's features end in that many sines and cosines of its box."
             )
-        if backbone_config(self.made.get("extractor") or {}):
+        if backbone_config(self._extractor):
             lines.append(
                 "It sees with a network that was trained with it: `backbone.safetensors` holds "
                 "that network's weights under torchvision's names."
@@ -106,15 +113,15 @@ class ModelCard:
         return {name: value for name, value in self.metrics.items() if name.count("/") == 1}
 
     def _data(self) -> dict[str, Any]:
-        extractor = self.made.get("extractor") or {}
+        extractor = self._extractor
         data = self.made["data"]
         return {
             "dataset": self._dataset(),
             "version of its manifest": data["version"],
             "trained on split": data["split"],
             "visual features": data["features"] or "none",
-            "identity of the extractor": extractor.get("identity", "none"),
-            "image regions": f"{extractor['dim']} numbers each" if "dim" in extractor else "none",
+            "identity of the extractor": extractor.identity if extractor else "none",
+            "image regions": f"{extractor.dim} numbers each" if extractor else "none",
         }
 
     def _settings(self) -> dict[str, Any]:
@@ -163,8 +170,8 @@ class ModelCard:
             limits.append(
                 f"It answers with one of {self.num_answers:,} answers, those of its training data."
             )
-        weights = (self.made.get("extractor") or {}).get("weights")
-        if isinstance(weights, Mapping) and weights.get("random"):
+        weights = self._extractor and self._extractor.weights
+        if weights and weights.random:
             limits.append("Its extractor has random weights: the features mean little.")
         if self.made["step"] < self._training("steps"):
             limits.append(

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.errors import ModelError, StorageError
+from pipeline.data.read.extractor_card import ExtractorCard
+from pipeline.errors import FeatureError, ModelError, StorageError
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -86,6 +87,20 @@ _FIELDS: dict[str, tuple[Any, str]] = {
     "data": (dict, "the dataset it was trained on"),
     "extractor": (dict | None, "the card of an extractor"),
 }
+
+
+def extractor_of(made: Mapping[str, Any]) -> ExtractorCard | None:
+    """Returns the card of what a model sees by, of what `sightline.json` records.
+
+    None if it does not say. Raises ModelError for something else.
+    """
+    document = made.get("extractor")
+    if not document:
+        return None
+    try:
+        return ExtractorCard.parse(document, f"{OWN}: extractor")
+    except FeatureError as error:
+        raise ModelError(str(error)) from error
 
 
 def read_json(location: str) -> dict[str, Any]:

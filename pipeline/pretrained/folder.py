@@ -19,8 +19,9 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from pipeline import __version__, storage
+from pipeline.data.read.extractor_card import ExtractorCard
 from pipeline.data.text.vocabulary import load_tokenizer
-from pipeline.errors import ConfigError, ModelError, StorageError
+from pipeline.errors import ConfigError, FeatureError, ModelError, StorageError
 from pipeline.models import families
 from pipeline.models.base import ModelConfig, VisionLanguageModel
 from pipeline.models.generation import Decoding
@@ -31,6 +32,7 @@ from pipeline.pretrained.files import (
     CONFIG,
     OWN,
     WEIGHTS,
+    extractor_of,
     is_model,
     is_original,
     read_json,
@@ -137,7 +139,8 @@ def load_model(folder: str) -> ModelFolder:
     try:
         families.check_document(document)
         require_unchanged(folder, card)
-        backbone = _backbone(folder, card)
+        extractor = extractor_of(card)
+        backbone = _backbone(folder, extractor)
     except ModelError as error:
         raise ModelError(_placed(folder, error)) from error
     try:
@@ -146,11 +149,10 @@ def load_model(folder: str) -> ModelFolder:
         raise ModelError(
             f"{folder}: {CONFIG} or {WEIGHTS} is not of this model: {error}"
         ) from error
-    seen = (card.get("extractor") or {}).get("dim", model.config.feature_dim)
-    if seen != model.config.feature_dim:
+    if extractor is not None and extractor.dim != model.config.feature_dim:
         raise ModelError(
             f"{folder}: {CONFIG} describes a model of features with {model.config.feature_dim} "
-            f"values, and the extractor of {OWN} gives {seen!r}"
+            f"values, and the extractor of {OWN} gives {extractor.dim}"
         )
     try:
         tokenizer = load_tokenizer(folder)
@@ -220,13 +222,12 @@ def require_same_words(tokenizer: str, location: str) -> None:
         )
 
 
-def _backbone(folder: str, card: Mapping[str, Any]) -> nn.Module | None:
+def _backbone(folder: str, extractor: ExtractorCard | None) -> nn.Module | None:
     """Returns the network that a model sees with, if it has one of its own."""
     try:
-        network = backbone_config(card.get("extractor") or {})
-    except (KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{OWN}: extractor: not the card of an extractor: {reason}") from error
+        network = backbone_config(extractor)
+    except FeatureError as error:
+        raise ModelError(f"{OWN}: extractor: {error}") from error
     if network is None:
         return None
     weights = storage.join(folder, BACKBONE_WEIGHTS)

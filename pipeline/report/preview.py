@@ -1,6 +1,5 @@
 """The preview of a dataset: samples with everything that people wrote about them."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.read.dataset import Dataset, FeatureBatch, Split
+from pipeline.data.read.extractor_card import ExtractorCard, card_location, read_card
 from pipeline.data.sample import Texts
 from pipeline.errors import FeatureError
 from pipeline.report.colours import colour_layer, principal_colours
@@ -20,7 +20,9 @@ from pipeline.report.detections import Found, found
 from pipeline.report.heat import Heat, heat
 from pipeline.report.page import render
 from pipeline.report.picture import Picture, picture, shared_ratio, shrink, still
-from pipeline.vision.preprocess.video import FramesConfig, has_frames, read_frames
+from pipeline.vision.extractors.network import NetworkConfig
+from pipeline.vision.extractors.registry import settings_of
+from pipeline.vision.preprocess.video import has_frames, read_frames
 from pipeline.vision.preprocess.window import Window
 
 REJECTS_PER_REASON = 5  # keys named as examples
@@ -80,15 +82,14 @@ def write_preview(dataset: str, location: str, limit: int, features: str | None 
     features.
     """
     opened = Dataset.open(dataset)
-    card = _card(dataset, features) if features else {"grid": None}
-    shape = card["grid"] or card.get("frame_grid")
-    grid = (int(shape[0]), int(shape[1])) if shape else None
+    card = _card(dataset, features) if features else None
+    grid = (card.grid or card.frame_grid) if card else None
     splits = [opened.split(name, features) for name in opened.splits()]
     counts = [_counts(split) for split in splits]
     samples = [
         sample
         for split in splits
-        for sample in _shown(split, max(1, limit // len(splits)), card if features else None, grid)
+        for sample in _shown(split, max(1, limit // len(splits)), card, grid)
     ]
     page = render(
         "preview.html",
@@ -120,10 +121,10 @@ def norms(batch: FeatureBatch, index: int) -> NDArray[np.float32]:
 
 
 def _shown(
-    split: Split, limit: int, card: Mapping[str, Any] | None, grid: tuple[int, int] | None
+    split: Split, limit: int, card: ExtractorCard | None, grid: tuple[int, int] | None
 ) -> Iterator[Shown]:
     rows = spread(split.num_samples, limit).tolist()
-    stills = [_still(split.image(row), card or {}) for row in rows]
+    stills = [_still(split.image(row), card) for row in rows]
     seen = [_seen(split, *pair) for pair in zip(rows, stills, strict=True)] if card else []
     colours = _colours([each.batch for each in seen], grid) if grid else [None] * len(rows)
     for number, (row, shown) in enumerate(zip(rows, stills, strict=True)):
@@ -136,7 +137,7 @@ def _shown(
             bright = norms(batch, 0) if batch.scores is None else batch.scores[0, :count]
             drawn = heat(bright[None], boxes, grid) if count else None
             ratio = shown.picture.width / shown.picture.height
-            layers = found(batch, 0, card.get("class_names"), seen[number].masks, ratio)
+            layers = found(batch, 0, card.class_names, seen[number].masks, ratio)
         yield Shown(
             key=str(split.keys[row]),
             split=split.name,
@@ -170,13 +171,15 @@ class Seen:
     seconds: tuple[float, ...]  # of all frames of a video
 
 
-def _still(image: bytes, card: Mapping[str, Any]) -> Still:
+def _still(image: bytes, card: ExtractorCard | None) -> Still:
     """Returns the picture, or the middle one of the frames that a card's rule takes."""
-    rule = card.get("selection", {}).get("frames")
-    stated = card.get("config", {}).get("window")
-    window = Window.model_validate(stated) if isinstance(stated, dict) else None
+    settings = settings_of(card) if card else None
+    rule, window = None, None
+    if isinstance(settings, NetworkConfig):
+        rule = settings.frames
+        window = settings.window if isinstance(settings.window, Window) else None
     if rule and has_frames(image):
-        frames = read_frames(image, FramesConfig.model_validate(rule), window or "stored")
+        frames = read_frames(image, rule, window or "stored")
         return Still(picture(shrink(frames[len(frames) // 2][1])), len(frames) // 2)
     return Still(picture(shrink(still(image, window or "stored"))))
 
@@ -248,12 +251,12 @@ def _rejects(manifest: Manifest) -> list[RejectReason]:
     ]
 
 
-def _card(dataset: str, features: str) -> dict[str, Any]:
-    location = storage.join(dataset, "features", features, "card.json")
-    if not storage.exists(location):
+def _card(dataset: str, features: str) -> ExtractorCard:
+    card = read_card(dataset, features)
+    if card is None:
         known = storage.list_names(storage.join(dataset, "features"))
         raise FeatureError(
-            f"{location}: no such features; this dataset has {', '.join(known) or 'none'}"
+            f"{card_location(dataset, features)}: no such features; this dataset has "
+            f"{', '.join(known) or 'none'}"
         )
-    card: dict[str, Any] = json.loads(storage.read_bytes(location))
     return card

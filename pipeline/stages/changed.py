@@ -8,14 +8,15 @@ start anew with the old folder moved aside (`--restart`).
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import storage
+from pipeline.data.read.extractor_card import ExtractorCard
 from pipeline.errors import CheckpointError, ConfigError, TrainingError
-from pipeline.pretrained.files import is_model
+from pipeline.pretrained.files import extractor_of, is_model
 from pipeline.training.assembly import MODEL
 from pipeline.training.checkpoints import checkpoint
 from pipeline.training.continuation import Difference, differences, fixed
@@ -105,7 +106,7 @@ def refuse(
     changed: Sequence[Difference],
     on_change: OnChange,
     run: str,
-    extractor: Mapping[str, Any] | None = None,
+    extractor: ExtractorCard | None = None,
 ) -> None:
     """Raises ConfigError, saying what leads on, unless the command says what is wanted.
 
@@ -174,14 +175,16 @@ def _why_not_on(begun: Begun, changed: Sequence[Difference]) -> str | None:
     return None
 
 
-def _is_of_release(
-    begun: Begun, changed: Sequence[Difference], extractor: Mapping[str, Any]
-) -> bool:
+def _is_of_release(begun: Begun, changed: Sequence[Difference], extractor: ExtractorCard) -> bool:
     """Whether features differ by nothing that anybody has set."""
-    then = begun.spec.card.get("extractor") or {}
-    same = ("type", "config", "weights", "dim")
-    return any(one.key == _EXTRACTOR for one in changed) and all(
-        key in then and then[key] == extractor[key] for key in same
+    then = extractor_of(begun.spec.card)
+    return (
+        any(one.key == _EXTRACTOR for one in changed)
+        and then is not None
+        and (
+            (then.type, then.config, then.weights, then.dim)
+            == (extractor.type, extractor.config, extractor.weights, extractor.dim)
+        )
     )
 
 

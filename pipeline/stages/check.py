@@ -242,7 +242,7 @@ def _phases_without_data(recipe: Recipe, machine: Machine, unknown: list[str]) -
     given, vqa = recipe.model.tokenizer, recipe.benchmarks.vqa
     sizes = recipe.model.config(
         vocab_size=len(load_tokenizer(given)) if given else recipe.model.vocab_size,
-        feature_dim=card["dim"],
+        feature_dim=card.dim,
         num_answers=vqa.max_answers if vqa else 0,
     )
     trainings = {"pretrain": recipe.training.pretrain, "finetune": recipe.training.finetune}

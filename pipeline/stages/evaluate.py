@@ -12,7 +12,7 @@ from pipeline.benchmarks.base import Benchmark, Evaluation, ResultRow, results_j
 from pipeline.data.load.loader import Batch
 from pipeline.data.sample import Texts
 from pipeline.errors import ConfigError, StageError
-from pipeline.pretrained.files import is_model, read_own
+from pipeline.pretrained.files import extractor_of, is_model, read_own
 from pipeline.pretrained.folder import ModelFolder, load_model, save_decoding
 from pipeline.recipe import Recipe
 from pipeline.report.examples import (
@@ -26,7 +26,6 @@ from pipeline.report.picture import thumbnail
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, once
 from pipeline.stages.train import DataInputs
-from pipeline.vision.feature import extractor_name
 
 EVALUATE_VERSION = 1
 BATCH_SIZE = 64
@@ -135,11 +134,16 @@ def _require_same_features(
 
     Those of another release, made by the same settings, are told of.
     """
-    then, now = card.get("extractor") or {}, inputs.extractor
-    if "identity" not in then or then["identity"] == now["identity"]:
+    then, now = extractor_of(card), inputs.extractor
+    if then is None or then.identity == now.identity:
         return
-    other = extractor_name(then["type"], then["identity"])
-    if any(then.get(key) != now.get(key) for key in ("type", "config", "weights", "live")):
+    other = then.name
+    if (then.type, then.config, then.weights, then.live) != (
+        now.type,
+        now.config,
+        now.weights,
+        now.live,
+    ):
         raise ConfigError(
             f"features.extractor: {folder} was trained on features of {other}, and the recipe's "
             f"are of {inputs.name}; set it as it was, or run `sightline finetune`"

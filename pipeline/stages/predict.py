@@ -11,16 +11,17 @@ from pipeline.benchmarks.caption import CaptionConfig
 from pipeline.benchmarks.vqa import VqaConfig
 from pipeline.data.load.loader import Batch
 from pipeline.data.media.image_check import BadImageError
+from pipeline.data.read.extractor_card import ExtractorCard
 from pipeline.data.read.features import FeatureBatch, grid_boxes
 from pipeline.data.read.images import live_features
 from pipeline.data.sample import Question, Texts
 from pipeline.data.text.picture_range import PictureRange
 from pipeline.errors import ConfigError, FeatureError, ModelError
 from pipeline.models.generation import Decoding
-from pipeline.pretrained.files import OWN, is_model
+from pipeline.pretrained.files import OWN, extractor_of, is_model
 from pipeline.pretrained.folder import ModelFolder, load_model
-from pipeline.vision.extractors.extractor import from_card
 from pipeline.vision.extractors.live import live_config
+from pipeline.vision.extractors.registry import from_card, settings_of
 
 NUM_ANSWERS = 5
 
@@ -178,24 +179,37 @@ def _batch(features: FeatureBatch, question: str) -> Batch:
 
 def _features(card: Mapping[str, Any], place: str, image: str, payload: bytes) -> FeatureBatch:
     """Makes of an image what a model was trained on, as its extractor's card says."""
+    extractor = _extractor(card, place)
     try:
-        return _extracted(card["extractor"], payload)
+        return _extracted(extractor, payload)
     except BadImageError as error:
         raise FeatureError(f"{image}: {error}") from error
     except FeatureError as error:
         raise FeatureError(f"{image}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-        raise ModelError(f"{place}: extractor: not the card of an extractor: {reason}") from error
 
 
-def _extracted(card: Mapping[str, Any], image: bytes) -> FeatureBatch:
+def _extractor(card: Mapping[str, Any], place: str) -> ExtractorCard:
+    """Returns the card of what a model sees by; ModelError if it says none that can be built."""
+    extractor = extractor_of(card)
+    if extractor is None:
+        raise ModelError(f"{place}: extractor: the card of an extractor is missing")
+    try:
+        settings_of(extractor)
+    except FeatureError as error:
+        raise ModelError(f"{place}: extractor: {error}") from error
+    return extractor
+
+
+def _extracted(card: ExtractorCard, image: bytes) -> FeatureBatch:
     live = live_config(card)
     if live is not None:
         return live_features(image, live)
     extractor = from_card(card)
     (feature,) = extractor.extract([extractor.prepare(image)])
-    boxes = grid_boxes(*card["grid"]) if feature.boxes is None else feature.boxes
+    boxes = feature.boxes
+    if boxes is None:
+        assert card.grid is not None
+        boxes = grid_boxes(*card.grid)
     return FeatureBatch(
         values=feature.values[None],
         boxes=boxes[None],

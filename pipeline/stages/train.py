@@ -6,12 +6,13 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.data.read.dataset import Dataset, Split
+from pipeline.data.read.extractor_card import ExtractorCard
 from pipeline.data.read.images import LiveConfig
 from pipeline.data.text.picture_range import PictureRange
 from pipeline.data.text.vocabulary import build_tokenizer, load_tokenizer, save_tokenizer
 from pipeline.errors import ConfigError, PipelineError, StageError, StoppedError
 from pipeline.objectives.objective import ObjectivesConfig
-from pipeline.pretrained.files import OWN, digest, is_model, read_own
+from pipeline.pretrained.files import OWN, digest, extractor_of, is_model, read_own
 from pipeline.pretrained.folder import require_same_words
 from pipeline.recipe import MixedInPart, Recipe
 from pipeline.stages.changed import Begun, OnChange, aside, make_way, refuse
@@ -25,7 +26,6 @@ from pipeline.training.spec import MixedIn, TrainingResult, TrainingSpec
 from pipeline.training.tracking.metrics_log import STRETCH
 from pipeline.training.tracking.trackers import tracking
 from pipeline.vision.extractors.live import backbone_config, live_config
-from pipeline.vision.feature import extractor_name
 
 REFUSE = OnChange()
 DATA = "dataset"  # the part of the recipe that says what there is to learn from
@@ -39,7 +39,7 @@ class DataInputs:
     """
 
     dataset: Dataset
-    extractor: dict[str, Any]  # its card
+    extractor: ExtractorCard
     mixed_in: tuple[tuple[Dataset, MixedInPart], ...] = ()
     passed_over: dict[str, int] = field(default_factory=dict)  # by split: samples without features
 
@@ -82,13 +82,12 @@ class DataInputs:
     @property
     def name(self) -> str:
         """What made the features, in a word."""
-        return extractor_name(self.extractor["type"], self.extractor["identity"])
+        return self.extractor.name
 
     @property
     def grid(self) -> tuple[int, int] | None:
         """Rows and columns, if the regions are a grid's cells."""
-        grid = self.extractor["grid"]
-        return (grid[0], grid[1]) if grid else None
+        return self.extractor.grid
 
     def split(self, name: str) -> Split:
         """Opens a split whose pictures are seen as they are, without augmentation."""
@@ -429,7 +428,7 @@ def phase_spec(
         pictures = PictureRange.of(inputs.split(recipe.dataset.train_split)).to_json()
     config = recipe.model.config(
         vocab_size=len(load_tokenizer(tokenizer)),
-        feature_dim=inputs.extractor["dim"],
+        feature_dim=inputs.extractor.dim,
         num_answers=len(answers),
     )
     return TrainingSpec(
@@ -468,7 +467,7 @@ def phase_spec(
                 "split": recipe.dataset.train_split,
                 "features": inputs.name,
             },
-            "extractor": inputs.extractor,
+            "extractor": inputs.extractor.plain(),
             "objectives": objectives.settings(),
             "training": training.model_dump(mode="json"),
             "seed": recipe.training.seed,
@@ -598,7 +597,7 @@ def _pretrained(recipe: Recipe) -> str:
 def _teachers(locations: Mapping[str, str]) -> dict[str, str]:
     """Returns what is in each model that is learned from; ConfigError for one with a backbone."""
     for key, place in locations.items():
-        if backbone_config(read_own(place).get("extractor") or {}):
+        if backbone_config(extractor_of(read_own(place))):
             raise ConfigError(
                 f"{key}: {place} sees with a backbone of its own, and a teacher is given features; "
                 "choose one that was trained on stored features or on pixels"

@@ -10,7 +10,6 @@ counted, and left alone until it is another image. Splits opened with these feat
 
 import contextlib
 import functools
-import json
 import math
 import sys
 import time
@@ -26,14 +25,21 @@ from pydantic import Field
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.read.extractor_card import (
+    ExtractionEnvironment,
+    ExtractorCard,
+    card_location,
+    read_card,
+    write_card,
+)
 from pipeline.data.tars.foreign_tar import ForeignTar
 from pipeline.data.tars.shard_files import ShardFiles, default_cache
 from pipeline.errors import ClusterError, ConfigError, FeatureError, PipelineError, RejectError
 from pipeline.resources import Waiting, require_cluster, wait
 from pipeline.vision.compress.packing import measure_packing
-from pipeline.vision.extractors.extractor import AnyExtractor, from_card
+from pipeline.vision.extractor import Extractor, measure_invariance
 from pipeline.vision.extractors.network import NetworkConfig, fit_if_absent
-from pipeline.vision.feature import Extractor, measure_invariance
+from pipeline.vision.extractors.registry import AnyExtractor, from_card
 from pipeline.vision.sidecar import Sidecar, SidecarPlan, prepared_images, write_sidecar
 
 COMMIT_SECONDS = 1.0  # the most work a kill can cost beyond the shards in flight
@@ -45,12 +51,23 @@ SHARD_RETRIES = 3  # for a lost actor or node; an error is not retried
 class ExtractConfig(Config):
     """The pool of actors that computes features."""
 
-    actors: int = Field(default=1, ge=0)  # 0: in this process, without Ray
-    cpus_per_actor: float = Field(default=1, gt=0)
-    gpus_per_actor: float = Field(default=0, ge=0)  # 0.25: four actors share a GPU; 0: CPU only
-    batch_size: int = Field(default=32, ge=1)  # images the network takes at once
-    # Stops the run when no feature can be made of more of the live samples than this.
-    max_reject_fraction: float = Field(default=0.01, ge=0, le=1)
+    actors: int = Field(
+        default=1, ge=0, description="actors that compute features; 0: in this process, without Ray"
+    )
+    cpus_per_actor: float = Field(
+        default=1, gt=0, description="CPUs that an actor asks the cluster for"
+    )
+    gpus_per_actor: float = Field(
+        default=0, ge=0, description="0.25: four actors share a GPU; 0: CPU only"
+    )
+    batch_size: int = Field(default=32, ge=1, description="images the network takes at once")
+    max_reject_fraction: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="stops the run when no feature can be made of more of the live samples than "
+        "this",
+    )
 
     def device(self) -> str:
         """Where the network computes."""
@@ -76,7 +93,7 @@ class ExtractReport:
     """What a run did, and what it leaves."""
 
     extractor: str  # the folder under features/, by which a split is opened with them
-    card: dict[str, Any]
+    card: ExtractorCard
     num_shards: int  # computed by this run
     num_images: int  # looked at by this run, rejects included
     num_unchanged: int  # live samples that had their features, or were rejects, before
@@ -130,7 +147,7 @@ def extract(
     listed_at = time.monotonic()
     try:
         for result in work:
-            if isinstance(result, Environment):
+            if isinstance(result, ExtractionEnvironment):
                 card.add(result)
                 continue
             unlisted.append(result.rows)
@@ -178,13 +195,6 @@ def plan_sidecars(manifest: Manifest, extractor: str) -> tuple[list[SidecarPlan]
     return plans, samples.num_rows - missing.num_rows
 
 
-@dataclass(frozen=True)
-class Environment:
-    """Device and library versions of a process that computes, as the card lists them."""
-
-    entry: dict[str, Any]
-
-
 class _Card:
     """`card.json`, written before any feature is listed.
 
@@ -193,47 +203,45 @@ class _Card:
     """
 
     def __init__(self, url: str, extractor: Extractor) -> None:
-        self._location = storage.join(url, "features", extractor.name, "card.json")
-        self.known = extractor.card() | {"environments": []}
-        if storage.exists(self._location):
-            found = json.loads(storage.read_bytes(self._location))
-            if found["identity"] != self.known["identity"]:
-                raise FeatureError(
-                    f"{self._location}: is of identity {found['identity']}, not "
-                    f"{self.known['identity']}, although both are named alike; move it away"
-                )
-            self.known = found
+        self._url = url
+        found = read_card(url, extractor.name)
+        self.known = found or extractor.card().model_copy(update={"environments": ()})
+        now = extractor.card().identity
+        if self.known.identity != now:
+            raise FeatureError(
+                f"{card_location(url, extractor.name)}: is of identity {self.known.identity}, not "
+                f"{now}, although both are named alike; move it away"
+            )
 
-    def add(self, environment: Environment) -> None:
-        if environment.entry not in self.known["environments"]:
-            entries = [*self.known["environments"], environment.entry]
-            self.known = self.known | {"environments": entries}
-            document = json.dumps(self.known, indent=2).encode() + b"\n"
-            storage.write_bytes(self._location, document)
+    def add(self, environment: ExtractionEnvironment) -> None:
+        known = self.known.environments
+        if environment not in known:
+            self.known = self.known.model_copy(update={"environments": (*known, environment)})
+            write_card(self._url, self.known)
 
 
 def _environment(
-    extractor: Extractor, card: dict[str, Any], plans: Sequence[SidecarPlan], files: ShardFiles
-) -> Environment:
+    extractor: Extractor, card: ExtractorCard, plans: Sequence[SidecarPlan], files: ShardFiles
+) -> ExtractionEnvironment:
     """Returns the environment of this process, as the card has it or measured now."""
-    (entry,) = extractor.card()["environments"]
-    for known in card["environments"]:
-        if entry.items() <= known.items():
-            return Environment(known)
+    (here,) = extractor.card().environments
+    for known in card.environments:
+        if known.is_at(here):
+            return known
     prepared = prepared_images(extractor, plans, files, MEASURED_IMAGES)
     if not prepared:  # nothing to measure on: what there is to do will be listed as rejects
-        return Environment(entry)
+        return here
     exact = extractor.exact()
     measured = {
         "batch_invariance": measure_invariance(exact, prepared),
         "storage_error": measure_packing(exact.extract(prepared), extractor.extract(prepared)),
     }
-    return Environment(entry | measured)
+    return here.model_copy(update=measured)
 
 
 def _in_process(
-    extractor: Extractor, card: dict[str, Any], plans: Sequence[SidecarPlan], config: ExtractConfig
-) -> Iterator[Environment | Sidecar]:
+    extractor: Extractor, card: ExtractorCard, plans: Sequence[SidecarPlan], config: ExtractConfig
+) -> Iterator[ExtractionEnvironment | Sidecar]:
     files = ShardFiles(default_cache())
     with _torch_threads(config.threads()):
         if plans:
@@ -243,8 +251,8 @@ def _in_process(
 
 
 def _on_actors(
-    card: dict[str, Any], plans: Sequence[SidecarPlan], config: ExtractConfig
-) -> Iterator[Environment | Sidecar]:
+    card: ExtractorCard, plans: Sequence[SidecarPlan], config: ExtractConfig
+) -> Iterator[ExtractionEnvironment | Sidecar]:
     """Yields environments as actors start, and sidecars as they finish, one at a time on each.
 
     Actors that the cluster has no room for yet are given work when they come up.
@@ -287,7 +295,7 @@ def _on_actors(
 class _Worker:
     """The actor: an extractor, and the shards it is asked for one after the other."""
 
-    def __init__(self, card: dict[str, Any], config: ExtractConfig) -> None:
+    def __init__(self, card: ExtractorCard, config: ExtractConfig) -> None:
         self._card = card
         self._config = config
         self._files = ShardFiles(default_cache())
@@ -296,7 +304,7 @@ class _Worker:
     def _extractor(self) -> Extractor:  # not in __init__, whose errors Ray wraps up in a lost actor
         return from_card(self._card, _usable(self._config.device()))
 
-    def environment(self, plans: Sequence[SidecarPlan]) -> Environment:
+    def environment(self, plans: Sequence[SidecarPlan]) -> ExtractionEnvironment:
         extractor = self._extractor
         with _torch_threads(self._config.threads()):
             return _environment(extractor, self._card, plans, self._files)
@@ -307,12 +315,12 @@ class _Worker:
             return write_sidecar(extractor, plan, self._files, self._config.batch_size, threads)
 
 
-def _result(reference: Any, plan: SidecarPlan) -> Environment | Sidecar:
+def _result(reference: Any, plan: SidecarPlan) -> ExtractionEnvironment | Sidecar:
     """Returns what an actor returned; raises its error without Ray's traceback in its message."""
     import ray
 
     try:
-        result: Environment | Sidecar = ray.get(reference)
+        result: ExtractionEnvironment | Sidecar = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, PipelineError):
             raise error.cause from error

@@ -24,7 +24,8 @@ from pipeline.data.tars.shard import ShardWriter, list_members, read_member, sha
 from pipeline.data.tars.shard_files import ShardFiles
 from pipeline.errors import FeatureError, ShardError, UnusableImageError
 from pipeline.look_ahead import run_ahead
-from pipeline.vision.feature import Extractor, Feature, Mask
+from pipeline.vision.extractor import Extractor
+from pipeline.vision.feature import Feature, Mask
 from pipeline.vision.preprocess.image import Prepared
 
 BATCHES_AHEAD = 2  # decoded and waiting for the network, or computed and waiting to be written

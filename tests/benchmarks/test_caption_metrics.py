@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.benchmarks.caption_metrics import caption_scores, unavailable
 from pipeline.errors import MetricError
-from tests.benchmarks.excerpts import read_excerpt
+from tests.excerpts import read_excerpt
 
 OFFICIAL_NAMES = {
     "bleu1": "Bleu_1",

@@ -19,13 +19,14 @@ from tests.data.chaos import BUILDERS, NUM_IMAGES, damage
 from tests.data.sources.built import build
 
 SEED = os.environ.get("SIGHTLINE_CHAOS_SEED", "0")
-SECONDS = float(os.environ.get("SIGHTLINE_CHAOS_SECONDS", "90")) / len(BUILDERS)
+SECONDS = float(os.environ.get("SIGHTLINE_CHAOS_SECONDS", "39")) / len(BUILDERS)
 MAX_ROUNDS = 40
 MAX_GROWTH_KIB = 256 * 1024
 
 CONFIG = IngestConfig(shards_in_flight=0, samples_per_shard=4, max_reject_fraction=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILDERS)
 def test_random_damage_is_refused_or_told_and_costs_what_it_touched(
     tmp_path: Path, name: str

@@ -1,7 +1,6 @@
 """Small real datasets, written by the project's own shard writer and manifest."""
 
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +12,7 @@ from pipeline import storage
 from pipeline.data.manifest.manifest import FEATURES, LIVE, SAMPLES, Manifest
 from pipeline.data.sample import Dialog, Question, Round, Sample, Texts
 from pipeline.data.tars.shard import ShardWriter
+from tests.data.cards import card_bytes
 
 EXTRACTOR = "grid-0123abcd"
 
@@ -113,7 +113,7 @@ class TinyDataset:
 
     def write_card(self, grid: list[int] | None, extractor: str = EXTRACTOR) -> None:
         location = storage.join(self.url, "features", extractor, "card.json")
-        storage.write_bytes(location, json.dumps({"grid": grid}).encode())
+        storage.write_bytes(location, card_bytes(grid=grid))
 
 
 def grid_values(number: int) -> np.ndarray:

@@ -87,6 +87,7 @@ def test_a_batch_of_different_lengths_writes_what_each_row_writes_alone(
     assert together == alone
 
 
+@pytest.mark.slow
 def test_beams_find_the_likeliest_text_when_they_hold_every_candidate(model: SingleStream) -> None:
     inputs = row(batch(PREFIXES, REGIONS), 1)
 

@@ -32,6 +32,7 @@ def test_every_family_is_trained_here() -> None:
     assert set(OBJECTIVES) == set(FAMILIES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "name"), PAIRS, ids=map("-".join, PAIRS))
 def test_a_handful_of_samples_is_learned(family: str, name: str, tokenizer: Any) -> None:
     objectives = make_objectives(**{name: OBJECTIVES[family][name]})

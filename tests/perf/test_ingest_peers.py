@@ -55,6 +55,7 @@ def test_an_absent_img2dataset_is_no_error(monkeypatch: pytest.MonkeyPatch) -> N
     assert Img2Dataset.find(None) is None
 
 
+@pytest.mark.processes
 def test_a_command_that_is_not_img2dataset_is_named(tmp_path: Path) -> None:
     command = tmp_path / "img2dataset"
     command.write_text(f"#!{sys.executable}\n")

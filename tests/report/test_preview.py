@@ -20,6 +20,7 @@ from pipeline.vision.extract import ExtractConfig, extract
 from pipeline.vision.extractors.detection.segments import SegmentsConfig
 from pipeline.vision.extractors.grid import GridConfig
 from pipeline.vision.preprocess.video import FramesConfig
+from tests.data.cards import card_bytes
 from tests.report.conftest import HOSTILE, Page, png
 from tests.vision.photo_dataset import make_dataset as make_photos
 from tests.vision.photo_dataset import pictures
@@ -109,9 +110,8 @@ def make_dataset(folder: Path, grid: Sequence[int] | None = None) -> str:
         )
     manifest = Manifest.create(url).commit(pa.Table.from_pylist(rows, SAMPLES))
     manifest.features("drawn").commit(pa.Table.from_pylist(features, FEATURES))
-    card = {"type": "grid", "grid": grid, "dim": 4, "dtype": "float16", "num_regions": 6}
-    card |= {"boxes": "stored", "identity": "0" * 32}
-    (folder / "scenes" / "features" / "drawn" / "card.json").write_text(json.dumps(card))
+    card = card_bytes(grid=grid, dim=4, dtype="float16", num_regions=6, boxes="stored")
+    (folder / "scenes" / "features" / "drawn" / "card.json").write_bytes(card)
     return url
 
 

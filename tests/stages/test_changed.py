@@ -13,11 +13,13 @@ import xxhash
 from pipeline import storage
 from pipeline.cluster import ClusterConfig
 from pipeline.errors import ConfigError, TrainingError
+from pipeline.pretrained.files import extractor_of
 from pipeline.stages.changed import Begun, OnChange, aside, make_way, refuse
 from pipeline.training.launch.launch import launch
 from pipeline.training.loop import CHECKPOINTS
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.tracking.metrics_log import read_metrics, read_stretches
+from tests.data.cards import make_card
 from tests.processes import DISK_AND_OBJECT_STORE
 from tests.training import flat_settings
 from tests.training.stand_in import make_spec, stand_in
@@ -120,7 +122,7 @@ def test_what_would_be_another_run_is_refused_however_it_is_asked_for(tmp_path: 
 
 
 def features_of(spec: TrainingSpec, name: str, **config: Any) -> TrainingSpec:
-    card = {"type": "pixels", "config": config, "weights": None, "dim": 27}
+    card = make_card(type="pixels", config=config, dim=27).plain()
     return spec.model_copy(update={"features": name, "card": {"extractor": card}})
 
 
@@ -133,7 +135,7 @@ def test_features_that_another_release_makes_are_told_from_another_extractor(
         now = features_of(make_spec(begun.folder), "pixels-new", image_size=size)
         changes = begun.changes(now.reproducibility_key())
         with pytest.raises(ConfigError, match="pixels-old then, pixels-new now") as refusal:
-            refuse(begun, changes, OnChange(command=COMMAND), "RUN", now.card["extractor"])
+            refuse(begun, changes, OnChange(command=COMMAND), "RUN", extractor_of(now.card))
         text = str(refusal.value)
         assert ("this release makes other features" in text) == is_of_release
         assert ("model.initial=" in text) == is_of_release

@@ -81,7 +81,8 @@ def test_real_steps_on_real_data_tell_how_long_it_takes(
         assert phase.measured is not None
         assert phase.measured.seconds_per_step > 0
         # patches, which the blind twin does not see, and words without their padding
-        regions = 0 if phase.name == "blind" else card["num_regions"]
+        assert card.num_regions is not None
+        regions = 0 if phase.name == "blind" else card.num_regions
         assert regions + 4 < phase.measured.tokens_per_sample < regions + 32
         assert phase.hours == phase.steps * phase.measured.seconds_per_step / 3600
         assert phase.activation_bytes

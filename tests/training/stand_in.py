@@ -343,7 +343,7 @@ def unhurried(spec: TrainingSpec) -> Assembly:
     return stand_in(spec, on_step)
 
 
-def wait_until(reached: Callable[[], bool], seconds: float = 300) -> None:
+def wait_until(reached: Callable[[], bool], seconds: float = 600) -> None:
     """Returns once something is so, within a generous time."""
     deadline = time.monotonic() + seconds
     while not reached():

@@ -46,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_spec(data: Path, folder: Path, **changes: Any) -> TrainingSpec:
     card = live_card(GRID, AugmentConfig(area=(0.4, 1.0)))
-    live = {"images": {"size": 32, "augment": {"area": [0.4, 1.0]}}, "grid": card["grid"]}
+    live = {"images": {"size": 32, "augment": {"area": [0.4, 1.0]}}, "grid": card.grid}
     spec = stored_spec(data, folder)
     return TrainingSpec.model_validate(
         spec.model_dump()
@@ -54,9 +54,9 @@ def make_spec(data: Path, folder: Path, **changes: Any) -> TrainingSpec:
             "features": None,
             "live": live | {"patches": False},
             "backbone": GRID.model_dump(),
-            "model": SIZES | {"vocab_size": 90, "feature_dim": card["dim"], "dropout": 0.0},
+            "model": SIZES | {"vocab_size": 90, "feature_dim": card.dim, "dropout": 0.0},
             "objectives": {"mlm": {}, "lm": {}},
-            "card": spec.card | {"extractor": card},
+            "card": spec.card | {"extractor": card.plain()},
             "training": {
                 "steps": 4,
                 "global_batch_size": 8,

@@ -1,82 +1,23 @@
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, Self
+"""The feature of an image, as it is stored."""
 
 import numpy as np
-import pytest
 
-from pipeline.errors import FeatureError
-from pipeline.vision.feature import Feature, identity, measure_invariance
-from pipeline.vision.preprocess.image import Prepared
+from pipeline.vision.feature import Feature, Mask, Projection, Quantized
 
 
-def prepared(count: int) -> list[Prepared]:
-    pixels = np.random.default_rng(0).integers(0, 256, (count, 4, 3, 3), np.uint8)
-    return [Prepared(image, (0.0, 0.0, 1.0, 1.0)) for image in pixels]
+def test_the_bytes_of_a_feature_are_those_of_what_is_stored() -> None:
+    boxes, labels = np.zeros((3, 4), np.float32), np.zeros(3, np.int32)
+    whole = Feature(np.zeros((3, 8), np.float32), boxes, {"labels": labels})
+    assert whole.size_bytes == 3 * 8 * 4 + 3 * 4 * 4 + 3 * 4
+    levels = Quantized(np.zeros((3, 8), np.int8), np.zeros((3, 1), np.float32))
+    masked = Feature(levels.restore(), None, masks=(Mask(2, 2, "ab"),), quantized=levels)
+    assert masked.size_bytes == 3 * 8 + 3 * 4 + 2
 
 
-class MeanExtractor:
-    """Mean colours, from which `share` of the batch's mean is taken away."""
-
-    name = "mean-00000000"
-
-    def __init__(self, share: float) -> None:
-        self._share = share
-
-    def card(self) -> dict[str, Any]:
-        return {}
-
-    def prepare(self, image: bytes) -> Prepared:
-        raise NotImplementedError
-
-    def extract(self, prepared: Sequence[Prepared]) -> list[Feature]:
-        means = np.stack([image.pixels.mean(axis=(0, 1)) for image in prepared])
-        values = means - self._share * means.mean(axis=0)
-        return [Feature(row[None].astype(np.float32), None) for row in values]
-
-    def exact(self) -> Self:
-        return self
-
-
-class DriftingBoxes(MeanExtractor):
-    """Mean colours in a box that is larger the more images are in the batch."""
-
-    def extract(self, prepared: Sequence[Prepared]) -> list[Feature]:
-        box = np.array([[0, 0, 0.1 * len(prepared), 1]], np.float32)
-        return [replace(feature, boxes=box) for feature in super().extract(prepared)]
-
-
-def test_feature_of_its_own_image_alone_is_invariant() -> None:
-    assert measure_invariance(MeanExtractor(0.0), prepared(3))["largest_difference"] == 0
-
-
-def test_statistics_of_a_batch_in_a_feature_are_found_out() -> None:
-    with pytest.raises(FeatureError, match="with the batch it was computed in"):
-        measure_invariance(MeanExtractor(0.1), prepared(3))
-
-
-def test_a_box_that_moves_with_the_batch_is_found_out() -> None:
-    with pytest.raises(FeatureError, match="with the batch it was computed in"):
-        measure_invariance(DriftingBoxes(0.0), prepared(3))
-
-
-def test_identity_changes_with_every_part() -> None:
-    parts: dict[str, Any] = {
-        "kind": "grid",
-        "weights_digest": "00",
-        "preprocessing": [{"step": "resize", "size": 4}],
-        "selection": {"node": "layer4"},
-        "storage": {"dtype": "float16"},
-    }
-    changes: list[dict[str, Any]] = [
-        {},
-        {"kind": "pixels"},
-        {"weights_digest": "01"},
-        {"weights_digest": None},
-        {"preprocessing": [{"step": "resize", "size": 5}]},
-        {"selection": {"node": "layer3"}},
-        {"storage": {"dtype": "float32"}},
-    ]
-    found = [identity(**(parts | change)) for change in changes]
-    assert len(set(found)) == len(changes)
-    assert identity(**parts) == found[0]
+def test_reduced_values_are_brought_back_to_all_dimensions() -> None:
+    values = np.random.default_rng(0).random((3, 4)).astype(np.float32)
+    projection = Projection(np.ones(4, np.float32), np.eye(4, dtype=np.float32)[:2])
+    reduced = Feature(projection.project(values), None, projection=projection)
+    found = reduced.as_computed()
+    np.testing.assert_allclose(found[:, :2], values[:, :2], rtol=1e-6)
+    np.testing.assert_array_equal(found[:, 2:], 1)  # the mean

@@ -2,17 +2,19 @@ import io
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import pytest
 import webdataset
 
+from pipeline.data.read.extractor_card import ExtractorCard
 from pipeline.data.tars.shard_files import ShardFiles, default_cache
 from pipeline.errors import FeatureError, ShardError
+from pipeline.vision.extractor import Extractor
 from pipeline.vision.extractors.grid import GridConfig
 from pipeline.vision.extractors.pixels import PixelsConfig
-from pipeline.vision.feature import Extractor, Feature
+from pipeline.vision.feature import Feature
 from pipeline.vision.preprocess.image import Prepared
 from pipeline.vision.sidecar import SidecarPlan, prepared_images, shard_images, write_sidecar
 from tests.vision.photo_dataset import make_dataset, pictures
@@ -159,7 +161,7 @@ class FailingExtractor:
     def __init__(self) -> None:
         self._batches = 0
 
-    def card(self) -> dict[str, Any]:
+    def card(self) -> ExtractorCard:
         return PIXELS.card()
 
     def prepare(self, image: bytes) -> Prepared:

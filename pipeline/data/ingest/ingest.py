@@ -53,18 +53,41 @@ _IMAGE_COLUMNS = (
 class IngestConfig(Config):
     """How a source becomes shards."""
 
-    samples_per_shard: int = Field(default=1000, ge=1)
-    # Stops the run when more of the listed records than this are rejected, filtered ones aside.
-    max_reject_fraction: float = Field(default=0.01, ge=0, le=1)
-    # `decode` decodes every new image, to find those cut short; `header` reads their sizes only.
-    verify: Verify = "decode"
-    shards_in_flight: int = Field(default=4, ge=0)  # Ray tasks at a time; 0: in this process
-    reencode: ReencodeConfig | None = None  # null: image files are stored as they came
-    filters: FilterConfig = FilterConfig()
-    fingerprint: FingerprintOf = "metadata"
-    # Refuses a listing without more of the live samples than this share: of a source that is only
-    # half there. A single sample may always go, unless it is 0.
-    max_removed_fraction: float = Field(default=0.2, ge=0, le=1)
+    samples_per_shard: int = Field(
+        default=1000, ge=1, description="samples of a shard, but for the last"
+    )
+    max_reject_fraction: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="stops the run when more of the listed records than this are rejected, "
+        "filtered ones aside",
+    )
+    verify: Verify = Field(
+        default="decode",
+        description="`decode` decodes every new image, to find those cut short; `header` reads "
+        "their sizes only",
+    )
+    shards_in_flight: int = Field(
+        default=4, ge=0, description="Ray tasks at a time that write shards; 0: in this process"
+    )
+    reencode: ReencodeConfig | None = Field(
+        default=None,
+        description="how images are encoded anew; null: image files are stored as they came",
+    )
+    filters: FilterConfig = Field(default=FilterConfig(), description="which samples are left out")
+    fingerprint: FingerprintOf = Field(
+        default="metadata",
+        description="what tells a changed image file: `metadata` its size and time, `content` "
+        "its bytes",
+    )
+    max_removed_fraction: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="refuses a listing without more of the live samples than this share: of a "
+        "source that is only half there; a single sample may always go, unless it is 0",
+    )
 
     def treatment(self) -> Treatment:
         """Returns what image files go through."""

@@ -16,11 +16,12 @@ import pyarrow.compute as pc
 from pipeline import storage
 from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.read.buffers import BufferPool
+from pipeline.data.read.extractor_card import card_location, read_card
 from pipeline.data.read.sidecar_layout import BLOCK_BYTES, card_layout
 from pipeline.data.tars.members import Int64Array, Members, sorted_codes
 from pipeline.data.tars.shard import sidecar_location
 from pipeline.data.tars.shard_files import ShardFiles
-from pipeline.errors import FeatureError, StorageError
+from pipeline.errors import FeatureError
 
 MAX_HEADER_BYTES = 4096  # ours have 128
 
@@ -359,16 +360,13 @@ def grid_boxes(height: int, width: int) -> npt.NDArray[np.float32]:
 
 def card_boxes(url: str, extractor: str) -> npt.NDArray[np.float32]:
     """Returns the boxes (R, 4) that a grid extractor's card implies, or raises FeatureError."""
-    location = storage.join(url, "features", extractor, "card.json")
-    try:
-        grid = json.loads(storage.read_bytes(location))["grid"]
-        height, width = grid
-    except (StorageError, ValueError, KeyError, TypeError) as error:
+    card = read_card(url, extractor)
+    if card is None or card.grid is None:
         raise FeatureError(
-            f"{location}: expected a card whose `grid` [height, width] gives the boxes "
-            f"({error}); run `sightline extract RECIPE`"
-        ) from error
-    return grid_boxes(height, width)
+            f"{card_location(url, extractor)}: expected a card whose `grid` [height, width] gives "
+            f"the boxes, found {'none' if card is None else 'null'}; run `sightline extract RECIPE`"
+        )
+    return grid_boxes(*card.grid)
 
 
 def _bytes_of(array: npt.NDArray[Any]) -> memoryview:

@@ -5,55 +5,20 @@ order of their names, and the card gives their shapes, so that their places foll
 """
 
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.lib.format as npy
 import numpy.typing as npt
 
-from pipeline import storage
+from pipeline.data.read.extractor_card import PartLayout, read_card
 from pipeline.data.tars.members import Int64Array
-from pipeline.errors import FeatureError
 
 BLOCK_BYTES = 512  # of a tar: a member's header is one, and its payload ends on one
-_REGIONS = "R"
 
 
-@dataclass(frozen=True)
-class PartLayout:
-    """The type and shape of an array, in which the string R stands for the regions."""
-
-    dtype: str
-    shape: tuple[int | str, ...]
-
-    @property
-    def axes(self) -> str:
-        """The shape as messages have it."""
-        return f"({', '.join(map(str, self.shape))})"
-
-    def counts(self, num_regions: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """Returns the length of the first axis for every sample."""
-        if self.shape[0] == _REGIONS:
-            return num_regions
-        return np.full_like(num_regions, self.shape[0])
-
-    def payload_sizes(self, num_regions: npt.NDArray[np.int32]) -> Int64Array:
-        """Returns the bytes of the .npy payload for every sample."""
-        counts, place = np.unique(num_regions, return_inverse=True)
-        return np.array([self._payload_size(count) for count in counts.tolist()], np.int64)[place]
-
-    def _payload_size(self, count: int) -> int:
-        shape = tuple(count if length == _REGIONS else int(length) for length in self.shape)
-        header = io.BytesIO()
-        described = {"descr": npy.dtype_to_descr(np.dtype(self.dtype)), "shape": shape}
-        npy.write_array_header_1_0(header, described | {"fortran_order": False})
-        return header.tell() + int(np.prod(shape)) * np.dtype(self.dtype).itemsize
-
-
-_BOXES = PartLayout("float32", (_REGIONS, 4))
+_BOXES = PartLayout.of("float32", "R", 4)
 
 
 @dataclass(frozen=True)
@@ -72,7 +37,7 @@ class SidecarLayout:
     ) -> dict[str, tuple[Int64Array, Int64Array]]:
         """Returns offset and size in bytes of every part; those of `segments` have size 0."""
         sizes = {
-            f"{name}.npy": part.payload_sizes(num_regions)
+            f"{name}.npy": _payload_sizes(part, num_regions)
             for name, part in self._with_boxes(with_boxes)
         }
         if self.segments:
@@ -95,22 +60,23 @@ class SidecarLayout:
 
 
 def card_layout(url: str, extractor: str) -> SidecarLayout:
-    """Reads the layout from an extractor's card; values and boxes alone if it names no parts."""
-    location = storage.join(url, "features", extractor, "card.json")
-    if not storage.exists(location):
-        return SidecarLayout()
-    try:
-        card: dict[str, Any] = json.loads(storage.read_bytes(location))
-        arrays = {
-            name: PartLayout(part["dtype"], tuple(part["shape"]))
-            for name, part in card.get("parts", {}).items()
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        raise FeatureError(
-            f"{location}: expected a card whose `parts` give dtype and shape of each array "
-            f"({error!r}); run `sightline extract RECIPE`"
-        ) from error
-    return SidecarLayout(arrays, bool(card.get("segments", False)))
+    """Reads the layout from an extractor's card; values and boxes alone if there is none."""
+    card = read_card(url, extractor)
+    return SidecarLayout() if card is None else SidecarLayout(card.parts, bool(card.segments))
+
+
+def _payload_sizes(part: PartLayout, num_regions: npt.NDArray[np.int32]) -> Int64Array:
+    """Returns the bytes of the .npy payload for every sample."""
+    counts, place = np.unique(num_regions, return_inverse=True)
+    return np.array([_payload_size(part, count) for count in counts.tolist()], np.int64)[place]
+
+
+def _payload_size(part: PartLayout, count: int) -> int:
+    shape = tuple(count if length == "R" else length for length in part.shape)
+    header = io.BytesIO()
+    described = {"descr": npy.dtype_to_descr(np.dtype(part.dtype)), "shape": shape}
+    npy.write_array_header_1_0(header, described | {"fortran_order": False})
+    return header.tell() + int(np.prod(shape)) * np.dtype(part.dtype).itemsize
 
 
 def _padded(size_bytes: Int64Array) -> Int64Array:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.data.read.extractor_card import PartLayout, StorageLoss
 from pipeline.errors import FeatureError
-from pipeline.vision.feature import Feature, Projection, Quantized, part_layout
+from pipeline.vision.feature import Feature, Projection, Quantized
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,12 +32,12 @@ def describe_storage(storage: Storage) -> dict[str, Any]:
     return {"dtype": storage}
 
 
-def packing_parts(storage: Storage, dim: int) -> dict[str, Any]:
+def packing_parts(storage: Storage, dim: int) -> dict[str, PartLayout]:
     """Returns what is stored beside D = `dim` values of each region, as the card lists it."""
     if storage == "int8":
-        return {"scales": part_layout("float32", "R", 1)}
+        return {"scales": PartLayout.of("float32", "R", 1)}
     if storage == "int8-per-channel":
-        return {"scales": part_layout("float32", 1, dim)}
+        return {"scales": PartLayout.of("float32", 1, dim)}
     return {}
 
 
@@ -84,7 +85,7 @@ def _check_finite(stored: "Tensor", values: "Tensor", storage: Storage) -> None:
 
 def compare_storage(
     exact: Sequence[Feature], projections: Mapping[str, Projection]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, StorageLoss]:
     """Returns size and error of every form that float32 features could be stored in.
 
     Forms with all their dimensions come first, then those that `projections` bring them to, which
@@ -109,20 +110,17 @@ def compare_storage(
     return found
 
 
-def measure_packing(exact: Sequence[Feature], stored: Sequence[Feature]) -> dict[str, Any]:
-    """Compares what was stored of some images with the float32 values, as the card states it.
-
-    `relative_rms` is that of the error over that of the values; `cosine` the mean over regions.
-    """
+def measure_packing(exact: Sequence[Feature], stored: Sequence[Feature]) -> StorageLoss:
+    """Compares what was stored of some images with the float32 values, as the card states it."""
     a, b = (
         np.concatenate([feature.as_computed().astype(np.float64) for feature in features])
         for features in (exact, stored)
     )
     length = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     cosines = (a * b).sum(axis=1)[length > 0] / length[length > 0]
-    return {
-        "images": len(exact),
-        "relative_rms": float(np.sqrt(((a - b) ** 2).sum() / max((a**2).sum(), 1e-300))),
-        "cosine": float(cosines.mean()) if len(cosines) else 1.0,
-        "bytes_per_image": round(sum(feature.size_bytes for feature in stored) / len(stored)),
-    }
+    return StorageLoss(
+        images=len(exact),
+        relative_rms=float(np.sqrt(((a - b) ** 2).sum() / max((a**2).sum(), 1e-300))),
+        cosine=float(cosines.mean()) if len(cosines) else 1.0,
+        bytes_per_image=round(sum(feature.size_bytes for feature in stored) / len(stored)),
+    )

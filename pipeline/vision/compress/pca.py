@@ -18,9 +18,11 @@ from pydantic import Field
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.data.read.dataset import Dataset
+from pipeline.data.read.extractor_card import ExtractorCard, Fitted, Reduction, wrapped_identity
 from pipeline.errors import ConfigError, FeatureError
 from pipeline.vision.compress.packing import Storage, describe_storage, pack_one, packing_parts
-from pipeline.vision.feature import Extractor, Feature, Projection, extractor_name, wrapped_identity
+from pipeline.vision.extractor import Extractor
+from pipeline.vision.feature import Feature, Projection
 from pipeline.vision.preprocess.image import Prepared
 
 FITTED_BATCH = 8  # images computed at once while fitting
@@ -30,10 +32,13 @@ SAMPLE = "the live samples whose keys have the lowest xxh3 hashes"
 class PcaConfig(Config):
     """To how many dimensions values are brought, and where the matrix is that does it."""
 
-    dims: int = Field(ge=1)
-    # A .safetensors file. `sightline extract` fits it if there is none; from then on it stays.
-    matrix: str = Field(pattern=r"\.safetensors$")
-    images: int = Field(default=256, ge=1)  # of the sample that it is fitted on
+    dims: int = Field(ge=1, description="values that a region is brought to")
+    matrix: str = Field(
+        pattern=r"\.safetensors$",
+        description="a .safetensors file; `sightline extract` fits it if there is none, and "
+        "from then on it stays",
+    )
+    images: int = Field(default=256, ge=1, description="images of the sample that it is fitted on")
 
 
 class ReducedExtractor:
@@ -45,7 +50,7 @@ class ReducedExtractor:
         self._config = config
         self._storage = stored
         self._projection, self._fitted = load(config.matrix)
-        dim = extractor.card()["dim"]
+        dim = extractor.card().dim
         if self._projection.components.shape != (config.dims, dim):
             raise FeatureError(
                 f"{config.matrix}: is a matrix for {self._projection.components.shape[1]} values "
@@ -55,23 +60,30 @@ class ReducedExtractor:
 
     @property
     def name(self) -> str:
-        card = self.card()
-        return extractor_name(card["type"], card["identity"])
+        return self.card().name
 
-    def card(self) -> dict[str, Any]:
+    def card(self) -> ExtractorCard:
         card = self._extractor.card()
-        rule = {"dims": self._config.dims, "digest": digest(self._projection)}
-        pca = {"matrix": storage.absolute(self._config.matrix)}
-        config = card["config"] | {"pca": self._config.model_dump(mode="json") | pca}
-        parts = {name: part for name, part in card["parts"].items() if name != "scales"}
-        return card | {
-            "identity": wrapped_identity(card["identity"], "pca", rule),
-            "config": config,
-            "pca": rule | pca | self._fitted,
-            "storage": describe_storage(self._storage),
-            "dim": self._config.dims,
-            "parts": packing_parts(self._storage, self._config.dims) | parts,
-        }
+        dims, matrix = self._config.dims, storage.absolute(self._config.matrix)
+        rule_digest = digest(self._projection)
+        rule = {"dims": dims, "digest": rule_digest}
+        config = self._config.model_copy(update={"matrix": matrix}).model_dump(mode="json")
+        parts = {name: part for name, part in card.parts.items() if name != "scales"}
+        return card.model_copy(
+            update={
+                "identity": wrapped_identity(card.identity, "pca", rule),
+                "config": card.config | {"pca": config},
+                "pca": Reduction(
+                    dims=dims,
+                    digest=rule_digest,
+                    matrix=matrix,
+                    **self._fitted.model_dump(),
+                ),
+                "storage": describe_storage(self._storage),
+                "dim": dims,
+                "parts": packing_parts(self._storage, dims) | parts,
+            }
+        )
 
     def prepare(self, image: bytes) -> Prepared:
         return self._extractor.prepare(image)
@@ -92,7 +104,7 @@ class ReducedExtractor:
         )
 
 
-def fit(features: Iterable[npt.NDArray[Any]], dims: int) -> tuple[Projection, dict[str, Any]]:
+def fit(features: Iterable[npt.NDArray[Any]], dims: int) -> tuple[Projection, Fitted]:
     """Returns the `dims` directions in which rows (R, D) vary most, and what the card says of it.
 
     Each component points to where its largest weight is positive. Raises ConfigError if there are
@@ -115,7 +127,7 @@ def fit(features: Iterable[npt.NDArray[Any]], dims: int) -> tuple[Projection, di
     largest = np.abs(components).argmax(axis=1)[:, None]
     components = components * np.sign(np.take_along_axis(components, largest, axis=1))
     kept = variances[::-1][:dims].sum() / max(variances.sum(), 1e-300)
-    fitted = {"images": images, "vectors": count, "sample": SAMPLE, "variance_kept": float(kept)}
+    fitted = Fitted(images=images, vectors=count, sample=SAMPLE, variance_kept=float(kept))
     return Projection(mean.astype(np.float32), components.astype(np.float32)), fitted
 
 
@@ -138,17 +150,15 @@ def sample_images(url: str, count: int) -> Iterator[bytes]:
         yield splits[number].image(row)
 
 
-def save(location: str, projection: Projection, fitted: dict[str, Any]) -> None:
+def save(location: str, projection: Projection, fitted: Fitted) -> None:
     """Writes the matrix with what it was fitted on."""
-    import json
-
     from safetensors.numpy import save as to_bytes
 
     tensors = {"mean": projection.mean, "components": np.ascontiguousarray(projection.components)}
-    storage.write_bytes(location, to_bytes(tensors, {"fitted": json.dumps(fitted)}))
+    storage.write_bytes(location, to_bytes(tensors, {"fitted": fitted.model_dump_json()}))
 
 
-def load(location: str) -> tuple[Projection, dict[str, Any]]:
+def load(location: str) -> tuple[Projection, Fitted]:
     """Reads what `save` wrote, or raises FeatureError."""
     import json
 
@@ -164,7 +174,7 @@ def load(location: str) -> tuple[Projection, dict[str, Any]]:
     try:
         tensors = from_bytes(payload)
         header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
-        fitted = json.loads(header["__metadata__"]["fitted"])
+        fitted = Fitted.model_validate_json(header["__metadata__"]["fitted"])
         return Projection(tensors["mean"], tensors["components"]), fitted
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise FeatureError(

@@ -8,15 +8,11 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from pipeline.data.read.extractor_card import ExtractorCard, PartLayout, wrapped_identity
 from pipeline.errors import FeatureError
 from pipeline.vision.compress.packing import Storage, pack_one, packing_parts
-from pipeline.vision.feature import (
-    Extractor,
-    Feature,
-    extractor_name,
-    part_layout,
-    wrapped_identity,
-)
+from pipeline.vision.extractor import Extractor
+from pipeline.vision.feature import Feature
 from pipeline.vision.preprocess.image import Prepared, Step, cell_boxes, preprocess
 from pipeline.vision.preprocess.video import FramesConfig, has_frames, read_frames
 from pipeline.vision.preprocess.window import AnyWindow
@@ -62,7 +58,7 @@ class FramesExtractor:
     ) -> None:
         self._extractor = extractor
         self._exact = extractor.exact()
-        self._grid = extractor.card()["grid"]  # of a frame
+        self._grid = extractor.card().grid  # of a frame
         self._config = config
         self._storage = stored
         self._window = window
@@ -70,10 +66,9 @@ class FramesExtractor:
 
     @property
     def name(self) -> str:
-        card = self.card()
-        return extractor_name(card["type"], card["identity"])
+        return self.card().name
 
-    def card(self) -> dict[str, Any]:
+    def card(self) -> ExtractorCard:
         card = self._extractor.card()
         rule = self._config.rule()
         method: dict[str, Any] = (
@@ -81,20 +76,24 @@ class FramesExtractor:
         )  # as they were not always
         if self._config.folder_rate is not None:  # by their names as text, before
             method |= {"folder_order": "as people count"}
-        (entry,) = card["environments"]
-        parts = {name: part for name, part in card["parts"].items() if name != "scales"}
-        return card | {
-            "identity": wrapped_identity(card["identity"], "frames", rule | method),
-            "selection": card["selection"] | {"frames": rule},
-            "num_regions": card["num_regions"] * self._config.largest(),
-            "grid": None,
-            "frame_grid": self._grid,
-            "boxes": "stored",
-            "parts": packing_parts(self._storage, card["dim"])
-            | parts
-            | {"times": part_layout("float32", "R")},
-            "environments": [entry | {"libraries": entry["libraries"] | {"av": self._pyav}}],
-        }
+        (entry,) = card.environments
+        libraries = entry.libraries | {"av": self._pyav}
+        parts = {name: part for name, part in card.parts.items() if name != "scales"}
+        assert card.num_regions is not None
+        return card.model_copy(
+            update={
+                "identity": wrapped_identity(card.identity, "frames", rule | method),
+                "selection": card.selection | {"frames": rule},
+                "num_regions": card.num_regions * self._config.largest(),
+                "grid": None,
+                "frame_grid": self._grid,
+                "boxes": "stored",
+                "parts": packing_parts(self._storage, card.dim)
+                | parts
+                | {"times": PartLayout.of("float32", "R")},
+                "environments": (entry.model_copy(update={"libraries": libraries}),),
+            }
+        )
 
     def prepare(self, image: bytes) -> Clip:
         if not has_frames(image):
@@ -140,5 +139,5 @@ class FramesExtractor:
     def _boxes(self, frame: Prepared, feature: Feature) -> np.ndarray:
         if feature.boxes is not None:
             return feature.boxes
-        height, width = self._grid
-        return cell_boxes((height, width), frame.view)
+        assert self._grid is not None
+        return cell_boxes(self._grid, frame.view)

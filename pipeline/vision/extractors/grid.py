@@ -4,17 +4,23 @@ import copy
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 from pydantic import Field
 
+from pipeline.data.read.extractor_card import (
+    ExtractionEnvironment,
+    ExtractorCard,
+    Weights,
+    identity,
+)
 from pipeline.errors import ConfigError, FeatureError
 from pipeline.vision.compress.packing import describe_storage, pack, packing_parts
 from pipeline.vision.extractors import weights
 from pipeline.vision.extractors.arithmetic import exact_arithmetic
 from pipeline.vision.extractors.network import NetworkConfig
-from pipeline.vision.feature import Feature, environment, extractor_name, identity
+from pipeline.vision.feature import Feature
 from pipeline.vision.preprocess.image import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -43,14 +49,30 @@ class GridConfig(NetworkConfig):
     (torchvision's best for the network), a file (.safetensors, .pth) or `random`.
     """
 
-    type: Literal["grid"] = "grid"
-    network: str = "resnet50"
-    node: str = "layer4"
-    weights: str = "default"
-    image_size: int = Field(default=224, ge=32, le=4096)  # pixels a side that the network sees
-    # stretch: the whole picture; crop: short side to 8/7 of image_size, then its middle, as the
-    # networks were evaluated on ImageNet
-    fit: Literal["stretch", "crop"] = "stretch"
+    type: Literal["grid"] = Field(
+        default="grid",
+        description="a node of a torchvision classification network: ResNet-50's `layer4` is 7 "
+        "× 7 × 2048",
+    )
+    network: str = Field(default="resnet50", description="the network's name in torchvision")
+    node: str = Field(
+        default="layer4",
+        description="the node whose output it is; `avgpool`: the pooled feature, a grid of one "
+        "cell",
+    )
+    weights: str = Field(
+        default="default",
+        description="torchvision's best for the network (`default`), a file (.safetensors, "
+        ".pth) or `random`",
+    )
+    image_size: int = Field(
+        default=224, ge=32, le=4096, description="pixels a side that the network sees"
+    )
+    fit: Literal["stretch", "crop"] = Field(
+        default="stretch",
+        description="stretch: the whole picture; crop: short side to 8/7 of image_size, then "
+        "its middle, as the networks were evaluated on ImageNet",
+    )
 
     def steps(self) -> tuple[Step, ...]:
         """What happens to the pixels before they are normalized."""
@@ -101,29 +123,29 @@ class GridExtractor:
 
     @property
     def name(self) -> str:
-        return extractor_name("grid", self.card()["identity"])
+        return self.card().name
 
-    def card(self) -> dict[str, Any]:
-        preprocessing = [*describe(self.steps, self._config.window), NORMALIZE]
+    def card(self) -> ExtractorCard:
+        preprocessing = (*describe(self.steps, self._config.window), NORMALIZE)
         selection = {"network": self._config.network, "node": self._config.node}
         stored = describe_storage(self._config.storage)
         height, width = self._grid
-        return {
-            "type": "grid",
-            "identity": identity("grid", self._digest, preprocessing, selection, stored),
-            "config": self._config.model_dump(mode="json") | {"weights": self._weights},
-            "weights": {"digest": self._digest, "random": self._config.weights == "random"},
-            "preprocessing": preprocessing,
-            "selection": selection,
-            "storage": stored,
-            "dtype": stored["dtype"],
-            "dim": self._dim,
-            "num_regions": height * width,
-            "grid": [height, width],
-            "boxes": "grid" if self._config.fit == "stretch" else "stored",
-            "parts": packing_parts(self._config.storage, self._dim),
-            "environments": [environment(self._device)],
-        }
+        return ExtractorCard(
+            type="grid",
+            identity=identity("grid", self._digest, preprocessing, selection, stored),
+            config=self._config.model_dump(mode="json") | {"weights": self._weights},
+            weights=Weights(digest=self._digest, random=self._config.weights == "random"),
+            preprocessing=preprocessing,
+            selection=selection,
+            storage=stored,
+            dtype=stored["dtype"],
+            dim=self._dim,
+            num_regions=height * width,
+            grid=(height, width),
+            boxes="grid" if self._config.fit == "stretch" else "stored",
+            parts=packing_parts(self._config.storage, self._dim),
+            environments=(ExtractionEnvironment.here(self._device),),
+        )
 
     def prepare(self, image: bytes) -> Prepared:
         return prepare(image, self.steps, self._config.window)

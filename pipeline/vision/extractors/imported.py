@@ -1,11 +1,10 @@
 """Imported features: published ones, joined by key, shard by shard."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import pyarrow as pa
 from pydantic import Field
@@ -13,6 +12,13 @@ from pydantic import Field
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.data.manifest.manifest import FEATURES, Manifest
+from pipeline.data.read.extractor_card import (
+    ExtractionEnvironment,
+    ExtractorCard,
+    PartLayout,
+    identity,
+    write_card,
+)
 from pipeline.data.sample import safe_key
 from pipeline.data.sources.image_files import image_name
 from pipeline.data.tars.shard import ShardWriter
@@ -24,13 +30,7 @@ from pipeline.vision.compress.packing import (
     packing_parts,
 )
 from pipeline.vision.extractors.published import Boxes, PublishedFeatures, open_published
-from pipeline.vision.feature import (
-    Feature,
-    environment,
-    extractor_name,
-    identity,
-    part_layout,
-)
+from pipeline.vision.feature import Feature
 from pipeline.vision.preprocess.image import Prepared
 from pipeline.vision.sidecar import list_reject, write_feature
 
@@ -41,9 +41,13 @@ _JUDGED_IMAGES = 256  # by whose boxes it is told how those of all are written
 class ImportedConfig(Config):
     """Features that `import_features` gave a dataset; it says what to put here."""
 
-    type: Literal["imported"] = "imported"
-    identity: str = Field(pattern=r"^[0-9a-f]{32}$")
-    dim: int = Field(ge=1)  # values of a region
+    type: Literal["imported"] = Field(
+        default="imported", description="features that `import_features` gave the dataset"
+    )
+    identity: str = Field(
+        pattern=r"^[0-9a-f]{32}$", description="which: what `import_features` said to put here"
+    )
+    dim: int = Field(ge=1, description="values of a region")
 
     def check(self) -> None:
         """Nothing can be missing: nothing is computed."""
@@ -62,19 +66,19 @@ class ImportedExtractor:
 
     @property
     def name(self) -> str:
-        return extractor_name("imported", self._config.identity)
+        return self.card().name
 
-    def card(self) -> dict[str, Any]:
-        return {
-            "type": "imported",
-            "identity": self._config.identity,
-            "config": self._config.model_dump(mode="json"),
-            "weights": None,
-            "dim": self._config.dim,
-            "grid": None,
-            "boxes": "stored",
-            "environments": [environment(self._device)],
-        }
+    def card(self) -> ExtractorCard:
+        return ExtractorCard(
+            type="imported",
+            identity=self._config.identity,
+            config=self._config.model_dump(mode="json"),
+            weights=None,
+            dim=self._config.dim,
+            grid=None,
+            boxes="stored",
+            environments=(ExtractionEnvironment.here(self._device),),
+        )
 
     def prepare(self, image: bytes) -> Prepared:  # noqa: ARG002
         raise ConfigError(
@@ -97,7 +101,7 @@ class ImportReport:
     """What an import did, and what it leaves."""
 
     extractor: str  # the folder under features/
-    card: dict[str, Any]  # its `config` is what a recipe's `features.extractor` takes
+    card: ExtractorCard  # its `config` is what a recipe's `features.extractor` takes
     num_images: int  # imported by this run
     num_unchanged: int  # live samples that had these features, or were rejects, before
     num_missing: int  # live samples without published features
@@ -134,8 +138,8 @@ def import_features(
         _require_corners(published, list(ids.values()), location)
     form = boxes or "corners"
     card = _card(published, list(ids.values()), stored, form)
-    card["class_names"] = list(class_names) or None
-    name = extractor_name("imported", card["identity"])
+    card = card.model_copy(update={"class_names": tuple(class_names) or None})
+    name = card.name
     listed = manifest.features(name)
     known = listed.rows(["key", "shard"])
     done = set(zip(known["key"].to_pylist(), known["shard"].to_pylist(), strict=True))
@@ -145,8 +149,7 @@ def import_features(
             shards.setdefault(row["shard"], []).append(row["key"])
     to_do = {shard: keys for shard, keys in shards.items() if {(k, shard) for k in keys} - done}
     if to_do:
-        document = json.dumps(card, indent=2).encode() + b"\n"
-        storage.write_bytes(storage.join(url, "features", name, "card.json"), document)
+        write_card(url, card)
     size_bytes, num_images = 0, 0
     for shard, keys in to_do.items():
         rows = []
@@ -218,7 +221,7 @@ def _require_corners(published: PublishedFeatures, ids: Sequence[str], location:
 
 def _card(
     published: PublishedFeatures, ids: Sequence[str], stored: Storage, boxes: Boxes
-) -> dict[str, Any]:
+) -> ExtractorCard:
     """Reads a few images to tell width, parts and the error of storage."""
     few: list[Feature] = []
     exact: list[Feature] = []
@@ -236,40 +239,38 @@ def _card(
         raise FeatureError(f"none of {len(ids)} images has features that can be used: {unusable}")
     dim = exact[0].values.shape[1]
     parts = packing_parts(stored, dim) | {
-        name: part_layout(array.dtype.name, "R", *array.shape[1:])
+        name: PartLayout.of(array.dtype.name, "R", *array.shape[1:])
         for name, array in exact[0].parts.items()
     }
     rule = describe_storage(stored)
     layout = {"layout": published.layout} | ({"boxes": boxes} if boxes == "xywh" else {})
     found = identity("imported", published.digest, [], layout, rule)
-    storage_error = measure_packing(exact, few)
-    return {
-        "type": "imported",
-        "identity": found,
-        "config": ImportedConfig(identity=found, dim=dim).model_dump(mode="json"),
-        "weights": None,
-        "preprocessing": [],
-        "selection": layout | {"files_digest": published.digest},
-        "storage": rule,
-        "dtype": rule["dtype"],
-        "dim": dim,
-        "num_regions": max(len(feature.values) for feature in exact),
-        "grid": None,
-        "boxes": "stored",
-        "parts": parts,
-        "environments": [environment("cpu") | {"storage_error": storage_error}],
-    }
+    environment = ExtractionEnvironment.here("cpu")
+    measured = environment.model_copy(update={"storage_error": measure_packing(exact, few)})
+    return ExtractorCard(
+        type="imported",
+        identity=found,
+        config=ImportedConfig(identity=found, dim=dim).model_dump(mode="json"),
+        weights=None,
+        selection=layout | {"files_digest": published.digest},
+        storage=rule,
+        dtype=rule["dtype"],
+        dim=dim,
+        num_regions=max(len(feature.values) for feature in exact),
+        grid=None,
+        boxes="stored",
+        parts=parts,
+        environments=(measured,),
+    )
 
 
-def _check_parts(card: Mapping[str, Any], feature: Feature) -> None:
+def _check_parts(card: ExtractorCard, feature: Feature) -> None:
     """Raises UnusableImageError unless the feature has what the card says that all have."""
     found = {name: array.shape[1:] for name, array in feature.parts.items()}
-    expected = {
-        name: tuple(part["shape"][1:]) for name, part in card["parts"].items() if name != "scales"
-    }
-    if found != expected or feature.values.shape[1] != card["dim"]:
+    expected = {name: part.shape[1:] for name, part in card.parts.items() if name != "scales"}
+    if found != expected or feature.values.shape[1] != card.dim:
         raise UnusableImageError(
             "other-layout",
             f"published with {feature.values.shape[1]} values a region and {found}, others with "
-            f"{card['dim']} and {expected}",
+            f"{card.dim} and {expected}",
         )

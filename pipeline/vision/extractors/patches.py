@@ -14,12 +14,18 @@ from PIL import Image
 from pydantic import Field
 
 from pipeline import storage
+from pipeline.data.read.extractor_card import (
+    ExtractionEnvironment,
+    ExtractorCard,
+    Weights,
+    identity,
+)
 from pipeline.errors import ConfigError, FeatureError
 from pipeline.vision.compress.packing import describe_storage, pack, packing_parts
 from pipeline.vision.extractors import weights
 from pipeline.vision.extractors.arithmetic import exact_arithmetic
 from pipeline.vision.extractors.network import NetworkConfig
-from pipeline.vision.feature import Feature, environment, extractor_name, identity
+from pipeline.vision.feature import Feature
 from pipeline.vision.preprocess.image import (
     PaddedCentreCrop,
     Prepared,
@@ -54,17 +60,38 @@ class PatchesConfig(NetworkConfig):
     the last block but one gives; null is the model's own output, with its last norm if it has one.
     """
 
-    type: Literal["patches"] = "patches"
-    network: str
-    weights: Literal["default", "random"] = "default"
-    layer: int | None = None
-    class_token: bool = False  # put first, with the whole picture as its box
-    # Pixels a side that the network takes; null: what the processor's file says, or the network's
-    # own. The file's sizes are scaled by as much.
-    image_size: int | None = Field(default=None, ge=16, le=4096)
-    # processor: as preprocessor_config.json says, the whole picture if it states no size. stretch:
-    # the whole picture; crop: the short side to image_size, then its middle
-    fit: Literal["processor", "stretch", "crop"] = "processor"
+    type: Literal["patches"] = Field(
+        default="patches",
+        description="a ViT, DeiT, CLIP, SigLIP or DINOv2 in transformers' layout; of two "
+        "towers, that of images",
+    )
+    network: str = Field(description="a folder, or a name on the Hugging Face hub")
+    weights: Literal["default", "random"] = Field(
+        default="default",
+        description="default: the network's own; random: only its config is taken",
+    )
+    layer: int | None = Field(
+        default=None,
+        description="as transformers' `hidden_states` count: 0 is the embedded patches, -2 what "
+        "the last block but one gives; null: the model's own output, with its last norm if it "
+        "has one",
+    )
+    class_token: bool = Field(
+        default=False, description="whether it is put first, with the whole picture as its box"
+    )
+    image_size: int | None = Field(
+        default=None,
+        ge=16,
+        le=4096,
+        description="pixels a side that the network takes; null: what the processor's file "
+        "says, or the network's own; the file's sizes are scaled by as much",
+    )
+    fit: Literal["processor", "stretch", "crop"] = Field(
+        default="processor",
+        description="processor: as preprocessor_config.json says, the whole picture if it "
+        "states no size; stretch: the whole picture; crop: the short side to image_size, then "
+        "its middle",
+    )
 
     def check(self) -> None:
         import torch
@@ -131,9 +158,9 @@ class PatchesExtractor:
 
     @property
     def name(self) -> str:
-        return extractor_name("patches", self.card()["identity"])
+        return self.card().name
 
-    def card(self) -> dict[str, Any]:
+    def card(self) -> ExtractorCard:
         config = self._config
         normalize = {
             "step": "normalize",
@@ -141,7 +168,7 @@ class PatchesExtractor:
             "std": self._processor.std,
             "divided_by": self._processor.divisor,
         }
-        preprocessing = [*describe(self.steps, config.window), normalize]
+        preprocessing = (*describe(self.steps, config.window), normalize)
         selection = {
             "model": _architecture(self._tower.config),
             "layer": self._layer,
@@ -151,22 +178,22 @@ class PatchesExtractor:
         settings = config.model_dump(mode="json")
         if Path(config.network).is_dir():
             settings["network"] = storage.absolute(config.network)
-        return {
-            "type": "patches",
-            "identity": identity("patches", self._digest, preprocessing, selection, stored),
-            "config": settings,
-            "weights": {"digest": self._digest, "random": config.weights == "random"},
-            "preprocessing": preprocessing,
-            "selection": selection,
-            "storage": stored,
-            "dtype": stored["dtype"],
-            "dim": self._dim,
-            "num_regions": self._per_side**2 + config.class_token,
-            "grid": None if config.class_token else [self._per_side, self._per_side],
-            "boxes": "grid" if self._boxes_implied() else "stored",
-            "parts": packing_parts(config.storage, self._dim),
-            "environments": [environment(self._device, "transformers")],
-        }
+        return ExtractorCard(
+            type="patches",
+            identity=identity("patches", self._digest, preprocessing, selection, stored),
+            config=settings,
+            weights=Weights(digest=self._digest, random=config.weights == "random"),
+            preprocessing=preprocessing,
+            selection=selection,
+            storage=stored,
+            dtype=stored["dtype"],
+            dim=self._dim,
+            num_regions=self._per_side**2 + config.class_token,
+            grid=None if config.class_token else (self._per_side, self._per_side),
+            boxes="grid" if self._boxes_implied() else "stored",
+            parts=packing_parts(config.storage, self._dim),
+            environments=(ExtractionEnvironment.here(self._device, "transformers"),),
+        )
 
     def prepare(self, image: bytes) -> Prepared:
         return prepare(image, self.steps, self._config.window)

@@ -1,22 +1,29 @@
 """Pixel features: raw patches, which the model learns to embed end to end."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from pipeline.config import Config
-from pipeline.vision.feature import Feature, environment, extractor_name, identity
+from pipeline.data.read.extractor_card import ExtractionEnvironment, ExtractorCard, identity
+from pipeline.vision.feature import Feature
 from pipeline.vision.preprocess.image import Prepared, Resize, describe, prepare
 
 
 class PixelsConfig(Config):
     """Square patches of the picture, scaled to image_size × image_size beforehand."""
 
-    type: Literal["pixels"] = "pixels"
-    image_size: int = Field(default=64, ge=1, le=4096)  # pixels a side
-    patch_size: int = Field(default=8, ge=1)  # pixels a side
+    type: Literal["pixels"] = Field(
+        default="pixels",
+        description="square patches of the picture as they are, for a model that learns from "
+        "pixels",
+    )
+    image_size: int = Field(
+        default=64, ge=1, le=4096, description="pixels a side that the picture is scaled to"
+    )
+    patch_size: int = Field(default=8, ge=1, description="pixels a side of a patch")
 
     @model_validator(mode="after")
     def _whole_patches(self) -> Self:
@@ -50,29 +57,28 @@ class PixelsExtractor:
 
     @property
     def name(self) -> str:
-        return extractor_name("pixels", self.card()["identity"])
+        return self.card().name
 
-    def card(self) -> dict[str, Any]:
+    def card(self) -> ExtractorCard:
         per_side = self._config.patches_per_side()
-        preprocessing = describe(self._steps)
+        preprocessing = tuple(describe(self._steps))
         selection = {"patch_size": self._config.patch_size, "order": "row-major"}
         storage = {"dtype": "uint8"}
-        return {
-            "type": "pixels",
-            "identity": identity("pixels", None, preprocessing, selection, storage),
-            "config": self._config.model_dump(mode="json"),
-            "weights": None,
-            "preprocessing": preprocessing,
-            "selection": selection,
-            "storage": storage,
-            "dtype": "uint8",
-            "dim": self._config.patch_size**2 * 3,
-            "num_regions": per_side**2,
-            "grid": [per_side, per_side],
-            "boxes": "grid",
-            "parts": {},
-            "environments": [environment(self._device)],
-        }
+        return ExtractorCard(
+            type="pixels",
+            identity=identity("pixels", None, preprocessing, selection, storage),
+            config=self._config.model_dump(mode="json"),
+            weights=None,
+            preprocessing=preprocessing,
+            selection=selection,
+            storage=storage,
+            dtype="uint8",
+            dim=self._config.patch_size**2 * 3,
+            num_regions=per_side**2,
+            grid=(per_side, per_side),
+            boxes="grid",
+            environments=(ExtractionEnvironment.here(self._device),),
+        )
 
     def prepare(self, image: bytes) -> Prepared:
         return prepare(image, self._steps)

@@ -54,6 +54,7 @@ def test_every_epoch_holds_every_example_exactly_once(
         assert sorted(pairs(order, start, start + order.num_examples)) == examples_of(table)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.integers(0, 200), st.integers(1, 70), st.integers(1, 4))
 def test_a_step_computed_directly_equals_the_same_step_of_the_stream(

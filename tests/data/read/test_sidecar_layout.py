@@ -1,21 +1,22 @@
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.data.read.sidecar_layout import PartLayout, SidecarLayout, card_layout
+from pipeline.data.read.extractor_card import PartLayout
+from pipeline.data.read.sidecar_layout import SidecarLayout, card_layout
 from pipeline.data.sample import Sample
 from pipeline.data.tars.shard import Member, ShardWriter
 from pipeline.errors import FeatureError
+from tests.data.cards import card_bytes
 from tests.data.tiny_dataset import npy
 
 ARRAYS = {
-    "attribute.labels": PartLayout("int32", ("R",)),
-    "classes": PartLayout("float16", ("R", 91)),
-    "labels": PartLayout("int32", ("R",)),
-    "scales": PartLayout("float32", (1, 7)),
-    "scores": PartLayout("float32", ("R",)),
+    "attribute.labels": PartLayout.of("int32", "R"),
+    "classes": PartLayout.of("float16", "R", 91),
+    "labels": PartLayout.of("int32", "R"),
+    "scales": PartLayout.of("float32", 1, 7),
+    "scores": PartLayout.of("float32", "R"),
 }
 
 
@@ -52,11 +53,11 @@ def test_a_card_names_the_parts_and_may_be_absent(tmp_path: Path) -> None:
     folder = tmp_path / "features" / "regions-00"
     folder.mkdir(parents=True)
     part = {"dtype": "float16", "shape": ["R", 91]}
-    card = {"parts": {"classes": part}, "segments": "COCO run-length code"}
-    (folder / "card.json").write_text(json.dumps(card))
+    card = card_bytes(parts={"classes": part}, segments="COCO run-length code")
+    (folder / "card.json").write_bytes(card)
     found = card_layout(str(tmp_path), "regions-00")
     assert found == SidecarLayout({"classes": ARRAYS["classes"]}, segments=True)
     assert found.arrays["classes"].axes == "(R, 91)"
     (folder / "card.json").write_text("{")
-    with pytest.raises(FeatureError, match=r"card\.json: expected a card whose `parts`"):
+    with pytest.raises(FeatureError, match=r"card\.json: damaged: not JSON"):
         card_layout(str(tmp_path), "regions-00")

@@ -251,7 +251,6 @@ def test_a_link_up_is_no_video_whatever_describes_it(tmp_path: Path) -> None:
     assert reasons(source) == {"live": 1, "missing-image": 1, "link-loop": 1}
 
 
-@pytest.mark.processes
 def test_folders_may_lie_deep_in_one_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

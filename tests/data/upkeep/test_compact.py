@@ -25,13 +25,14 @@ from pipeline.data.upkeep import compact as compact_module
 from pipeline.data.upkeep.compact import CompactReport, compact
 from pipeline.data.upkeep.verify import verify
 from pipeline.errors import ManifestError, ShardError
+from tests.data.cards import card_bytes
 from tests.data.tiny_dataset import EXTRACTOR, npy
 from tests.data.world import Item, World, check_dataset, disturb, make_world
 
 NOW = Retention(last_versions=1, min_age_hours=0)  # nothing old is kept
 
 
-CARD = b'{"grid": [2, 3], "parts": {"scores": {"dtype": "float16", "shape": ["R"]}}}'
+CARD = card_bytes(grid=[2, 3], parts={"scores": {"dtype": "float16", "shape": ["R"]}})
 
 
 def config(samples_per_shard: int = 4) -> IngestConfig:
@@ -97,6 +98,7 @@ def check_features(url: str, version: int | None = None) -> None:
             assert np.array_equal(scores, values_of(key)[:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_after_any_edits_nothing_is_lost_and_the_features_stay(tmp_path: Path, seed: int) -> None:
     random = Random(seed)
@@ -362,6 +364,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_break_at_any_write_or_removal_leaves_a_valid_dataset(
     tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch

@@ -43,6 +43,7 @@ def handle(tmp_path: Path) -> Any:
     return builder().load(verbose=False).aio_handle(**SETTINGS)
 
 
+@pytest.mark.processes  # a compiler
 def test_what_was_written_is_read_in_step_and_out_of_it(tmp_path: Path, handle: Any) -> None:
     """By itself, the module says that it has read to an odd place, and leaves it as it was."""
     file = str(tmp_path / "swap")
@@ -60,6 +61,7 @@ def test_what_was_written_is_read_in_step_and_out_of_it(tmp_path: Path, handle: 
         assert handle.free_cpu_locked_tensor(locked)
 
 
+@pytest.mark.processes  # a compiler
 def test_a_write_that_a_disk_has_no_room_for_is_an_error(tmp_path: Path, handle: Any) -> None:
     buffer = handle.new_cpu_locked_tensor(1 << 18, torch.zeros(1)).zero_()
     file = tmp_path / "swap"
@@ -75,6 +77,7 @@ def test_a_write_that_a_disk_has_no_room_for_is_an_error(tmp_path: Path, handle:
     handle.free_cpu_locked_tensor(buffer)
 
 
+@pytest.mark.processes  # a compiler
 def test_a_file_that_is_too_short_is_an_error(tmp_path: Path, handle: Any) -> None:
     file = tmp_path / "swap"
     file.write_bytes(bytes(1000))

@@ -35,6 +35,8 @@ from tests.training.stand_in import (
 )
 
 HERE = Environment(rank=0, world_size=1, local_rank=0, device="cpu")
+
+pytestmark = pytest.mark.processes  # a compiler, and ranks
 WIDE = 701
 
 
@@ -181,7 +183,6 @@ def test_the_average_is_shown_to_an_evaluation_and_the_weights_come_back(
     assert evaluated[0] != evaluated[1]
 
 
-@pytest.mark.processes
 def test_a_killed_run_with_state_in_files_ends_as_the_unbroken_one(
     tmp_path: Path, nvme: Path
 ) -> None:
@@ -198,7 +199,6 @@ def test_a_killed_run_with_state_in_files_ends_as_the_unbroken_one(
     ]
 
 
-@pytest.mark.processes
 def test_a_run_goes_from_memory_to_files_and_back_with_other_ranks_and_stages(
     tmp_path: Path, nvme: Path
 ) -> None:

@@ -24,5 +24,5 @@ def test_its_figures_are_shown_to_prometheus(tmp_path: Path) -> None:
         steps = [line for line in shown if line.startswith("ray_sightline_training_step{")]
         return any('phase="pretrain"' in line and line.endswith(" 8.0") for line in steps)
 
-    wait_until(is_shown, seconds=60)  # Ray shows what was told to it every few seconds
+    wait_until(is_shown)  # Ray shows what was told to it every few seconds
     assert len(shown) >= 8

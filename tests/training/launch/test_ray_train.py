@@ -87,7 +87,7 @@ def wait_for_step(driver: "subprocess.Popen[str]", spec: TrainingSpec, step: int
     assert driver.poll() is None
 
 
-def ended(driver: "subprocess.Popen[str]", seconds: float = 300) -> str:
+def ended(driver: "subprocess.Popen[str]", seconds: float = 600) -> str:
     """Returns the last line that a driver printed; it must have succeeded."""
     try:
         output, said = driver.communicate(timeout=seconds)
@@ -174,7 +174,7 @@ def test_a_run_whose_ray_head_is_killed_says_so_and_is_gone_on_with_on_the_next_
             if not statuses:
                 wait_for_step(driver, spec, step)
                 head.kill()
-            output, said = driver.communicate(timeout=300)
+            output, said = driver.communicate(timeout=600)
             statuses.append(driver.returncode)
             if len(statuses) == 1:
                 assert f"the Ray at {head.address} was lost" in said

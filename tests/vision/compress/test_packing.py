@@ -28,7 +28,7 @@ def test_int8_is_within_half_a_level_of_the_values(storage: Storage, step: int) 
         assert (np.abs(feature.values - values) <= level * 0.5001).all()
         np.testing.assert_array_equal(feature.values, feature.quantized.restore())
         layout = packing_parts(storage, 40)["scales"]
-        expected = [3 if axis == "R" else axis for axis in layout["shape"]]
+        expected = [3 if axis == "R" else axis for axis in layout.shape]
         assert list(feature.quantized.scales.shape) == expected
 
 
@@ -58,14 +58,14 @@ def test_a_packed_image_does_not_depend_on_its_batch() -> None:
 
 def test_the_error_is_relative_to_the_values() -> None:
     exact = pack(VALUES, "float32")
-    assert measure_packing(exact, exact)["relative_rms"] == 0
-    assert measure_packing(exact, exact)["bytes_per_image"] == 3 * 40 * 4
+    assert measure_packing(exact, exact).relative_rms == 0
+    assert measure_packing(exact, exact).bytes_per_image == 3 * 40 * 4
     halves = measure_packing(exact, pack(VALUES, "float16"))
     rows = measure_packing(exact, pack(VALUES, "int8"))
     channels = measure_packing(exact, pack(VALUES, "int8-per-channel"))
-    assert 1e-5 < halves["relative_rms"] < 5e-4 < rows["relative_rms"] < 0.01
-    assert rows["cosine"] > 0.9999 > channels["cosine"]  # weak regions vanish beside strong ones
-    assert (halves["bytes_per_image"], rows["bytes_per_image"]) == (240, 3 * 40 + 3 * 4)
+    assert 1e-5 < halves.relative_rms < 5e-4 < rows.relative_rms < 0.01
+    assert rows.cosine > 0.9999 > channels.cosine  # weak regions vanish beside strong ones
+    assert (halves.bytes_per_image, rows.bytes_per_image) == (240, 3 * 40 + 3 * 4)
 
 
 def test_every_form_of_storage_is_compared_with_what_was_computed() -> None:
@@ -77,6 +77,6 @@ def test_every_form_of_storage_is_compared_with_what_was_computed() -> None:
         *("first 30 float16", "first 30 int8", "first 30 int8-per-channel"),
     ]
     assert found["float16"] == measure_packing(exact, pack(VALUES, "float16"))
-    assert found["first 30 float16"]["bytes_per_image"] == 3 * 30 * 2
+    assert found["first 30 float16"].bytes_per_image == 3 * 30 * 2
     lost = np.sqrt((VALUES[..., 30:] ** 2).sum() / (VALUES**2).sum())
-    assert found["first 30 float32"]["relative_rms"] == pytest.approx(float(lost), rel=1e-4)
+    assert found["first 30 float32"].relative_rms == pytest.approx(float(lost), rel=1e-4)

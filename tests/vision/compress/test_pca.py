@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from pipeline.data.read.dataset import Dataset
 from pipeline.errors import ConfigError, FeatureError
 from pipeline.vision.compress.pca import PcaConfig, digest, fit, load, sample_images, save
 from pipeline.vision.extract import ExtractConfig, extract
-from pipeline.vision.extractors.extractor import from_card
 from pipeline.vision.extractors.grid import GridConfig
+from pipeline.vision.extractors.registry import from_card
 from tests.vision.photo_dataset import make_dataset, picture, pictures
 
 HERE = ExtractConfig(actors=0, batch_size=3)
@@ -38,8 +37,8 @@ def test_what_lies_in_a_plane_comes_back_from_two_dimensions() -> None:
     projection, fitted = fit([values[:90], values[90:]], 2)
     reached = projection.restore(projection.project(values))
     assert np.abs(reached - values).max() < 0.06
-    assert fitted["variance_kept"] > 0.999
-    assert (fitted["images"], fitted["vectors"]) == (2, 200)
+    assert fitted.variance_kept > 0.999
+    assert (fitted.images, fitted.vectors) == (2, 200)
     np.testing.assert_allclose(
         projection.components @ projection.components.T, np.eye(2), atol=1e-5
     )
@@ -95,11 +94,12 @@ def test_extract_fits_once_and_a_split_reads_what_the_matrix_makes(tmp_path: Pat
     with pytest.raises(FeatureError, match="no such file"):
         config.build()
     report = extract(url, config, HERE)
-    assert report.card["dim"] == 10
-    pca = report.card["pca"]
-    assert (pca["dims"], pca["images"], pca["vectors"]) == (10, 5, 5 * CELLS)
+    assert report.card.dim == 10
+    pca = report.card.pca
+    assert pca is not None
+    assert (pca.dims, pca.images, pca.vectors) == (10, 5, 5 * CELLS)
     projection, _ = load(str(tmp_path / "pca.safetensors"))
-    assert pca["digest"] == digest(projection)
+    assert pca.digest == digest(projection)
     split = Dataset.open(url).split("train", report.extractor)
     batch = split.features(range(7))
     exact = GRID.build().exact()
@@ -110,9 +110,10 @@ def test_extract_fits_once_and_a_split_reads_what_the_matrix_makes(tmp_path: Pat
             projection.project(full.values),
             atol=2e-3 * np.abs(full.values).max(),
         )
-    error = report.card["environments"][0]["storage_error"]
-    assert 0.001 < error["relative_rms"] < 0.9  # against all dimensions
-    assert error["bytes_per_image"] == CELLS * 10 * 2
+    loss = report.card.environments[0].storage_error
+    assert loss is not None
+    assert 0.001 < loss.relative_rms < 0.9  # against all dimensions
+    assert loss.bytes_per_image == CELLS * 10 * 2
 
     matrix = (tmp_path / "pca.safetensors").read_bytes()
     make_dataset(url, pictures(9))
@@ -137,7 +138,7 @@ def test_reduced_values_are_stored_in_every_form(tmp_path: Path, stored: Any) ->
     config = reduced(tmp_path).model_copy(update={"storage": stored, "fit": "crop"})
     report = extract(url, config, HERE)
     split = Dataset.open(url).split("train", report.extractor)
-    extractor = from_card(json.loads(json.dumps(report.card)))
+    extractor = from_card(report.card)
     assert extractor.name == report.extractor
     (expected,) = extractor.extract([extractor.prepare(split.image(2))])
     batch = split.features([2])

@@ -80,7 +80,7 @@ def test_a_blind_model_trains_nothing_of_it(network: str) -> None:
     config = grid(network, node)
     backbone: Backbone = config.backbone().train()
     found = backbone(shares(config, 2)[:, :0])
-    assert found.shape == (2, 0, live_card(config, None)["dim"])
+    assert found.shape == (2, 0, live_card(config, None).dim)
     found.sum().backward()
     for parameter in backbone.parameters():
         if parameter.requires_grad:
@@ -88,12 +88,11 @@ def test_a_blind_model_trains_nothing_of_it(network: str) -> None:
             assert not parameter.grad.any()
 
 
-def test_weights_go_to_the_backbone_and_come_back(shared_data: Path, tmp_path: Path) -> None:
-    weights = shared_data / "weights" / "squeezenet1_0.imagenet.fp16.safetensors"
+def test_weights_go_to_the_backbone_and_come_back(squeezenet_file: Path, tmp_path: Path) -> None:
     config = GridConfig(
-        network="squeezenet1_0", node="features", weights=str(weights), image_size=SIZE
+        network="squeezenet1_0", node="features", weights=str(squeezenet_file), image_size=SIZE
     )
     saved = tmp_path / "backbone.safetensors"
     safetensors.torch.save_file(config.backbone().network.state_dict(), saved)
     again = config.model_copy(update={"weights": str(saved)})
-    assert again.build().card()["weights"] == config.build().card()["weights"]
+    assert again.build().card().weights == config.build().card().weights

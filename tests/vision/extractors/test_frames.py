@@ -10,11 +10,11 @@ from pipeline.data.sample import Sample, Texts
 from pipeline.data.tars.shard import ShardWriter
 from pipeline.data.tars.shard_files import ShardFiles, default_cache
 from pipeline.errors import FeatureError
+from pipeline.vision.extractor import Extractor, measure_invariance
 from pipeline.vision.extractors.detection.regions import RegionsConfig
-from pipeline.vision.extractors.extractor import from_card
 from pipeline.vision.extractors.frames import FramesExtractor
 from pipeline.vision.extractors.grid import GridConfig
-from pipeline.vision.feature import Extractor, measure_invariance
+from pipeline.vision.extractors.registry import from_card
 from pipeline.vision.preprocess.video import FramesConfig, read_frames
 from pipeline.vision.sidecar import SidecarPlan, write_sidecar
 from tests.vision.photo_dataset import picture
@@ -73,7 +73,7 @@ def test_videos_of_any_lengths_share_a_batch_without_meeting(extractor: Extracto
     prepared = [extractor.prepare(payload) for payload in payloads]
     found = extractor.extract(prepared)
     assert [len(feature.values) // CELLS for feature in found] == [3, 1, 2, 3]
-    assert measure_invariance(extractor.exact(), prepared)["largest_difference"] < 1e-4
+    assert measure_invariance(extractor.exact(), prepared).largest_difference < 1e-4
 
 
 def test_a_video_is_refused_where_no_rule_for_frames_is_given(pictures: Extractor) -> None:
@@ -108,19 +108,19 @@ def test_detected_regions_keep_their_classes_and_scores_beside_the_times() -> No
     (feature,) = extractor.extract([extractor.prepare(video(6))])
     assert feature.values.shape == (8, 1024)
     assert feature.quantized is not None
-    for name, layout in extractor.card()["parts"].items():
+    for name, layout in extractor.card().parts.items():
         array = feature.quantized.scales if name == "scales" else feature.parts[name]
-        shape = [8 if axis == "R" else axis for axis in layout["shape"]]
-        assert (list(array.shape), array.dtype.name) == (shape, layout["dtype"])
+        shape = [8 if axis == "R" else axis for axis in layout.shape]
+        assert (list(array.shape), array.dtype.name) == (shape, layout.dtype)
 
 
 def test_the_card_says_which_frames_and_gives_the_extractor_back(
     extractor: Extractor, pictures: Extractor
 ) -> None:
     card = extractor.card()
-    assert card["selection"]["frames"] == {"count": 3, "folder_rate": 10.0}
-    assert card["environments"][0]["libraries"]["av"]
-    assert (card["grid"], card["boxes"], card["num_regions"]) == (None, "stored", 3 * CELLS)
+    assert card.selection["frames"] == {"count": 3, "folder_rate": 10.0}
+    assert card.environments[0].libraries["av"]
+    assert (card.grid, card.boxes, card.num_regions) == (None, "stored", 3 * CELLS)
     assert from_card(card).card() == card
     names = {pictures.name, extractor.name}
     for frames in (FramesConfig(count=4, folder_rate=10), FramesConfig(rate=1, folder_rate=10)):

@@ -8,24 +8,20 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.data.read.extractor_card import ExtractorCard
 from pipeline.errors import ConfigError, FeatureError
-from pipeline.vision.extractors.extractor import from_card
+from pipeline.vision.extractor import INVARIANCE_TOLERANCE, measure_invariance
 from pipeline.vision.extractors.grid import GridConfig
-from pipeline.vision.feature import INVARIANCE_TOLERANCE, measure_invariance
+from pipeline.vision.extractors.registry import from_card
 from tests.vision.photo_dataset import picture
 
 SQUEEZENET = GridConfig(network="squeezenet1_0", node="features", weights="random", image_size=64)
 
 
-def weights_file(shared_data: Path, network: str) -> str:
-    return str(shared_data / "weights" / f"{network}.imagenet.fp16.safetensors")
-
-
 def classify(network: str, shared_data: Path, node: str) -> GridConfig:
     """The preprocessing that the expected outputs were computed with."""
-    return GridConfig(
-        network=network, node=node, weights=weights_file(shared_data, network), fit="crop"
-    )
+    weights = shared_data / "weights" / f"{network}.imagenet.fp16.safetensors"
+    return GridConfig(network=network, node=node, weights=str(weights), fit="crop")
 
 
 @pytest.mark.parametrize("network", ["mobilenet_v2", "squeezenet1_0"])
@@ -50,7 +46,7 @@ def test_pretrained_network_sees_what_is_in_the_photographs(
 ) -> None:
     expected = json.loads((shared_data / "weights" / "expected_top5.json").read_text())["images"]
     extractor = classify(network, shared_data, node).build()
-    assert extractor.card()["grid"] == [1, 1]
+    assert extractor.card().grid == (1, 1)
     prepared = [extractor.prepare((shared_data / name).read_bytes()) for name in expected]
     for feature, (name, outputs) in zip(extractor.extract(prepared), expected.items(), strict=True):
         logits = torch.from_numpy(feature.values[0].astype(np.float32))
@@ -78,38 +74,39 @@ def test_cells_are_ordered_row_by_row() -> None:
 @pytest.mark.parametrize(
     ("network", "node", "grid", "dim"),
     [
-        ("resnet18", "layer4", [2, 3], 512),
-        ("resnet18", "flatten", [1, 1], 512),
-        ("mobilenet_v2", "features.13", [4, 4], 96),
-        ("convnext_tiny", "features", [2, 2], 768),
+        ("resnet18", "layer4", (2, 3), 512),
+        ("resnet18", "flatten", (1, 1), 512),
+        ("mobilenet_v2", "features.13", (4, 4), 96),
+        ("convnext_tiny", "features", (2, 2), 768),
     ],
 )
 def test_any_node_of_any_network_gives_its_map(
-    network: str, node: str, grid: list[int], dim: int
+    network: str, node: str, grid: tuple[int, int], dim: int
 ) -> None:
-    grid = [2, 2] if node == "layer4" else grid
+    grid = (2, 2) if node == "layer4" else grid
     extractor = GridConfig(network=network, node=node, weights="random", image_size=64).build()
     (feature,) = extractor.extract([extractor.prepare(picture(0))])
     card = extractor.card()
-    assert (card["grid"], card["dim"]) == (grid, dim)
-    assert feature.values.shape == (card["num_regions"], dim)
-    assert card["weights"]["random"]
+    assert (card.grid, card.dim) == (grid, dim)
+    assert feature.values.shape == (card.num_regions, dim)
+    assert card.weights is not None
+    assert card.weights.random
 
 
 @pytest.mark.parametrize("fit", ["stretch", "crop"])
-def test_feature_does_not_depend_on_its_batch(shared_data: Path, fit: Any) -> None:
+def test_feature_does_not_depend_on_its_batch(photographs: list[Path], fit: Any) -> None:
     config = GridConfig(
         network="squeezenet1_0",
         node="features",
-        weights=weights_file(shared_data, "squeezenet1_0"),
+        weights="random",
         fit=fit,
     )
     extractor = config.build()
-    photos = sorted((shared_data / "weights" / "photos").iterdir())
+    photos = photographs[:5]
     prepared = [extractor.prepare(path.read_bytes()) for path in photos]
     found = measure_invariance(extractor, prepared)
-    assert found["images"] == len(photos)
-    assert found["largest_difference"] <= INVARIANCE_TOLERANCE
+    assert found.images == len(photos)
+    assert found.largest_difference <= INVARIANCE_TOLERANCE
 
 
 def test_random_weights_are_the_same_every_time_and_leave_other_randomness_alone() -> None:
@@ -134,12 +131,13 @@ def test_random_features_of_deep_networks_fit_float16(network: str) -> None:
     assert 0.1 < size < 20_000
 
 
-def test_identity_is_of_the_weights_not_of_their_file(shared_data: Path, tmp_path: Path) -> None:
-    original = Path(weights_file(shared_data, "squeezenet1_0"))
+def test_identity_is_of_the_weights_not_of_their_file(
+    squeezenet_file: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy.safetensors"
-    copy.write_bytes(original.read_bytes())
+    copy.write_bytes(squeezenet_file.read_bytes())
     settings = {"network": "squeezenet1_0", "node": "features"}
-    from_original = GridConfig(weights=str(original), **settings).build()
+    from_original = GridConfig(weights=str(squeezenet_file), **settings).build()
     from_copy = GridConfig(weights=str(copy), **settings).build()
     random = GridConfig(weights="random", **settings).build()
     assert from_original.name == from_copy.name != random.name
@@ -164,17 +162,17 @@ def test_boxes_of_cropped_cells_are_fractions_of_the_whole_picture() -> None:
     assert feature.boxes[8, 2] == pytest.approx(0.72, abs=0.01)
     assert feature.boxes[0, 1] == pytest.approx(1 / 16, abs=0.01)
     assert (feature.boxes[1, 0], feature.boxes[3, 1]) == (feature.boxes[0, 2], feature.boxes[0, 3])
-    assert extractor.card()["boxes"] == "stored"
+    assert extractor.card().boxes == "stored"
 
 
-def test_extractor_comes_back_from_its_card(shared_data: Path, tmp_path: Path) -> None:
+def test_extractor_comes_back_from_its_card(squeezenet_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
-    path.write_bytes(Path(weights_file(shared_data, "squeezenet1_0")).read_bytes())
+    path.write_bytes(squeezenet_file.read_bytes())
     config = GridConfig(network="squeezenet1_0", node="features", weights=str(path))
-    card = json.loads(json.dumps(config.build().card()))
-    assert from_card(card).card() == json.loads(json.dumps(from_card(card).card())) == card
+    card = ExtractorCard.parse(config.build().card().plain(), "card")
+    assert from_card(card).card() == card
     with pytest.raises(FeatureError, match="replaced"):
-        from_card(card | {"identity": "0" * 32})
+        from_card(card.model_copy(update={"identity": "0" * 32}))
     path.unlink()
     with pytest.raises(FeatureError, match=r"weights\.safetensors"):
         from_card(card)

@@ -9,8 +9,8 @@ import pytest
 from pipeline.data.read.dataset import Dataset
 from pipeline.errors import ConfigError, FeatureError, RejectError
 from pipeline.vision.extract import ExtractConfig, extract
-from pipeline.vision.extractors.extractor import from_card
 from pipeline.vision.extractors.imported import ImportedConfig, import_features, match
+from pipeline.vision.extractors.registry import from_card
 from tests.vision import published_files as files
 from tests.vision.photo_dataset import make_dataset, picture
 
@@ -45,8 +45,9 @@ def test_a_dataset_reads_the_published_features_of_its_samples(tmp_path: Path, s
         np.testing.assert_allclose(batch.boxes[i, :count], made.fractions(), atol=1e-7)
         assert batch.labels is not None
         np.testing.assert_array_equal(batch.labels[i, :count], made.objects)
-    error = report.card["environments"][0]["storage_error"]["relative_rms"]
-    assert (error == 0) == (stored == "float32")
+    loss = report.card.environments[0].storage_error
+    assert loss is not None
+    assert (loss.relative_rms == 0) == (stored == "float32")
 
 
 def test_a_second_import_does_what_is_left(tmp_path: Path) -> None:
@@ -70,7 +71,7 @@ def test_samples_without_published_features_are_counted_and_not_hidden(tmp_path:
         Dataset.open(url).split("train", report.extractor)
     here = ExtractConfig(actors=0)
     with pytest.raises(ConfigError, match="imported, and cannot be computed for a picture"):
-        extract(url, ImportedConfig.model_validate(report.card["config"]), here)
+        extract(url, ImportedConfig.model_validate(report.card.config), here)
 
 
 def test_an_image_whose_features_cannot_be_used_costs_its_sample(tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_an_image_whose_features_cannot_be_used_costs_its_sample(tmp_path: Path)
     assert key not in [f"{int(each)}" for each in split.keys]
     again = import_features(url, str(path))
     assert (again.num_images, again.rejects) == (0, {"cut-short": 1})
-    config = ImportedConfig.model_validate(report.card["config"])
+    config = ImportedConfig.model_validate(report.card.config)
     with pytest.raises(RejectError, match="nothing of 1 of 6 samples"):
         extract(url, config, ExtractConfig(actors=0))
     allowed = extract(url, config, ExtractConfig(actors=0, max_reject_fraction=0.2))
@@ -126,7 +127,7 @@ def test_boxes_that_make_sense_as_widths_alone_are_refused_with_the_option(tmp_p
 def test_a_recipe_takes_the_config_of_the_card(tmp_path: Path) -> None:
     url = dataset(tmp_path, 5)
     report = import_features(url, published(tmp_path, 5))
-    config = ImportedConfig.model_validate(report.card["config"])
+    config = ImportedConfig.model_validate(report.card.config)
     config.check()
     assert config.build().name == report.extractor
     unchanged = extract(url, config, ExtractConfig(actors=0))

@@ -6,12 +6,12 @@ import pytest
 from pipeline.data.media.augmentation import AugmentConfig
 from pipeline.data.read.images import live_features
 from pipeline.vision.extractors.detection.regions import RegionsConfig
-from pipeline.vision.extractors.extractor import AnyExtractor
 from pipeline.vision.extractors.grid import GridConfig
 from pipeline.vision.extractors.imported import ImportedConfig
 from pipeline.vision.extractors.live import backbone_config, live_card, live_config, refusal
 from pipeline.vision.extractors.patches import PatchesConfig
 from pipeline.vision.extractors.pixels import PixelsConfig
+from pipeline.vision.extractors.registry import AnyExtractor
 from tests.vision.photo_dataset import picture
 
 PIXELS = PixelsConfig(image_size=32, patch_size=8)
@@ -46,8 +46,8 @@ def test_a_live_card_says_how_pictures_are_varied_and_is_no_stored_one(extractor
         live_card(extractor, augment),
         extractor.build().card(),
     )
-    assert len({card["identity"] for card in (plain, varied, stored)}) == 3
-    assert (plain["dim"], plain["grid"]) == (stored["dim"], stored["grid"])
+    assert len({card.identity for card in (plain, varied, stored)}) == 3
+    assert (plain.dim, plain.grid) == (stored.dim, stored.grid)
     config = live_config(varied)
     assert config is not None
     assert config.images.augment == augment
@@ -69,4 +69,4 @@ def test_only_a_network_becomes_a_backbone() -> None:
     assert backbone_config(live_card(GRID, None)) == GRID
     assert backbone_config(live_card(PIXELS, None)) is None
     assert backbone_config(GRID.build().card()) is None
-    assert backbone_config({}) is None
+    assert backbone_config(None) is None

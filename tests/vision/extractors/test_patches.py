@@ -11,10 +11,11 @@ import torch
 import transformers
 from PIL import Image
 
+from pipeline.data.read.extractor_card import ExtractorCard
 from pipeline.errors import ConfigError, FeatureError
-from pipeline.vision.extractors.extractor import from_card
+from pipeline.vision.extractor import INVARIANCE_TOLERANCE, measure_invariance
 from pipeline.vision.extractors.patches import PatchesConfig
-from pipeline.vision.feature import INVARIANCE_TOLERANCE, measure_invariance
+from pipeline.vision.extractors.registry import from_card
 from pipeline.vision.preprocess.image import PaddedCentreCrop, ResizeBicubic, ResizeShortSideTo
 
 SIZES: dict[str, Any] = {
@@ -58,8 +59,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def photos(shared_data: Path) -> list[bytes]:
-    return [path.read_bytes() for path in sorted((shared_data / "weights" / "photos").iterdir())]
+def photos(photographs: list[Path]) -> list[bytes]:
+    return [path.read_bytes() for path in photographs[:5]]
 
 
 @pytest.mark.parametrize(
@@ -83,11 +84,11 @@ def test_tokens_are_those_of_the_model_without_what_stands_before_the_patches(
     for feature, tokens in zip(extractor.extract(prepared), expected, strict=True):
         np.testing.assert_allclose(feature.values, tokens[prefix:], atol=1e-5)
         assert feature.boxes is None
-    found = measure_invariance(extractor, prepared)["largest_difference"]
+    found = measure_invariance(extractor, prepared).largest_difference
     assert found <= INVARIANCE_TOLERANCE
     card = extractor.card()
-    assert (card["grid"], card["dim"], card["num_regions"]) == ([4, 4], 24, 16)
-    assert from_card(json.loads(json.dumps(card))).card() == card
+    assert (card.grid, card.dim, card.num_regions) == ((4, 4), 24, 16)
+    assert from_card(ExtractorCard.parse(card.plain(), "card")).card() == card
 
 
 @pytest.mark.parametrize("network", ["vit", "dinov2", "clip", "siglip"])
@@ -121,7 +122,7 @@ def test_the_class_token_comes_first_with_the_whole_picture_as_its_box(
     assert feature.boxes is not None
     np.testing.assert_array_equal(feature.boxes[0], [0, 0, 1, 1])
     np.testing.assert_allclose(feature.boxes[6], [0.25, 0.25, 0.5, 0.5])
-    assert (extractor.card()["grid"], extractor.card()["boxes"]) == (None, "stored")
+    assert (extractor.card().grid, extractor.card().boxes) == (None, "stored")
     with pytest.raises(ConfigError, match="has no such token"):
         PatchesConfig(network=folders["siglip"], class_token=True).build()
 
@@ -132,7 +133,7 @@ def test_another_image_size_gives_another_grid(
 ) -> None:
     extractor = PatchesConfig(network=folders[network], image_size=48, fit="crop").build()
     (feature,) = extractor.extract([extractor.prepare(photos[0])])
-    assert extractor.card()["grid"] == [6, 6]
+    assert extractor.card().grid == (6, 6)
     assert feature.values.shape == (36, 24)
     assert feature.boxes is not None
     with pytest.raises(ConfigError, match="not a multiple"):

@@ -6,8 +6,8 @@ from PIL import Image
 
 from pipeline.config import check
 from pipeline.errors import ConfigError
-from pipeline.vision.extractors.extractor import from_card
 from pipeline.vision.extractors.pixels import PixelsConfig
+from pipeline.vision.extractors.registry import from_card
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -30,8 +30,8 @@ def test_picture_of_any_proportions_fills_the_grid() -> None:
     wide = np.random.default_rng(0).integers(0, 256, (10, 50, 3), np.uint8)
     (feature,) = extractor.extract([extractor.prepare(png(wide))])
     card = extractor.card()
-    assert feature.values.shape == (card["num_regions"], card["dim"]) == (9, 48)
-    assert card["grid"] == [3, 3]
+    assert feature.values.shape == (card.num_regions, card.dim) == (9, 48)
+    assert card.grid == (3, 3)
     assert feature.boxes is None
 
 

@@ -154,12 +154,12 @@ def build(kind: str, network: str, num_classes: int, num_proposals: int) -> "nn.
     return model.eval()
 
 
-def class_names(network: str, num_classes: int) -> list[str] | None:
+def class_names(network: str, num_classes: int) -> tuple[str, ...] | None:
     """Returns torchvision's names of the classes, background first, if their number fits."""
     import torchvision
 
     meta: dict[str, Any] = torchvision.models.get_model_weights(network).DEFAULT.meta
-    names = list(meta["categories"])
+    names = tuple(meta["categories"])
     return names if len(names) == num_classes else None
 
 

@@ -9,6 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from pipeline.data.read.extractor_card import (
+    ExtractionEnvironment,
+    ExtractorCard,
+    PartLayout,
+    Weights,
+    identity,
+)
 from pipeline.errors import FeatureError
 from pipeline.vision.compress.packing import Storage, describe_storage, pack, packing_parts
 from pipeline.vision.extractors import weights
@@ -23,13 +30,7 @@ from pipeline.vision.extractors.detection.detector import (
 )
 from pipeline.vision.extractors.grid import NORMALIZE
 from pipeline.vision.extractors.network import NetworkConfig
-from pipeline.vision.feature import (
-    Feature,
-    environment,
-    extractor_name,
-    identity,
-    part_layout,
-)
+from pipeline.vision.feature import Feature
 from pipeline.vision.preprocess.image import Prepared, ResizeWithin, describe, prepare
 
 if TYPE_CHECKING:
@@ -47,19 +48,39 @@ class DetectorConfig(NetworkConfig):
     """
 
     kind: ClassVar[str]  # torchvision's, fasterrcnn or maskrcnn
-    type: str
-    network: str
-    weights: str = "default"  # torchvision's best for the network, a file, or `random`
-    num_classes: int = Field(default=COCO_CLASSES, ge=2)  # background included
-    short_side: int = Field(default=800, ge=32, le=4096)  # pixels
-    long_side: int = Field(default=1333, ge=32, le=8192)  # pixels, which the longer side keeps to
-    num_proposals: int = Field(default=300, ge=1, le=2000)  # boxes that the box head looks at
-    nms_threshold: float = Field(default=0.3, gt=0, le=1)  # overlap at which a weaker box falls
-    score_threshold: float = Field(default=0.2, ge=0, le=1)
-    min_regions: int = Field(default=36, ge=1)
-    max_regions: int = Field(default=36, ge=1)
-    # proposal: the box that the feature is of; refined: as the box head corrects it
-    boxes: Literal["proposal", "refined"] = "proposal"
+    type: str = Field(description="the extractor")
+    network: str = Field(description="the detector's name in torchvision")
+    weights: str = Field(
+        default="default",
+        description="torchvision's best for the network (`default`), a file, or `random`",
+    )
+    num_classes: int = Field(
+        default=COCO_CLASSES, ge=2, description="classes of the weights, background included"
+    )
+    short_side: int = Field(
+        default=800, ge=32, le=4096, description="pixels that the shorter side is scaled to"
+    )
+    long_side: int = Field(
+        default=1333, ge=32, le=8192, description="pixels that the longer side keeps to"
+    )
+    num_proposals: int = Field(
+        default=300, ge=1, le=2000, description="boxes that the box head looks at"
+    )
+    nms_threshold: float = Field(
+        default=0.3, gt=0, le=1, description="overlap at which a weaker box falls"
+    )
+    score_threshold: float = Field(
+        default=0.2, ge=0, le=1, description="score of a box beyond `min_regions`"
+    )
+    min_regions: int = Field(
+        default=36, ge=1, description="fewest regions of a picture, if it has as many proposals"
+    )
+    max_regions: int = Field(default=36, ge=1, description="most regions of a picture")
+    boxes: Literal["proposal", "refined"] = Field(
+        default="proposal",
+        description="proposal: the box that the feature is of; refined: as the box head "
+        "corrects it",
+    )
 
     @model_validator(mode="after")
     def _bounds_fit(self) -> Self:
@@ -99,8 +120,13 @@ class RegionsConfig(DetectorConfig):
     """A torchvision Faster R-CNN. Features are its box head's output, 1024 values a region."""
 
     kind = "fasterrcnn"
-    type: Literal["regions"] = "regions"
-    network: str = "fasterrcnn_resnet50_fpn_v2"
+    type: Literal["regions"] = Field(
+        default="regions",
+        description="a torchvision Faster R-CNN: its box head's output, 1024 values a region",
+    )
+    network: str = Field(
+        default="fasterrcnn_resnet50_fpn_v2", description="the detector's name in torchvision"
+    )
 
     def load(self, device: str) -> "RegionsExtractor":
         return RegionsExtractor(self, device)
@@ -129,11 +155,10 @@ class DetectorExtractor(ABC):
 
     @property
     def name(self) -> str:
-        card = self.card()
-        return extractor_name(card["type"], card["identity"])
+        return self.card().name
 
     @abstractmethod
-    def card(self) -> dict[str, Any]:
+    def card(self) -> ExtractorCard:
         """What made the features."""
 
     @abstractmethod
@@ -163,13 +188,13 @@ class DetectorExtractor(ABC):
         twin._storage = "float32"
         return twin
 
-    def _card(self, config: DetectorConfig, dim: int) -> dict[str, Any]:
+    def _card(self, config: DetectorConfig, dim: int) -> ExtractorCard:
         """Returns the card for features of `dim` values."""
-        preprocessing = [
+        preprocessing = (
             *describe(self.steps, config.window),
             NORMALIZE,
             {"step": "pad right and below with zeros", "multiple": 32},
-        ]
+        )
         rule = {
             "order": "by score, the highest first",
             "rule": "bottom-up attention",
@@ -178,27 +203,27 @@ class DetectorExtractor(ABC):
         stored = describe_storage(config.storage)
         digest = self.detector.digest
         parts = packing_parts(config.storage, dim) | {
-            "labels": part_layout("int32", "R"),
-            "scores": part_layout("float32", "R"),
-            "classes": part_layout("float16", "R", config.num_classes),
+            "labels": PartLayout.of("int32", "R"),
+            "scores": PartLayout.of("float32", "R"),
+            "classes": PartLayout.of("float16", "R", config.num_classes),
         }
-        return {
-            "type": config.type,
-            "identity": identity(config.type, digest, preprocessing, rule, stored),
-            "config": config.model_dump(mode="json") | {"weights": self.detector.weights},
-            "weights": {"digest": digest, "random": config.weights == "random"},
-            "preprocessing": preprocessing,
-            "selection": rule,
-            "storage": stored,
-            "dtype": stored["dtype"],
-            "dim": dim,
-            "num_regions": config.max_regions,
-            "grid": None,
-            "boxes": "stored",
-            "parts": parts,
-            "class_names": class_names(config.network, config.num_classes),
-            "environments": [environment(self._device)],
-        }
+        return ExtractorCard(
+            type=config.type,
+            identity=identity(config.type, digest, preprocessing, rule, stored),
+            config=config.model_dump(mode="json") | {"weights": self.detector.weights},
+            weights=Weights(digest=digest, random=config.weights == "random"),
+            preprocessing=preprocessing,
+            selection=rule,
+            storage=stored,
+            dtype=stored["dtype"],
+            dim=dim,
+            num_regions=config.max_regions,
+            grid=None,
+            boxes="stored",
+            parts=parts,
+            class_names=class_names(config.network, config.num_classes),
+            environments=(ExtractionEnvironment.here(self._device),),
+        )
 
 
 class RegionsExtractor(DetectorExtractor):
@@ -208,7 +233,7 @@ class RegionsExtractor(DetectorExtractor):
         super().__init__(config, device)
         self._config = config
 
-    def card(self) -> dict[str, Any]:
+    def card(self) -> ExtractorCard:
         return self._card(self._config, self.detector.dim)
 
     def _feature(self, loaded: Loaded) -> Feature:

@@ -1,11 +1,12 @@
 """Segment features: the regions of Mask R-CNN, each with its outline."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
 
+from pipeline.data.read.extractor_card import ExtractorCard
 from pipeline.vision.extractors.detection import selection
 from pipeline.vision.extractors.detection.detector import Detections, Loaded
 from pipeline.vision.extractors.detection.regions import (
@@ -31,11 +32,26 @@ class SegmentsConfig(DetectorConfig):
     """
 
     kind = "maskrcnn"
-    type: Literal["segments"] = "segments"
-    network: str = "maskrcnn_resnet50_fpn_v2"
-    boxes: Literal["proposal", "refined"] = "refined"  # as the mask head was trained
-    pool: Literal["box", "mask", "both"] = "both"
-    mask_side: int = Field(default=512, ge=16, le=4096)  # pixels, the longer side of the masks
+    type: Literal["segments"] = Field(
+        default="segments",
+        description="a torchvision Mask R-CNN: regions with the masks of their objects",
+    )
+    network: str = Field(
+        default="maskrcnn_resnet50_fpn_v2", description="the detector's name in torchvision"
+    )
+    boxes: Literal["proposal", "refined"] = Field(
+        default="refined",
+        description="proposal: the box that the feature is of; refined: as the box head "
+        "corrects it, and the mask head was trained",
+    )
+    pool: Literal["box", "mask", "both"] = Field(
+        default="both",
+        description="box: the box head's output (1024 values); mask: the mean of the feature "
+        "pyramid over the mask (256); both: one after the other",
+    )
+    mask_side: int = Field(
+        default=512, ge=16, le=4096, description="pixels of the longer side of the masks"
+    )
 
     def load(self, device: str) -> "SegmentsExtractor":
         return SegmentsExtractor(self, device)
@@ -48,10 +64,11 @@ class SegmentsExtractor(DetectorExtractor):
         super().__init__(config, device)
         self._config = config
 
-    def card(self) -> dict[str, Any]:
+    def card(self) -> ExtractorCard:
         parts = {"box": self.detector.dim, "mask": MASK_LEVELS}
         dim = parts.get(self._config.pool, sum(parts.values()))
-        return self._card(self._config, dim) | {"segments": "COCO run-length code"}
+        card = self._card(self._config, dim)
+        return card.model_copy(update={"segments": "COCO run-length code"})
 
     def _feature(self, loaded: Loaded) -> Feature:
         import torch

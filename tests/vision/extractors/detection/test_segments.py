@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +6,11 @@ import pytest
 import torch
 from pycocotools import mask as coco
 
+from pipeline.data.read.extractor_card import ExtractorCard
+from pipeline.vision.extractor import Extractor, measure_invariance
 from pipeline.vision.extractors.detection.segments import SegmentsConfig, mask_pooled, outlines
-from pipeline.vision.extractors.extractor import from_card
-from pipeline.vision.feature import Extractor, Mask, measure_invariance
+from pipeline.vision.extractors.registry import from_card
+from pipeline.vision.feature import Mask
 
 SMALL = SegmentsConfig(
     network="maskrcnn_resnet50_fpn",
@@ -35,10 +36,9 @@ def bits(mask: Mask) -> np.ndarray:
 
 
 def test_every_region_of_a_photograph_has_a_mask_within_its_box(
-    extractor: Extractor, shared_data: Path
+    extractor: Extractor, photographs: list[Path]
 ) -> None:
-    photo = (shared_data / "weights" / "photos").iterdir()
-    prepared = [extractor.prepare(path.read_bytes()) for path in sorted(photo)[:3]]
+    prepared = [extractor.prepare(path.read_bytes()) for path in photographs[:3]]
     for image, feature in zip(prepared, extractor.extract(prepared), strict=True):
         assert feature.values.shape == (5, 1024 + 256)
         assert feature.masks is not None
@@ -53,7 +53,7 @@ def test_every_region_of_a_photograph_has_a_mask_within_its_box(
                 x1, y1, x2, y2 = box * [mask.width, mask.height, mask.width, mask.height]
                 assert x1 - 2 <= columns.min() <= columns.max() <= x2 + 2
                 assert y1 - 2 <= rows.min() <= rows.max() <= y2 + 2
-    assert measure_invariance(extractor, prepared)["largest_difference"] == 0
+    assert measure_invariance(extractor, prepared).largest_difference == 0
 
 
 def test_outlines_are_of_the_whole_picture_at_the_stated_size() -> None:
@@ -81,20 +81,21 @@ def test_a_mask_pooled_feature_is_the_mean_of_what_the_mask_covers() -> None:
     assert not found[2].any()  # an empty mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pool", "dim"), [("box", 1024), ("mask", 256), ("both", 1280)])
 def test_the_pool_says_how_wide_features_are(
-    pool: Any, dim: int, extractor: Extractor, shared_data: Path
+    pool: Any, dim: int, extractor: Extractor, photographs: list[Path]
 ) -> None:
     pooled = SMALL.model_copy(update={"pool": pool}).build()
-    photo = sorted((shared_data / "weights" / "photos").iterdir())[0].read_bytes()
+    photo = photographs[0].read_bytes()
     (feature,) = pooled.extract([pooled.prepare(photo)])
-    assert feature.values.shape[1] == pooled.card()["dim"] == dim
+    assert feature.values.shape[1] == pooled.card().dim == dim
     (both,) = extractor.extract([extractor.prepare(photo)])
     place = {"box": slice(0, 1024), "mask": slice(1024, None), "both": slice(None)}[pool]
     np.testing.assert_array_equal(feature.values, both.values[:, place])
 
 
 def test_extractor_comes_back_from_its_card(extractor: Extractor) -> None:
-    card = json.loads(json.dumps(extractor.card()))
-    assert card["segments"]
+    card = ExtractorCard.parse(extractor.card().plain(), "card")
+    assert card.segments
     assert from_card(card).card() == card

@@ -30,6 +30,7 @@ ORDER: dict[str, list[str]] = {
         "training",
         "report",
         "recipe",
+        "reference",
         "stages",
         "perf",
         "cli",

@@ -25,6 +25,7 @@ def shares(config: GridConfig, count: int) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(batches))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "node"),
     [
@@ -74,6 +75,7 @@ def test_a_picture_does_not_see_its_neighbours_while_training() -> None:
         assert torch.equal(tensor, before[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["resnet18", "mobilenet_v2", "convnext_tiny"])
 def test_a_blind_model_trains_nothing_of_it(network: str) -> None:
     node = {"resnet18": "layer4"}.get(network, "features")

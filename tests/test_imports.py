@@ -29,6 +29,7 @@ ORDER: dict[str, list[str]] = {
         "training",
         "report",
         "recipe",
+        "reference",
         "stages",
         "perf",
         "cli",

@@ -207,7 +207,7 @@ class Vilbert(VisionLanguageModel):
         return F.dropout(embedded, self.config.dropout, self.training)
 
     def _embed_regions(self, inputs: Inputs) -> Tensor:
-        features, boxes = blocks.to_float(inputs.features), inputs.boxes
+        features, boxes = blocks.to_float(self.region_features(inputs)), inputs.boxes
         hidden = inputs.region_padding
         if inputs.masked_regions is not None:  # the mean must not tell what was hidden
             hidden = hidden | inputs.masked_regions

@@ -146,6 +146,7 @@ def test_a_saved_model_holds_its_backbone_and_is_fine_tuned_with_it(
     np.testing.assert_allclose(found, stored.values, atol=0.03 * np.abs(stored.values).max())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(
     ("stage", "precision"), [(0, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")]

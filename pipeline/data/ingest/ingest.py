@@ -22,16 +22,23 @@ from pydantic import Field
 
 from pipeline import storage
 from pipeline.config import Config
+from pipeline.data.ingest.comparison import SharedKeyError
 from pipeline.data.ingest.duplicates import Duplicates
 from pipeline.data.ingest.filters import WANTED_REASONS, FilterConfig
-from pipeline.data.ingest.ingest_plan import IngestPlan, ShardPlan, SharedKeyError, plan_ingest
+from pipeline.data.ingest.ingest_plan import (
+    IngestPlan,
+    ShardPlan,
+    counted,
+    held_by_reason,
+    plan_ingest,
+)
 from pipeline.data.ingest.listing import STAYS_AS_IT_IS, FingerprintOf, Listing
 from pipeline.data.ingest.outcome import Row, live_row, record_of, reject_row
 from pipeline.data.ingest.shard_tasks import run_tasks
 from pipeline.data.ingest.survey import without_duplicates
 from pipeline.data.ingest.treatment import Treatment, digest
 from pipeline.data.ingest.unopened import find_unopened
-from pipeline.data.manifest.manifest import LIVE, REJECT, SAMPLES, Manifest
+from pipeline.data.manifest.manifest import SAMPLES, Manifest
 from pipeline.data.media.image_check import BadImageError, Verify
 from pipeline.data.media.reencode import ReencodeConfig
 from pipeline.data.sample import Sample
@@ -151,7 +158,7 @@ def ingest(
     url = storage.absolute(url)
     plan = _plan(source, Manifest.create(url), config)
     rejects = _Rejects(url, plan.num_listed, config.max_reject_fraction)
-    rejects.add(plan.rejects)
+    rejects.count(plan.rejects)
     _check_removals(plan, config.max_removed_fraction)
 
     origin = _origin(source, config)
@@ -173,8 +180,9 @@ def ingest(
             listed_at = time.monotonic()
         on_progress(num_done, num_to_do)
     unchanged = manifest.version == plan.manifest.version
-    held = plan.held if unchanged else manifest.rows(["state", "reason"])
-    reasons = held.filter(pc.equal(held["state"], REJECT))["reason"]
+    held = plan.held if unchanged else held_by_reason(manifest)
+    counts = {row["reason"]: row["count"] for row in held.to_pylist()}
+    num_live = counts.pop(None, 0)
     return IngestReport(
         version=manifest.version,
         num_listed=plan.num_listed,
@@ -183,8 +191,8 @@ def ingest(
         num_removed=plan.num_removed,
         num_unchanged=plan.num_unchanged,
         num_shards=num_shards,
-        num_live=held.filter(pc.equal(held["state"], LIVE)).num_rows,
-        rejects=dict(Counter(reasons.to_pylist()).most_common()),
+        num_live=num_live,
+        rejects=dict(Counter(counts).most_common()),
     )
 
 
@@ -338,9 +346,13 @@ class _Rejects:
 
     def add(self, rows: pa.Table) -> None:
         """Counts those of the rows that have a reason."""
-        rejects = rows.select(["reason", "detail"]).filter(pc.not_equal(rows["reason"], ""))
+        rejects = rows.filter(pc.not_equal(rows["reason"], ""))
+        self.count(counted(rejects))
+
+    def count(self, rejects: pa.Table) -> None:
+        """Counts rejects by reason: columns reason, count, detail."""
         for row in rejects.to_pylist():
-            self._counts[row["reason"]] += 1
+            self._counts[row["reason"]] += row["count"]
             self._examples.setdefault(row["reason"], row["detail"])
         number = self._counts.total()
         faults = number - sum(self._counts[reason] for reason in WANTED_REASONS)

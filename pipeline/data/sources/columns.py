@@ -9,8 +9,16 @@ from itertools import islice
 from typing import Protocol, runtime_checkable
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline.data.sources.base import Record, Reject, Source
+from pipeline.data.sources.base import (
+    IndexedSource,
+    Record,
+    Reject,
+    Source,
+    require_accounted,
+    require_readable,
+)
 
 _ROWS_AT_ONCE = 8192
 
@@ -30,6 +38,9 @@ LISTED = pa.schema(
         ("num_questions", pa.int32()),
         ("num_rounds", pa.int32()),
         ("num_entries", pa.int32()),
+        ("tar", pa.string()),  # that the image stays in, with its place there
+        ("image_offset", pa.int64()),
+        ("image_size", pa.int64()),
     ]
 )
 
@@ -50,6 +61,7 @@ def _columns_of(entry: Record | Reject) -> dict[str, object]:
         "image_fingerprint": image,
         "texts_fingerprint": texts,
         "num_entries": entry.num_entries,
+        "tar": entry.tar or None,
     }
     if isinstance(entry, Reject):
         return both | {"reason": entry.reason}
@@ -60,6 +72,8 @@ def _columns_of(entry: Record | Reject) -> dict[str, object]:
         "num_captions": len(entry.texts.captions),
         "num_questions": len(entry.texts.questions),
         "num_rounds": entry.texts.num_rounds,
+        "image_offset": entry.image_offset,
+        "image_size": entry.image_size,
     }
 
 
@@ -73,3 +87,22 @@ class ColumnarSource(Source, Protocol):
         The same but for the order of different keys, and what remains of a reject.
         """
         ...
+
+
+def listed(source: Source) -> Iterator[pa.RecordBatch]:
+    """Yields what a source lists in batches of schema LISTED."""
+    if isinstance(source, ColumnarSource):
+        yield from source.batches()
+    else:
+        yield from in_batches(source.records())
+
+
+def accounted_batches(source: ColumnarSource) -> Iterator[pa.RecordBatch]:
+    """Yields what a source lists, and raises SourceError if entries of its index are in nothing."""
+    require_readable(source)
+    num_entries = 0
+    for batch in source.batches():
+        num_entries += pc.sum(batch.column("num_entries")).as_py() or 0
+        yield batch
+    if isinstance(source, IndexedSource):
+        require_accounted(source.index(), num_entries)

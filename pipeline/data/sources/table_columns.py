@@ -103,6 +103,9 @@ class TableColumns:
             "num_questions": pa.repeat(0, len(keys)),
             "num_rounds": pa.repeat(0, len(keys)),
             "num_entries": pa.repeat(1, len(keys)),
+            "tar": pa.nulls(len(keys)),
+            "image_offset": pa.repeat(-1, len(keys)),
+            "image_size": pa.repeat(-1, len(keys)),
         }
         ordered = [columns[name].cast(LISTED.field(name).type) for name in LISTED.names]
         return pa.record_batch(ordered, LISTED), is_plain

@@ -43,11 +43,7 @@ NORMALIZE = {"step": "normalize", "mean": list(IMAGENET_MEAN), "std": list(IMAGE
 
 
 class GridConfig(NetworkConfig):
-    """A node of a torchvision classification network: ResNet-50's `layer4` is 7 × 7 × 2048.
-
-    `node: avgpool` gives the pooled feature, a grid of one cell. `weights` is `default`
-    (torchvision's best for the network), a file (.safetensors, .pth) or `random`.
-    """
+    """A node of a torchvision classification network: ResNet-50's `layer4` is 7 × 7 × 2048."""
 
     type: Literal["grid"] = Field(
         default="grid",

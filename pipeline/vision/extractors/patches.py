@@ -53,12 +53,7 @@ _NOT_ARCHITECTURE = (
 
 
 class PatchesConfig(NetworkConfig):
-    """A ViT, DeiT, CLIP, SigLIP or DINOv2 in transformers' layout; of two towers, that of images.
-
-    `network` is a folder or a name on the Hugging Face hub. `weights: random` takes only its
-    config. `layer` counts as transformers' `hidden_states` do: 0 is the embedded patches, -2 what
-    the last block but one gives; null is the model's own output, with its last norm if it has one.
-    """
+    """A ViT, DeiT, CLIP, SigLIP or DINOv2 in transformers' layout; of two towers, the images'."""
 
     type: Literal["patches"] = Field(
         default="patches",

@@ -77,7 +77,9 @@ def _lists_of_captions(column: pa.Array) -> tuple[pa.Array, pa.Array] | None:
     # A null or an empty string in a list is none of its captions, or a fault: not told here.
     quoted = pc.if_else(pc.equal(quoted, '""'), None, quoted)
     lengths = pc.fill_null(pc.list_value_length(column), 0)
-    offsets = pa.concat_arrays([pa.array([0], pa.int64()), pc.cumulative_sum(lengths).cast("int64")])
+    offsets = pa.concat_arrays(
+        [pa.array([0], pa.int64()), pc.cumulative_sum(lengths).cast("int64")]
+    )
     lists = pa.LargeListArray.from_arrays(offsets, quoted)
     joined = pc.binary_join(lists, ",")  # null where one of them is
     return joined, pc.if_else(pc.is_null(joined), None, lengths.cast(pa.int64()))

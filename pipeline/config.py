@@ -5,10 +5,11 @@ Unknown keys, wrong types and impossible combinations raise ConfigError naming t
 found and what is allowed.
 """
 
+import contextlib
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -18,7 +19,13 @@ from pipeline.errors import ConfigError
 
 
 class Config(BaseModel):
-    """A frozen settings object that refuses unknown keys. Derived values are methods."""
+    """A frozen settings object that refuses unknown keys. Derived values are methods.
+
+    A field that holds another config, with no word of its own on `Change`, is a group: its settings
+    are named by dotted keys. `moved` says of a key of earlier releases where it is in this one.
+    """
+
+    moved: ClassVar[Mapping[str, str]] = {}
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=False, validate_default=True, allow_inf_nan=False
@@ -45,19 +52,81 @@ OnRequest = Annotated[Setting, Change.ON_REQUEST]
 Fixed = Annotated[Setting, Change.NEVER]
 
 
-def change_of(config: type[Config], name: str) -> Change:
-    """Returns what the field's annotation says; a field of a run's settings must say it."""
+def change_of(config: type[Config], key: str) -> Change:
+    """Returns what the annotation of a setting says; one of a run's settings must say it."""
+    *groups, name = key.split(".")
+    for group in groups:
+        inner = _group(config, group)
+        assert inner is not None, key
+        config = inner
     return next(mark for mark in config.model_fields[name].metadata if isinstance(mark, Change))
+
+
+def settings(config: type[Config]) -> Iterator[str]:
+    """Yields the dotted key of every setting, groups gone through."""
+    for name in config.model_fields:
+        group = _group(config, name)
+        if group is None:
+            yield name
+        else:
+            yield from (f"{name}.{key}" for key in settings(group))
+
+
+def value_at(document: Mapping[str, Any], key: str) -> Any:
+    """Returns what plain data has at a dotted key, or raises KeyError."""
+    node: Any = document
+    for part in key.split("."):
+        if not isinstance(node, Mapping):
+            raise KeyError(key)
+        node = node[part]
+    return node
+
+
+def selected(document: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Returns plain data with what is at these dotted keys alone; those it lacks are left out."""
+    result: dict[str, Any] = {}
+    for key in keys:
+        with contextlib.suppress(KeyError):
+            value = value_at(document, key)
+            *groups, name = key.split(".")
+            node = result
+            for group in groups:
+                node = node.setdefault(group, {})
+            node[name] = value
+    return result
+
+
+def as_now(config: type[Config], document: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns plain data of an earlier release with its keys where `config.moved` has them."""
+    result = {name: value for name, value in document.items() if name not in config.moved}
+    for name, key in config.moved.items():
+        if name in document:
+            group, _, inner = key.partition(".")
+            result[group] = {**result.get(group, {}), inner: document[name]}
+    return result
+
+
+def _group(config: type[Config], name: str) -> type[Config] | None:
+    """Returns the config that a group's field holds; None if the field is a setting."""
+    field = config.model_fields[name]
+    held: Any = field.annotation
+    is_setting = any(isinstance(mark, Change) for mark in field.metadata)
+    return held if _is_config(held) and not is_setting else None
 
 
 def load(config: type[ConfigT], location: str, overrides: Sequence[str] = ()) -> ConfigT:
     """Reads a YAML file, applies `dotted.key=value` overrides, and checks the result."""
+    return check(config, overridden(read(location), overrides), location)
+
+
+def read(location: str) -> dict[str, Any]:
+    """Returns the keys of a YAML file as plain data, or raises ConfigError."""
     document = _parsed(storage.read_bytes(location), location)
     if not isinstance(document, dict):
         raise ConfigError(
             f"{location}: expected a mapping of keys, found {type(document).__name__}"
         )
-    return check(config, overridden(document, overrides), location)
+    return document
 
 
 def check(config: type[ConfigT], document: Mapping[str, Any], where: str) -> ConfigT:
@@ -176,10 +245,15 @@ def _fault(config: type[Config], fault: Any) -> str:
     key = ".".join(str(part) for part in path) or "recipe"
     found = fault.get("input")
     if fault["type"] == "extra_forbidden":
-        allowed = _allowed_keys(config, list(fault["loc"][:-1]))
+        owners = _configs_at(config, list(fault["loc"][:-1]))
+        for owner in owners:
+            if path[-1] in owner.moved:
+                moved = ".".join(map(str, [*path[:-1], owner.moved[path[-1]]]))
+                return f"{key}: an earlier release's key; it is {moved} now"
+        allowed = sorted({name for owner in owners for name in owner.model_fields})
         close = difflib.get_close_matches(str(path[-1]), allowed, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        listing = f"allowed: {', '.join(sorted(allowed))}" if allowed else "it is not a known key"
+        listing = f"allowed: {', '.join(allowed)}" if allowed else "it is not a known key"
         return f"{key}: unknown key; {hint}{listing}"
     if fault["type"] == "missing":
         return f"{key}: missing; it has no default and must be given"
@@ -209,8 +283,8 @@ def _is_tag(location: tuple[int | str, ...], index: int) -> bool:
 _TAGGED_FIELDS = (["source"], ["sources"], ["extractor"])
 
 
-def _allowed_keys(config: Any, path: list[Any]) -> list[str]:
-    """Returns the keys of the config found at `path`, walking through unions by their tag."""
+def _configs_at(config: Any, path: list[Any]) -> list[type[Config]]:
+    """Returns the configs that may stand at `path`, walking through unions by their tag."""
     node: Any = config
     for part in path:
         if isinstance(part, int):  # of a list, whose members the annotation already names
@@ -233,11 +307,7 @@ def _allowed_keys(config: Any, path: list[Any]) -> list[str]:
             ),
             None,
         )
-    names: set[str] = set()
-    for candidate in _members(node):
-        if _is_config(candidate):
-            names |= set(candidate.model_fields)
-    return sorted(names)
+    return [candidate for candidate in _members(node) if _is_config(candidate)]
 
 
 def _members(annotation: Any) -> list[Any]:

@@ -4,6 +4,7 @@ It is made of the small configs that live beside the code they steer; `--print-r
 every key with its default filled in.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
@@ -11,7 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_v
 from pipeline import storage
 from pipeline.benchmarks.benchmark import BenchmarksConfig
 from pipeline.cluster import ClusterConfig
-from pipeline.config import Config
+from pipeline.config import Config, as_now, check, overridden, read
 from pipeline.data.ingest.ingest import IngestConfig
 from pipeline.data.media.augmentation import AugmentConfig
 from pipeline.data.read.extractor_card import ExtractorCard
@@ -20,12 +21,13 @@ from pipeline.errors import ConfigError
 from pipeline.models.base import ModelConfig
 from pipeline.models.families import FAMILIES
 from pipeline.objectives.objective import ObjectivesConfig
-from pipeline.training.spec import TrainingConfig
+from pipeline.training.config import TrainingConfig
 from pipeline.training.tracking.trackers import TrackersConfig
 from pipeline.vision.extract import ExtractConfig
 from pipeline.vision.extractors.live import live_card, refusal
 from pipeline.vision.extractors.registry import AnyExtractor
 
+RECORD = "recipe.yaml"  # in the run's folder: the recipe as it was resolved
 # What the data decides; a recipe that sets them could only contradict it.
 _DERIVED_SIZES = ("vocab_size", "feature_dim", "num_answers")
 
@@ -33,20 +35,33 @@ _DERIVED_SIZES = ("vocab_size", "feature_dim", "num_answers")
 class MixedInPart(Config):
     """A dataset that another recipe has made, trained on beside this one's own."""
 
-    path: str
-    split: str = "train"
-    weight: PositiveFloat = 1.0  # how often its examples are taken; the own dataset's is 1
+    path: str = Field(description="the dataset's folder or URL")
+    split: str = Field(default="train", description="the split that is trained on")
+    weight: PositiveFloat = Field(
+        default=1.0, description="how often its examples are taken; the own dataset's is 1"
+    )
 
 
 class DatasetPart(Config):
     """Where the samples come from, and the folder or URL they are kept in."""
 
-    path: str
-    source: AnySource
-    ingest: IngestConfig = IngestConfig()
-    train_split: str = "train"
-    validation_split: str = "validation"
-    mixed_in: tuple[MixedInPart, ...] = ()  # each with features of the same extractor
+    path: str = Field(
+        description="the folder or URL of shards, features and manifest; other runs can share it"
+    )
+    source: AnySource = Field(description="where samples come from")
+    ingest: IngestConfig = Field(
+        default=IngestConfig(), description="how the source becomes shards"
+    )
+    train_split: str = Field(default="train", description="the split that is trained on")
+    validation_split: str = Field(
+        default="validation",
+        description="the split that is held out, for evaluations and benchmarks",
+    )
+    mixed_in: tuple[MixedInPart, ...] = Field(
+        default=(),
+        description="datasets of other recipes, trained on beside this one's own; each with "
+        "features of the same extractor",
+    )
 
     @model_validator(mode="after")
     def _images_can_be_treated(self) -> Self:
@@ -61,10 +76,19 @@ class FeaturesPart(Config):
     itself, or those of a network that is trained in the model as its `backbone`.
     """
 
-    extractor: AnyExtractor
-    extract: ExtractConfig = ExtractConfig()
-    live: bool = False
-    augment: AugmentConfig | None = None  # how live pictures are varied in training
+    extractor: AnyExtractor = Field(description="the frozen network that makes features of images")
+    extract: ExtractConfig = Field(
+        default=ExtractConfig(), description="the pool of actors that computes features"
+    )
+    live: bool = Field(
+        default=False,
+        description="whether features are made anew for each batch and not stored: pixels that "
+        "the model learns from, or those of a network that is trained in the model as its "
+        "backbone",
+    )
+    augment: AugmentConfig | None = Field(
+        default=None, description="how live pictures are varied in training; null: not at all"
+    )
 
     @model_validator(mode="after")
     def _can_be_live(self) -> Self:
@@ -85,12 +109,26 @@ class FeaturesPart(Config):
 class ModelPart(Config):
     """The network and the words it reads."""
 
-    family: Literal[tuple(FAMILIES)] = "visualbert"  # type: ignore[valid-type]
-    sizes: dict[str, Any] = Field(default={})  # of the family's config; the rest are its defaults
-    initial: str | None = None  # a model folder whose weights pretraining starts from, as BERT's
-    tokenizer: str | None = None  # a vocab.txt or folder; null: built from the training captions
-    vocab_size: PositiveInt = 8000  # of a tokenizer that is built
-    max_tokens: int = Field(default=40, ge=4)  # the longest text, special tokens included
+    family: Literal[tuple(FAMILIES)] = Field(  # type: ignore[valid-type]
+        default="visualbert", description="the architecture"
+    )
+    sizes: dict[str, Any] = Field(
+        default={}, description="sizes of the family's config; the others are its defaults"
+    )
+    initial: str | None = Field(
+        default=None,
+        description="a model folder whose weights pretraining starts from, as BERT's; null: "
+        "from nothing",
+    )
+    tokenizer: str | None = Field(
+        default=None, description="a vocab.txt or folder; null: built from the training texts"
+    )
+    vocab_size: PositiveInt = Field(
+        default=8000, description="word pieces of a tokenizer that is built"
+    )
+    max_tokens: int = Field(
+        default=40, ge=4, description="the longest text, special tokens included"
+    )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -125,27 +163,47 @@ class ModelPart(Config):
 
 
 class TrainingPart(Config):
-    """How the phases are trained. `blind_twin` trains the fine-tuned model again without images."""
+    """How the phases are trained."""
 
-    pretrain: TrainingConfig | None = None  # null: fine-tune from `model.initial` or from nothing
-    finetune: TrainingConfig
-    blind_twin: bool = True
-    seed: int = Field(default=0, ge=0)
+    pretrain: TrainingConfig | None = Field(
+        default=None,
+        description="the phase on `objectives`; null: fine-tune from `model.initial` or from "
+        "nothing",
+    )
+    finetune: TrainingConfig = Field(description="the phase on `benchmarks`")
+    blind_twin: bool = Field(
+        default=True,
+        description="whether the fine-tuned model is trained again without images, to tell what "
+        "they are worth",
+    )
+    seed: int = Field(default=0, ge=0, description="of weights, order, masking and dropout")
 
 
 class Recipe(Config):
     """One run, from source files to a report."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
-    run: str  # the folder or URL of results
-    dataset: DatasetPart
-    features: FeaturesPart
-    model: ModelPart
-    objectives: ObjectivesConfig | None = None  # of pretraining
-    training: TrainingPart
-    benchmarks: BenchmarksConfig  # what is fine-tuned for and evaluated
-    trackers: TrackersConfig = TrackersConfig()  # what is told of each line that training logs
-    cluster: ClusterConfig = ClusterConfig()
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$",
+        description="the run's name, in its report and in trackers",
+    )
+    run: str = Field(description="the folder or URL of results")
+    dataset: DatasetPart = Field(description="where samples come from, and where they are kept")
+    features: FeaturesPart = Field(description="what the model sees of an image")
+    model: ModelPart = Field(description="the network and the words it reads")
+    objectives: ObjectivesConfig | None = Field(
+        default=None, description="what pretraining trains on; null: there is no pretraining"
+    )
+    training: TrainingPart = Field(description="how the phases are trained")
+    benchmarks: BenchmarksConfig = Field(
+        description="what is fine-tuned for and evaluated: those that are given, `vqa: {}` "
+        "being one"
+    )
+    trackers: TrackersConfig = Field(
+        default=TrackersConfig(),
+        description="what is told of each line that training logs: those that are given, "
+        "`tensorboard: {}` being one",
+    )
+    cluster: ClusterConfig = Field(default=ClusterConfig(), description="where training runs")
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
@@ -163,11 +221,13 @@ class Recipe(Config):
                 ) from None
             contrasts = name == "pretrain" and self.objectives and self.objectives.itc
             is_uneven = any(training.global_batch_size % n for n in self.cluster.world_sizes())
-            if contrasts and (most > 1 or is_uneven or training.tokens_per_micro_batch is not None):
+            if contrasts and (
+                most > 1 or is_uneven or training.loading.tokens_per_micro_batch is not None
+            ):
                 raise ValueError(
                     "objectives.itc contrasts the whole global batch in one pass; set "
                     "global_batch_size to micro_batch_size x cluster.workers, and leave "
-                    "cluster.min_workers and tokens_per_micro_batch out"
+                    "cluster.min_workers and loading.tokens_per_micro_batch out"
                 )
         return self
 
@@ -207,13 +267,13 @@ class Recipe(Config):
         phases = {"pretrain": self.objectives, "finetune": self.benchmarks.objectives()}
         for name, objectives in phases.items():
             training: TrainingConfig | None = getattr(self.training, name)
-            if training is None or objectives is None or training.evaluate_every_steps is None:
+            if training is None or objectives is None or training.evaluation.every_steps is None:
                 continue
             figures = ["loss", *(objective.name for objective in objectives.build())]
-            if training.best_by not in figures:
+            if training.evaluation.best_by not in figures:
                 raise ValueError(
-                    f"training.{name}.best_by={training.best_by}: an evaluation while training "
-                    f"gives {', '.join(figures)}"
+                    f"training.{name}.evaluation.best_by={training.evaluation.best_by}: an "
+                    f"evaluation while training gives {', '.join(figures)}"
                 )
         return self
 
@@ -287,3 +347,21 @@ class Recipe(Config):
         return self.model_copy(
             update={"cluster": self.cluster.model_copy(update={"address": "auto", "runner": "ray"})}
         )
+
+
+def load(location: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe with overrides, or raises ConfigError.
+
+    RUN/recipe.yaml, which an earlier release may have written, is read by the keys it had.
+    """
+    document = read(location)
+    run = document.get("run")
+    is_record = isinstance(run, str) and storage.absolute(location) == storage.join(
+        storage.absolute(run), RECORD
+    )
+    if is_record and isinstance(document.get("training"), dict):
+        document["training"] = {
+            name: as_now(TrainingConfig, part) if isinstance(part, dict) else part
+            for name, part in document["training"].items()
+        }
+    return check(Recipe, overridden(document, overrides), location)

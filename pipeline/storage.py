@@ -251,8 +251,8 @@ class Entry(NamedTuple):
     fault: str = ""
 
 
-def list_entries(folder: str) -> list[Entry]:
-    """Returns what is directly in a folder, sorted by name.
+def scan_entries(folder: str) -> Iterator[Entry]:
+    """Yields what is directly in a folder, in no promised order.
 
     A stamp is the size with the modification time, or with the version or ETag an object store
     keeps. One listing, no file is opened. Raises StorageError if the folder is absent.
@@ -260,15 +260,21 @@ def list_entries(folder: str) -> list[Entry]:
     try:
         if is_local(folder):
             with os.scandir(local_path(folder)) as entries:
-                return sorted(map(_local_entry, entries))
+                yield from map(_local_entry, entries)
+            return
         filesystem, path = _object_store(folder)
         filesystem.invalidate_cache()
         found = (_object_entry(path, entry) for entry in filesystem.ls(path, detail=True))
-        return sorted(entry for entry in found if entry is not None)
+        yield from (entry for entry in found if entry is not None)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StorageError(f"{folder}: no such folder") from error
     except (OSError, ValueError) as error:  # ValueError: half a surrogate in its name
         raise StorageError(f"{folder}: cannot be listed ({error})") from error
+
+
+def list_entries(folder: str) -> list[Entry]:
+    """Returns what `scan_entries` yields, sorted by name."""
+    return sorted(scan_entries(folder))
 
 
 def list_stamps(folder: str) -> dict[str, str]:

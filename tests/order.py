@@ -1,8 +1,9 @@
 """The order of the tests, and how they are dealt out to the processes of pytest-xdist.
 
 The longest begin first, so that the processes end together. The tests of a file stay in one
-process, which so makes each of its fixtures once; only of files that take minutes and share
-nothing each test is dealt out by itself.
+process, which so makes each of its fixtures once, and those of the shared Ray in one too: an idle
+Ray takes a tenth of a processor. Only of files that take minutes and share nothing each test is
+dealt out by itself.
 """
 
 from typing import Any
@@ -10,12 +11,20 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+SHARING_RAY = (
+    "tests/training/launch/test_launch.py",
+    "tests/vision/test_extract.py",
+    "tests/data/ingest/test_ingest.py",
+    "tests/data/ingest/test_shard_tasks.py",
+    "tests/data/ingest/test_survey.py",
+    "tests/test_resources.py",
+)
 # Files by the seconds that they take, on two cores; those not named take less than a few.
 LONGEST = (
+    *SHARING_RAY,
     "tests/stages/test_submit.py",
     "tests/test_cluster.py",
     "tests/stages/test_stopping.py",
-    "tests/training/launch/test_launch.py",
     "tests/perf/test_train.py",
     "tests/perf/test_extract.py",
     "tests/training/test_loop.py",
@@ -24,19 +33,16 @@ LONGEST = (
     "tests/jobs/test_recipes.py",
     "tests/training/test_assembly.py",
     "tests/training/engine/test_swapped_state.py",
-    "tests/data/ingest/test_ingest.py",
     "tests/objectives/test_families.py",
     "tests/training/test_live.py",
     "tests/stages/test_run.py",
     "tests/data/upkeep/test_compact.py",
     "tests/models/test_families.py",
-    "tests/vision/test_extract.py",
     "tests/benchmarks/test_caption_metrics.py",
     "tests/objectives/test_itc.py",
     "tests/models/test_generation.py",
     "tests/vision/extractors/detection/test_regions.py",
 )
-SHARING_HEADS = ("tests/stages/test_submit.py", "tests/test_cluster.py")
 DEALT_OUT_SINGLY = (
     "tests/data/test_chaos.py",
     "tests/jobs/test_recipes.py",
@@ -50,7 +56,7 @@ def unit_of(test: str) -> str:
     file = test.split("::")[0]
     if file in DEALT_OUT_SINGLY:
         return test
-    return "heads" if file in SHARING_HEADS else file
+    return "ray" if file in SHARING_RAY else file
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline import config
 from pipeline.errors import ConfigError
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, load
 from pipeline.stages.preflight import preflight
 
 RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
@@ -26,7 +26,14 @@ def test_every_recipe_is_accepted_and_printed_so_that_it_reads_back(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.finetune.lerning_rate=1", r"finetune\.lerning_rate: .*'learning_rate'"),
+        (
+            "training.finetune.optimizer.lerning_rate=1",
+            r"optimizer\.lerning_rate: .*'learning_rate'",
+        ),
+        (
+            "training.finetune.learning_rate=1",
+            r"finetune\.learning_rate: .* it is training\.finetune\.optimizer\.learning_rate now",
+        ),
         ("training.finetune.steps=many", r"training\.finetune\.steps: found 'many'"),
         ("training.finetune.global_batch_size=3", r"micro_batch_size=\d+ is more than global"),
         ("cluster.workers=999", r"training\.pretrain: .* leaves some of 999 ranks without"),
@@ -45,8 +52,8 @@ def test_every_recipe_is_accepted_and_printed_so_that_it_reads_back(
         ("benchmarks.vqa.max_tokens=500", r"vqa\.max_tokens=500 .* model\.sizes\.max_positions"),
         (
             "training.finetune={steps: 9, global_batch_size: 8, micro_batch_size: 8, "
-            "evaluate_every_steps: 3, best_by: cider}",
-            r"training\.finetune\.best_by=cider: .* gives loss, lm, answer",
+            "evaluation: {every_steps: 3, best_by: cider}}",
+            r"training\.finetune\.evaluation\.best_by=cider: .* gives loss, lm, answer",
         ),
         (
             "training.finetune.deepspeed={zero_optimization: {offload_optimizer: cpu}}",
@@ -95,7 +102,7 @@ def test_contrast_needs_the_global_batch_in_one_pass() -> None:
     config.load(Recipe, QUICKSTART, contrast)
     for several_passes in (
         "training.pretrain.micro_batch_size=16",  # of 64 on two ranks
-        "training.pretrain.tokens_per_micro_batch=500",
+        "training.pretrain.loading.tokens_per_micro_batch=500",
         "cluster.min_workers=1",
         "cluster.workers=3",
     ):
@@ -128,3 +135,17 @@ def test_a_misspelt_key_of_deepspeed_is_refused_before_work_in_each_phase() -> N
     )
     with pytest.raises(ConfigError, match=expected):
         preflight(config.load(Recipe, QUICKSTART, given))
+
+
+def test_the_recipe_that_a_run_left_before_settings_had_groups_is_read_as_it_was(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    text = (Path(__file__).parent / "flat_recipe.yaml").read_text().replace("FOLDER", str(run))
+    (run / "recipe.yaml").write_text(text)
+    assert load(str(run / "recipe.yaml")) == load(QUICKSTART, [f"run={run}"])
+    (tmp_path / "mine.yaml").write_text(text)
+    expected = r"finetune\.decay: .* it is training\.finetune\.schedule\.decay now"
+    with pytest.raises(ConfigError, match=expected):
+        load(str(tmp_path / "mine.yaml"))

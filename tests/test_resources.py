@@ -58,7 +58,7 @@ def test_work_that_waits_for_others_says_so(told: list[str]) -> None:
     import ray
 
     first, second = (later(4.0).remote() for _ in range(2))
-    assert ray.wait([first], timeout=60)[0]
+    assert ray.wait([first], timeout=300)[0]
     assert wait([second], Waiting("ingest", 1, {"CPU": 2}), has_begun=False) == [second]
     assert len(told) == 1
     assert told[0].startswith("ingest: 1 x 2 CPU asked for, and others use the cluster, with ")

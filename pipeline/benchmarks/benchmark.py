@@ -2,7 +2,7 @@
 
 from typing import Any, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from pipeline.benchmarks.base import Benchmark
 from pipeline.benchmarks.caption import Caption, CaptionConfig
@@ -15,9 +15,16 @@ from pipeline.objectives.objective import ObjectivesConfig
 class BenchmarksConfig(Config):
     """What a model is fine-tuned for and scored on: those that are given, `vqa: {}` being one."""
 
-    vqa: VqaConfig | None = None
-    caption: CaptionConfig | None = None
-    distill: DistillConfig | None = None  # no benchmark: a teacher, learned from while fine-tuning
+    vqa: VqaConfig | None = Field(
+        default=None,
+        description="visual question answering: an answer head over the commonest answers",
+    )
+    caption: CaptionConfig | None = Field(
+        default=None, description="captions, written token by token"
+    )
+    distill: DistillConfig | None = Field(
+        default=None, description="no benchmark: a teacher, learned from while fine-tuning"
+    )
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:

@@ -30,15 +30,26 @@ CaptionReferences = dict[int | str, tuple[str, ...]]  # image id -> its captions
 class CaptionConfig(Config):
     """How captions are written and scored, and how a model is fine-tuned to write them."""
 
-    max_tokens: int = Field(default=24, ge=3)  # of a caption with [CLS] and [SEP]
-    # As of transformers' `generate`, with its defaults; see models/generation.py.
-    beams: PositiveInt = 3
-    length_penalty: Penalty = 1.0  # above 0 favours longer captions
-    early_stopping: EarlyStopping = False
-    metrics: tuple[MetricName, ...] = Field(
-        default=("bleu", "rouge-l", "cider", "meteor"), min_length=1
+    max_tokens: int = Field(
+        default=24, ge=3, description="the longest caption, with [CLS] and [SEP]"
     )
-    lm: LmConfig = LmConfig()
+    beams: PositiveInt = Field(
+        default=3, description="beams of the search, as of transformers' `generate`; 1: greedy"
+    )
+    length_penalty: Penalty = Field(
+        default=1.0, description="as of transformers' `generate`: above 0 favours longer captions"
+    )
+    early_stopping: EarlyStopping = Field(
+        default=False, description="as of transformers' `generate`: when the beam search ends"
+    )
+    metrics: tuple[MetricName, ...] = Field(
+        default=("bleu", "rouge-l", "cider", "meteor"),
+        min_length=1,
+        description="the official caption metrics that are computed",
+    )
+    lm: LmConfig = Field(
+        default=LmConfig(), description="the objective that captions are fine-tuned with"
+    )
 
     def decoding(self) -> Decoding:
         """Returns how captions are written, as it is saved with a model."""

@@ -30,10 +30,21 @@ class VqaConfig(Config):
     The field's vocabulary for VQA v2 is 3,129 answers, those of nine questions or more.
     """
 
-    max_answers: PositiveInt = 3129
-    min_count: PositiveInt = 1  # questions of the training split with this commonest answer
-    max_tokens: int = Field(default=24, ge=4)  # of a question with [CLS], [MASK] and [SEP]
-    answer: AnswerConfig = AnswerConfig()
+    max_answers: PositiveInt = Field(
+        default=3129,
+        description="the commonest answers that a model can give; 3129 are VQA v2's of nine "
+        "questions or more",
+    )
+    min_count: PositiveInt = Field(
+        default=1,
+        description="the fewest questions of the training split with an answer as their commonest",
+    )
+    max_tokens: int = Field(
+        default=24, ge=4, description="the longest question, with [CLS], [MASK] and [SEP]"
+    )
+    answer: AnswerConfig = Field(
+        default=AnswerConfig(), description="the objective that answers are fine-tuned with"
+    )
 
     def build(self) -> "Vqa":
         return Vqa(self)

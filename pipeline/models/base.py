@@ -17,21 +17,35 @@ MaskKind = Literal["full", "prefix"]
 Size = Annotated[int, Field(gt=0)]
 
 
+BACKBONE = "backbone"  # a module's name, before that of each of its parameters
+
+
 class ModelConfig(Config):
     """The sizes that every family has; the defaults are BERT-base with 2048-d regions."""
 
-    vocab_size: Size = 30522
-    width: Size = 768
-    num_heads: Size = 12
-    intermediate_size: Size = 3072
-    feature_dim: Size = 2048  # of one region, as its extractor's card says
-    max_positions: Size = 512  # the longest text, in tokens
-    type_vocab_size: Size = 2
-    dropout: float = Field(0.1, ge=0, lt=1)
-    # Standard deviation of new weights. BERT's suits a width of 768; narrow models learn sooner
-    # from about 1 / sqrt(width).
-    initializer_range: float = Field(0.02, gt=0)
-    num_answers: int = Field(0, ge=0)  # 0: no answer head
+    vocab_size: Size = Field(default=30522, description="word pieces of the tokenizer")
+    width: Size = Field(default=768, description="values of a token's state")
+    num_heads: Size = Field(default=12, description="attention heads of a layer")
+    intermediate_size: Size = Field(
+        default=3072, description="width of a layer's feed-forward part"
+    )
+    feature_dim: Size = Field(
+        default=2048, description="values of one region, as its extractor's card says"
+    )
+    max_positions: Size = Field(default=512, description="the longest text, in tokens")
+    type_vocab_size: Size = Field(default=2, description="segments that a token may belong to")
+    dropout: float = Field(
+        default=0.1, ge=0, lt=1, description="of states and attention, in training"
+    )
+    initializer_range: float = Field(
+        default=0.02,
+        gt=0,
+        description="standard deviation of new weights; BERT's suits a width of 768, narrow "
+        "models learn sooner from about 1 / sqrt(width)",
+    )
+    num_answers: int = Field(
+        default=0, ge=0, description="answers of the answer head; 0: there is none"
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ModelConfig":
@@ -52,6 +66,12 @@ class VisionLanguageModel(nn.Module, ABC):
     ]  # the column of match_logits that says text and image belong together
     masks: ClassVar[tuple[MaskKind, ...]] = ("full",)  # what encode can be asked for
     checkpoint_layers: bool = False  # recompute each layer's activations in the backward pass
+
+    def __init__(self) -> None:
+        super().__init__()
+        # What makes the features of pictures (B, S, S, 3) uint8, or of None, which is none of
+        # them: (B, R, F). None: features come with the batch.
+        self.backbone: nn.Module | None = None
 
     @abstractmethod
     def encode(
@@ -83,6 +103,14 @@ class VisionLanguageModel(nn.Module, ABC):
         such heads raises ModelError.
         """
         raise ModelError(f"region_predictions: {type(self).__name__} has no heads for regions")
+
+    def region_features(self, inputs: Inputs) -> Tensor:
+        """Returns the features of regions (B, R, F), which the backbone makes if there is one."""
+        if self.backbone is None:
+            return inputs.features
+        made: Tensor = self.backbone(inputs.pixels)
+        # A blind model is given no picture and no region; its backbone has a part in the graph.
+        return made.reshape(*inputs.features.shape[:2], made.shape[2])
 
     def run_layer(self, layer: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a layer, or, if so set, a version of it that keeps only its inputs."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.models import blocks, layouts
@@ -16,11 +17,19 @@ from pipeline.models.two_stream import TwoStream, TwoStreamConfig, text_layout
 class LxmertConfig(TwoStreamConfig):
     """Sizes of an LXMERT; the defaults are the published one, but for its 9500 answers."""
 
-    text_layers: Size = 9
-    region_layers: int = 5
-    cross_layers: Size = 5
-    num_objects: Size = 1600  # of Visual Genome, as the published detector has them
-    num_attributes: Size = 400
+    text_layers: Size = Field(default=9, description="layers of text alone")
+    region_layers: int = Field(default=5, description="layers of regions alone")
+    cross_layers: Size = Field(
+        default=5, description="layers in which text and regions see each other"
+    )
+    num_objects: Size = Field(
+        default=1600,
+        description="object classes of Visual Genome, as the published detector has them",
+    )
+    num_attributes: Size = Field(
+        default=400,
+        description="attribute classes of Visual Genome, as the published detector has them",
+    )
 
 
 class CrossModalityLayer(nn.Module):

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -15,7 +16,7 @@ from pipeline.models.packed import PackedLayout, full_mask, prefix_mask
 class SingleStreamConfig(ModelConfig):
     """Sizes of a one-stream model."""
 
-    num_layers: Size = 12
+    num_layers: Size = Field(default=12, description="layers of the one stream")
 
 
 class SingleStream(VisionLanguageModel):

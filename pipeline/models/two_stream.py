@@ -14,8 +14,13 @@ from pipeline.models.packed import PackedLayout
 class TwoStreamConfig(ModelConfig):
     """Sizes of a text encoder and a region encoder of the same width."""
 
-    text_layers: Size = 12
-    region_layers: int = Field(0, ge=0)  # 0: regions are embedded, but do not see each other
+    text_layers: Size = Field(default=12, description="layers of the text encoder")
+    region_layers: int = Field(
+        default=0,
+        ge=0,
+        description="layers of the region encoder; 0: regions are embedded, but do not see each "
+        "other",
+    )
 
 
 def text_layout(config: TwoStreamConfig, pooler: str | None, optional: tuple[str, ...]) -> Layout:
@@ -71,7 +76,7 @@ class TwoStream(VisionLanguageModel):
 
     def region_states(self, inputs: Inputs, layout: PackedLayout) -> Tensor:
         """As encode_regions, packed."""
-        states: Tensor = self.region_embeddings(inputs.features, inputs.boxes)
+        states: Tensor = self.region_embeddings(self.region_features(inputs), inputs.boxes)
         states = layout.pack(F.dropout(states, self.config.dropout, self.training))
         for layer in self.region_layers:
             states, _ = self.run_layer(layer, states, layout)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -17,8 +18,12 @@ from pipeline.models.single_stream import SingleStream, SingleStreamConfig
 class UniterConfig(SingleStreamConfig):
     """Sizes of a UNITER; the defaults are UNITER-base, which reads cased text."""
 
-    vocab_size: Size = 28996  # bert-base-cased
-    num_objects: Size = 1601  # classes of the published detector, background first
+    vocab_size: Size = Field(
+        default=28996, description="word pieces of the tokenizer; the default is bert-base-cased's"
+    )
+    num_objects: Size = Field(
+        default=1601, description="classes of the published detector, background first"
+    )
 
 
 class RegionEmbeddings(nn.Module):
@@ -87,7 +92,9 @@ class Uniter(SingleStream):
             masked = torch.zeros_like(inputs.region_padding)
         second = torch.ones_like(inputs.region_padding, dtype=torch.long)
         segment = self.text_embeddings.token_type(second)
-        embedded: Tensor = self.region_embeddings(inputs.features, inputs.boxes, masked, segment)
+        embedded: Tensor = self.region_embeddings(
+            self.region_features(inputs), inputs.boxes, masked, segment
+        )
         return embedded
 
     def answer_logits(self, encoded: Encoded, inputs: Inputs) -> Tensor:  # noqa: ARG002

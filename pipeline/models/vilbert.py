@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -24,16 +24,24 @@ class VilbertConfig(ModelConfig):
     [4 … 11].
     """
 
-    text_layers: Size = 12
-    region_width: Size = 1024
-    region_heads: Size = 8
-    region_layers: Size = 6
-    region_intermediate_size: Size = 1024
-    co_width: Size = 1024  # of the co-attention and the pooled state
-    co_heads: Size = 8
-    text_connections: tuple[int, ...] = (6, 7, 8, 9, 10, 11)
-    region_connections: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
-    num_objects: Size = 1601  # classes of the published detector, background first
+    text_layers: Size = Field(default=12, description="layers of the text stream")
+    region_width: Size = Field(default=1024, description="values of a region's state")
+    region_heads: Size = Field(default=8, description="attention heads of a region layer")
+    region_layers: Size = Field(default=6, description="layers of the region stream")
+    region_intermediate_size: Size = Field(
+        default=1024, description="width of a region layer's feed-forward part"
+    )
+    co_width: Size = Field(default=1024, description="of the co-attention and the pooled state")
+    co_heads: Size = Field(default=8, description="attention heads of the co-attention")
+    text_connections: tuple[int, ...] = Field(
+        default=(6, 7, 8, 9, 10, 11), description="the text layers that a co-attention comes before"
+    )
+    region_connections: tuple[int, ...] = Field(
+        default=(0, 1, 2, 3, 4, 5), description="the region layers that a co-attention comes before"
+    )
+    num_objects: Size = Field(
+        default=1601, description="classes of the published detector, background first"
+    )
 
     @model_validator(mode="after")
     def _connections_fit(self) -> "VilbertConfig":
@@ -199,7 +207,7 @@ class Vilbert(VisionLanguageModel):
         return F.dropout(embedded, self.config.dropout, self.training)
 
     def _embed_regions(self, inputs: Inputs) -> Tensor:
-        features, boxes = blocks.to_float(inputs.features), inputs.boxes
+        features, boxes = blocks.to_float(self.region_features(inputs)), inputs.boxes
         hidden = inputs.region_padding
         if inputs.masked_regions is not None:  # the mean must not tell what was hidden
             hidden = hidden | inputs.masked_regions

@@ -25,20 +25,30 @@ Pair = tuple[Tensor, Tensor]  # keys and values
 class VisualPrefixConfig(ModelConfig):
     """A language model and how it reads images.
 
-    `decoder` is the language model's own `config.json`, as transformers writes it, with its
-    `model_type`; `width` must be its hidden size. `num_heads`, `intermediate_size` and `dropout`
+    `width` must be the decoder's hidden size. `num_heads`, `intermediate_size` and `dropout`
     are those of what stands between image and language model, which has its own. `max_positions`
     is the longest text; the language model needs room for it and the visual tokens.
     """
 
-    decoder: dict[str, Any]
-    projection: Literal["linear", "mlp", "resampler"] = "linear"
-    num_queries: Size = 32  # of a resampler: its visual tokens
-    resampler_layers: Size = 2
-    position_fourier: int = Field(32, ge=0, multiple_of=8)  # box features beside each region's own
-    prefix: bool = True  # visual tokens stand before the text
-    cross_every: int = Field(0, ge=0)  # gated cross-attention before each n-th block; 0: none
-    train_decoder: bool = True  # False: only what is ours learns
+    decoder: dict[str, Any] = Field(
+        description="the language model's own `config.json`, as transformers writes it, with "
+        "its `model_type`"
+    )
+    projection: Literal["linear", "mlp", "resampler"] = Field(
+        default="linear", description="what makes visual tokens of features"
+    )
+    num_queries: Size = Field(default=32, description="of a resampler: its visual tokens")
+    resampler_layers: Size = Field(default=2, description="of a resampler: its layers")
+    position_fourier: int = Field(
+        default=32, ge=0, multiple_of=8, description="box features beside each region's own"
+    )
+    prefix: bool = Field(default=True, description="whether visual tokens stand before the text")
+    cross_every: int = Field(
+        default=0, ge=0, description="gated cross-attention before each n-th block; 0: none"
+    )
+    train_decoder: bool = Field(
+        default=True, description="whether the language model learns; false: only what is ours does"
+    )
 
     @model_validator(mode="after")
     def _reads_the_image(self) -> "VisualPrefixConfig":
@@ -259,7 +269,7 @@ class VisualPrefix(VisionLanguageModel):
 
     def _read_image(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Returns visual tokens (B, Q, D) and which of them are padding, (B, Q)."""
-        features = blocks.to_float(inputs.features)
+        features = blocks.to_float(self.region_features(inputs))
         if self.config.position_fourier:
             locations = blocks.fourier_boxes(inputs.boxes, self.config.position_fourier)
             features = torch.cat([features, locations.to(features.dtype)], dim=-1)

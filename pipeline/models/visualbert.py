@@ -18,13 +18,18 @@ class VisualBertConfig(SingleStreamConfig):
     """Sizes of a VisualBERT; the defaults are the published one for VQA and COCO.
 
     Its other checkpoints differ in `feature_dim`: 512 for VCR, 1024 for NLVR2.
-    `visual_token_type` is the segment that regions belong to: transformers passes 1 if not told
-    otherwise, but the original code, and so every checkpoint by its authors, used 0; their files
-    are refused with another.
+    Checkpoints by its authors are refused with another `visual_token_type` than 0, which they had.
     """
 
-    visual_token_type: int = Field(1, ge=0)
-    position_fourier: int = Field(0, ge=0, multiple_of=8)  # box features beside each region's own
+    visual_token_type: int = Field(
+        default=1,
+        ge=0,
+        description="the segment that regions belong to: transformers passes 1, the original "
+        "code and its checkpoints have 0",
+    )
+    position_fourier: int = Field(
+        default=0, ge=0, multiple_of=8, description="box features beside each region's own; 0: none"
+    )
 
     @model_validator(mode="after")
     def _segment_exists(self) -> "VisualBertConfig":
@@ -90,7 +95,7 @@ class VisualBert(SingleStream):
         return embedded
 
     def embed_regions(self, inputs: Inputs) -> Tensor:
-        regions = self.visual_embeddings(inputs.features, inputs.boxes)
+        regions = self.visual_embeddings(self.region_features(inputs), inputs.boxes)
         embedded: Tensor = self.embedding_norm(regions)
         return embedded
 

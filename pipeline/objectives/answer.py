@@ -16,7 +16,9 @@ from pipeline.objectives.consensus import consensus
 class AnswerConfig(Config):
     """Binary cross-entropy against soft scores."""
 
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(
+        default=1.0, gt=0, description="factor of its loss in the sum of the objectives'"
+    )
 
     def build(self) -> "list[Answering]":
         return [Answering(self)]

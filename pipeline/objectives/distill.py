@@ -31,35 +31,57 @@ _LOGITS = ("words", "next_words", "match", "answers")
 class TermConfig(Config):
     """One thing that is compared."""
 
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(
+        default=1.0, gt=0, description="factor of its loss in that of distillation"
+    )
 
 
 class SoftTermConfig(TermConfig):
     """One distribution that is compared, flattened by a temperature (arXiv:1503.02531, 2)."""
 
-    temperature: float = Field(default=2.0, gt=0)
+    temperature: float = Field(
+        default=2.0, gt=0, description="what both distributions are flattened by"
+    )
 
 
 class DistillConfig(Config):
     """The teacher, and what of it is learned; at least one of the last six.
 
-    words: which words stand at the positions that mlm hides from both. match, answers: the verdicts
-    of those heads. hidden: the text's last states, through a learned map if the teacher is of
-    another width. attention: where text and regions look in the last layer in which they meet.
-    next_words: which word comes next at each position, read under the prefix mask as lm reads it,
-    in a pass that is lm's if it is trained as well.
+    The pass of `next_words` is that of lm if it is trained as well.
     """
 
-    weight: float = Field(default=1.0, gt=0)
-    texts: ShownKind = "captions"
-    teacher: str  # a model folder of ours
-    features: str | None = None  # the extractor the teacher sees through; null: the student's
-    words: SoftTermConfig | None = None
-    match: SoftTermConfig | None = None
-    answers: SoftTermConfig | None = None
-    hidden: TermConfig | None = None
-    attention: SoftTermConfig | None = None
-    next_words: SoftTermConfig | None = None
+    weight: float = Field(
+        default=1.0, gt=0, description="factor of its loss in the sum of the objectives'"
+    )
+    texts: ShownKind = Field(
+        default="captions", description="the texts that are shown beside an image"
+    )
+    teacher: str = Field(description="a model folder of ours")
+    features: str | None = Field(
+        default=None, description="the extractor the teacher sees through; null: the student's"
+    )
+    words: SoftTermConfig | None = Field(
+        default=None, description="which words stand at the positions that mlm hides from both"
+    )
+    match: SoftTermConfig | None = Field(
+        default=None, description="the verdict of the matching head"
+    )
+    answers: SoftTermConfig | None = Field(
+        default=None, description="the verdict of the answer head"
+    )
+    hidden: TermConfig | None = Field(
+        default=None,
+        description="the text's last states, through a learned map if the teacher is of another "
+        "width",
+    )
+    attention: SoftTermConfig | None = Field(
+        default=None, description="where text and regions look in the last layer in which they meet"
+    )
+    next_words: SoftTermConfig | None = Field(
+        default=None,
+        description="which word comes next at each position, read under the prefix mask as lm "
+        "reads it",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -18,7 +18,9 @@ from pipeline.objectives.gather import first_of_own, gathered
 class ItcConfig(Config):
     """The weight of the mean of both directions."""
 
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(
+        default=1.0, gt=0, description="factor of its loss in the sum of the objectives'"
+    )
 
     def build(self) -> "list[ImageTextContrast]":
         return [ImageTextContrast(self)]

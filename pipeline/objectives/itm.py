@@ -20,9 +20,15 @@ _SALT = zlib.crc32(b"itm")
 class ItmConfig(Config):
     """How often the text is another image's."""
 
-    weight: float = Field(default=1.0, gt=0)
-    texts: tuple[ShownKind, ...] = Field(default=("captions",), min_length=1)
-    mismatch_probability: float = Field(default=0.5, gt=0, lt=1)
+    weight: float = Field(
+        default=1.0, gt=0, description="factor of its loss in the sum of the objectives'"
+    )
+    texts: tuple[ShownKind, ...] = Field(
+        default=("captions",), min_length=1, description="the texts that are shown beside an image"
+    )
+    mismatch_probability: float = Field(
+        default=0.5, gt=0, lt=1, description="how often the text is another image's"
+    )
 
     def build(self) -> "list[ImageTextMatching]":
         return [ImageTextMatching(self, kind) for kind in dict.fromkeys(self.texts)]

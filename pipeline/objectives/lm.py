@@ -14,7 +14,9 @@ from pipeline.objectives.token_objective import TokenObjective
 class LmConfig(Config):
     """Cross-entropy without label smoothing."""
 
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(
+        default=1.0, gt=0, description="factor of its loss in the sum of the objectives'"
+    )
 
     def build(self) -> "list[LanguageModelling]":
         return [LanguageModelling(self)]

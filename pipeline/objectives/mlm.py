@@ -26,13 +26,28 @@ _SALT = zlib.crc32(b"mlm")
 class MlmConfig(Config):
     """BERT's corruption; the defaults are those of VisualBERT, LXMERT, ViLBERT and UNITER."""
 
-    weight: float = Field(default=1.0, gt=0)
-    texts: tuple[ShownKind, ...] = Field(default=("captions",), min_length=1)
-    mask_fraction: float = Field(default=0.15, gt=0, lt=1)
-    whole_words: bool = False  # choose words, and hide all pieces of each
-    # Mismatched pairs cost nothing, as in ViLBERT and VOLTA; the mean is still over all pairs, so
-    # a weight of 1 / (1 - itm.mismatch_probability) equals their mean over matched ones.
-    matched_only: bool = False
+    weight: float = Field(
+        default=1.0, gt=0, description="factor of its loss in the sum of the objectives'"
+    )
+    texts: tuple[ShownKind, ...] = Field(
+        default=("captions",), min_length=1, description="the texts that are shown beside an image"
+    )
+    mask_fraction: float = Field(
+        default=0.15,
+        gt=0,
+        lt=1,
+        description="the share of word pieces that are chosen: 80 % hidden, 10 % exchanged, 10 "
+        "% kept",
+    )
+    whole_words: bool = Field(
+        default=False, description="whether words are chosen, and all pieces of each hidden"
+    )
+    matched_only: bool = Field(
+        default=False,
+        description="whether mismatched pairs cost nothing, as in ViLBERT and VOLTA; the mean "
+        "is still over all pairs, so a weight of 1 / (1 - itm.mismatch_probability) equals "
+        "their mean over matched ones",
+    )
 
     def build(self) -> "list[MaskedLanguageModelling]":
         return [MaskedLanguageModelling(self, kind) for kind in dict.fromkeys(self.texts)]

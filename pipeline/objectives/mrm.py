@@ -30,40 +30,70 @@ _GREY = 128  # the uint8 pixel that a model sees as (nearly) zero
 class FeatureTermConfig(Config):
     """How far a predicted feature is from the true one, averaged over its values."""
 
-    weight: float = Field(default=1.0, gt=0)
-    distance: Literal["mse", "smooth-l1"] = "mse"  # UNITER's, LXMERT's
+    weight: float = Field(
+        default=1.0, gt=0, description="factor of its loss in that of masked regions"
+    )
+    distance: Literal["mse", "smooth-l1"] = Field(
+        default="mse", description="mse: UNITER's; smooth-l1: LXMERT's"
+    )
 
 
 class ClassTermConfig(Config):
     """How far predicted classes are from a detector's.
 
-    kl: the divergence from its probabilities, summed over classes (ViLBERT; UNITER averages, which
-    is a weight of 1 / classes). label: cross-entropy with its likeliest class other than
-    background, which is class 0, times that class's probability (LXMERT); features with one label
-    and score per region will do.
+    Class 0 is background. For `label`, features with one label and score per region will do.
     """
 
-    weight: float = Field(default=1.0, gt=0)
-    distance: Literal["kl", "label"] = "kl"
+    weight: float = Field(
+        default=1.0, gt=0, description="factor of its loss in that of masked regions"
+    )
+    distance: Literal["kl", "label"] = Field(
+        default="kl",
+        description="kl: the divergence from the detector's probabilities, summed over classes "
+        "(ViLBERT; UNITER averages, which is a weight of 1 / classes); label: cross-entropy "
+        "with its likeliest class but background, times that class's probability (LXMERT)",
+    )
 
 
 class MrmConfig(Config):
     """What is hidden, and what is predicted of it; at least one of the last three.
 
-    Of the chosen regions the share `zeroed` is set to zero, `exchanged` becomes another region of
-    the image, and the rest stays. ViLBERT zeroes 0.9; LXMERT zeroes 0.8 and exchanges 0.1; UNITER
-    zeroes all.
+    Of the chosen regions, those that are neither zeroed nor exchanged stay as they are.
     """
 
-    weight: float = Field(default=1.0, gt=0)
-    texts: tuple[ShownKind, ...] = Field(default=("captions",), min_length=1)
-    mask_fraction: float = Field(default=0.15, gt=0, lt=1)
-    zeroed: float = Field(default=1.0, ge=0, le=1)
-    exchanged: float = Field(default=0.0, ge=0, le=1)
-    features: FeatureTermConfig | None = None
-    classes: ClassTermConfig | None = None
-    attributes: ClassTermConfig | None = None
-    matched_only: bool = False  # as mlm.matched_only
+    weight: float = Field(
+        default=1.0, gt=0, description="factor of its loss in the sum of the objectives'"
+    )
+    texts: tuple[ShownKind, ...] = Field(
+        default=("captions",), min_length=1, description="the texts that are shown beside an image"
+    )
+    mask_fraction: float = Field(
+        default=0.15, gt=0, lt=1, description="the share of regions that are chosen"
+    )
+    zeroed: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="the share of the chosen regions that is set to zero: ViLBERT 0.9, LXMERT "
+        "0.8, UNITER all",
+    )
+    exchanged: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="the share of the chosen regions that becomes another region of the image: "
+        "LXMERT 0.1",
+    )
+    features: FeatureTermConfig | None = Field(
+        default=None, description="predict the features of a hidden region"
+    )
+    classes: ClassTermConfig | None = Field(
+        default=None, description="predict a detector's object classes of a hidden region"
+    )
+    attributes: ClassTermConfig | None = Field(
+        default=None, description="predict a detector's attribute classes of a hidden region"
+    )
+    matched_only: bool = Field(default=False, description="as `mlm.matched_only`")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -28,15 +28,26 @@ class ObjectivesConfig(Config):
     drawn with these shares.
     """
 
-    mlm: MlmConfig | None = None
-    itm: ItmConfig | None = None
-    mrm: MrmConfig | None = None
-    itc: ItcConfig | None = None
-    lm: LmConfig | None = None
-    answer: AnswerConfig | None = None
-    qa: QaConfig | None = None
-    distill: DistillConfig | None = None
-    one_per_step: dict[str, Share] | None = None
+    mlm: MlmConfig | None = Field(default=None, description="masked language modelling")
+    itm: ItmConfig | None = Field(default=None, description="image–text matching")
+    mrm: MrmConfig | None = Field(default=None, description="masked region modelling")
+    itc: ItcConfig | None = Field(default=None, description="image–text contrast")
+    lm: LmConfig | None = Field(
+        default=None,
+        description="language modelling under a prefix mask: what captions are written with",
+    )
+    answer: AnswerConfig | None = Field(
+        default=None, description="answers to questions, against soft scores"
+    )
+    qa: QaConfig | None = Field(
+        default=None, description="answers to questions in pretraining, as LXMERT's"
+    )
+    distill: DistillConfig | None = Field(default=None, description="learning from a teacher")
+    one_per_step: dict[str, Share] | None = Field(
+        default=None,
+        description="a step trains one objective, drawn with these shares; null: the weighted "
+        "sum of all",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

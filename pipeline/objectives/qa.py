@@ -27,7 +27,9 @@ _SALT = zlib.crc32(b"qa")
 class QaConfig(Config):
     """Cross-entropy over the answer vocabulary."""
 
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(
+        default=1.0, gt=0, description="factor of its loss in the sum of the objectives'"
+    )
 
     def build(self) -> "list[QuestionAnswering]":
         return [QuestionAnswering(self)]

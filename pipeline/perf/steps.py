@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from pipeline.training.assembly import Assembly, assemble
+from pipeline.training.config import TrainingConfig
 from pipeline.training.engine.optimizer import build_optimizer
 from pipeline.training.feed.micro_batch import MicroBatch
-from pipeline.training.spec import TrainingConfig, TrainingSpec
+from pipeline.training.spec import TrainingSpec
 
 MARKS = "marks-{rank}.jsonl"  # in the phase's folder
 OURS, BARE = "ours", "bare"
@@ -138,8 +139,8 @@ class _BareLoop:
 
     def __init__(self, module: nn.Module, config: TrainingConfig) -> None:
         self._module = copy.deepcopy(module)
-        self._optimizer = build_optimizer(self._module, config)
-        self._clip_norm = config.clip_norm
+        self._optimizer = build_optimizer(self._module, config.optimizer)
+        self._clip_norm = config.optimizer.clip_norm
         self._accumulation = config.accumulation_steps(1)
 
     def train(self, batches: Sequence[Any]) -> None:

@@ -156,7 +156,7 @@ class _Bench:
         size = self._spec.training.global_batch_size
         steps = CHECKPOINT_EVERY * (1 + self._rounds) + 1
         plain = self._variant("one-rank", steps=steps)
-        saving = self._variant("saving", steps=steps, checkpoint_every_steps=CHECKPOINT_EVERY)
+        saving = self._variant("saving", steps=steps, checkpoints={"every_steps": CHECKPOINT_EVERY})
         both = self._variant("two-ranks", steps=steps, global_batch_size=2 * size)
         waited: list[float] = []
 
@@ -174,7 +174,8 @@ class _Bench:
         )
 
     def _variant(self, phase: str, **training: Any) -> TrainingSpec:
-        settings = {**self._spec.training.model_dump(), "checkpoint_every_steps": 10**6, **training}
+        rarely = {"checkpoints": {"every_steps": 10**6}}
+        settings = {**self._spec.training.model_dump(), **rarely, **training}
         return self._spec.model_copy(
             update={
                 "phase": phase,

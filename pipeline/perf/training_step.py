@@ -27,9 +27,9 @@ from pipeline.objectives.itm import ImageTextMatching, ItmConfig
 from pipeline.objectives.mlm import MaskedLanguageModelling, MlmConfig
 from pipeline.perf import flops, measure
 from pipeline.perf.result import Comparison
+from pipeline.training.config import OptimizerConfig
 from pipeline.training.engine.optimizer import build_optimizer
 from pipeline.training.engine.peak import peak_flops
-from pipeline.training.spec import TrainingConfig
 
 MASKED_PER_TEXT = 2  # 15 % of a caption's words; the same in each, so that both means are one
 THEIRS, THEIRS_CUT = "transformers", "transformers, cut to longest"
@@ -194,7 +194,7 @@ def loss_at_every_place(model: VisionLanguageModel, regions_too: bool) -> LossOf
 
 def optimizer_of(module: nn.Module) -> torch.optim.Optimizer:
     """Returns the optimizer of training. It reads nothing of batches, whose sizes are made up."""
-    return build_optimizer(module, TrainingConfig(steps=1, global_batch_size=1, micro_batch_size=1))
+    return build_optimizer(module, OptimizerConfig())
 
 
 def step_of(

@@ -127,10 +127,10 @@ class ModelCard:
     def _settings(self) -> dict[str, Any]:
         names = (
             "global_batch_size",
-            "learning_rate",
-            "warmup_steps",
-            "decay",
-            "weight_decay",
+            "optimizer.learning_rate",
+            "schedule.warmup_steps",
+            "schedule.decay",
+            "optimizer.weight_decay",
             "precision",
             "zero_stage",
         )
@@ -140,7 +140,7 @@ class ModelCard:
         versions = {name: libraries.get(name, "") for name in ("torch", "deepspeed", "ray")}
         return {
             "objectives": ", ".join(self.made["objectives"]),
-            **{name.replace("_", " "): self._training(name) for name in names},
+            **{name.rsplit(".", 1)[-1].replace("_", " "): self._training(name) for name in names},
             "seed": self.made["seed"],
             **{name.replace("_", " "): value for name, value in found.items()},
             **{name: version for name, version in versions.items() if version},
@@ -192,8 +192,12 @@ class ModelCard:
     def _progress(self) -> str:
         return f"step {self.made['step']:,} of {self._training('steps'):,}"
 
-    def _training(self, name: str) -> Any:
-        return self.made["training"][name]
+    def _training(self, key: str) -> Any:
+        """Returns a setting of training; earlier releases recorded them without their groups."""
+        settings, (*groups, name) = self.made["training"], key.split(".")
+        for group in groups:
+            settings = settings.get(group, settings)
+        return settings[name]
 
     def _dataset(self) -> str:
         return PurePosixPath(str(self.made["data"]["dataset"])).name

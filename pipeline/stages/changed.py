@@ -20,15 +20,20 @@ from pipeline.pretrained.files import extractor_of, is_model
 from pipeline.training.assembly import MODEL
 from pipeline.training.checkpoints import checkpoint
 from pipeline.training.continuation import Difference, differences, fixed
-from pipeline.training.launch.launch import SPEC, read_spec
+from pipeline.training.launch.recorded_spec import SPEC, read_spec
 from pipeline.training.lease import only_writer
 from pipeline.training.loop import CHECKPOINTS, finished_result
-from pipeline.training.spec import TrainingResult, TrainingSpec
+from pipeline.training.spec import TrainingResult, TrainingSpec, training_key
 
 Note = Callable[[str], None]
 
 # With a change of only these, a finished run has something to do without any further step.
-_CHOOSE_WEIGHTS = {"keep_best", "model_weights", "best_by", "best_is"}
+_CHOOSE_WEIGHTS = {
+    "evaluation.restore_best",
+    "evaluation.best_by",
+    "evaluation.best_is",
+    "model_weights",
+}
 _EXTRACTOR = "features.extractor"
 # Weights of a run that differs in one of these fit no other.
 _SHAPES = ("model.family", "model.sizes", _EXTRACTOR)
@@ -155,16 +160,17 @@ def _why_not_on(begun: Begun, changed: Sequence[Difference]) -> str | None:
         return f"A run cannot go on with another value of {keys}."
     if not begun.steps:
         return "It has no checkpoint that it could go on from."
-    steps = {one.key: one.now for one in changed}.get(f"{_part(begun.spec.phase)}.steps")
+    training = training_key(begun.spec.phase)
+    steps = {one.key: one.now for one in changed}.get(f"{training}.steps")
     if steps is not None and steps < begun.steps[-1]:
         return f"Its newest checkpoint, at step {begun.steps[-1]}, is past the new steps={steps}."
-    names = {one.key.rsplit(".", 1)[-1] for one in changed}
+    names = {one.key.removeprefix(f"{training}.") for one in changed}
     planned = steps or begun.spec.training.steps
     is_over = begun.finished is not None and begun.finished.step >= planned
     if is_over and not names & _CHOOSE_WEIGHTS:
         return (
             "It has made all of its steps, so that the new settings would have none to act on; "
-            f"with a larger {_part(begun.spec.phase)}.steps and --from-checkpoint it goes on."
+            f"with a larger {training}.steps and --from-checkpoint it goes on."
         )
     return None
 
@@ -180,10 +186,6 @@ def _is_of_release(begun: Begun, changed: Sequence[Difference], extractor: Extra
             == (extractor.type, extractor.config, extractor.weights, extractor.dim)
         )
     )
-
-
-def _part(phase: str) -> str:
-    return f"training.{'pretrain' if phase == 'pretrain' else 'finetune'}"
 
 
 def _from_weights(begun: Begun, changed: Sequence[Difference], command: str, run: str) -> list[str]:

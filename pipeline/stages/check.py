@@ -32,12 +32,18 @@ from pipeline.stages import train
 from pipeline.stages.preflight import initial_weights, preflight, small_validation
 from pipeline.stages.progress import StageProgress
 from pipeline.training.assembly import assemble
-from pipeline.training.engine.engine import require_swapping
+from pipeline.training.config import (
+    CheckpointsConfig,
+    EvaluationConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
 from pipeline.training.engine.memory import FP32_BYTES, state_bytes
 from pipeline.training.engine.optimizer import freeze
+from pipeline.training.engine.requirements import require_swapping
 from pipeline.training.feed.micro_batch import MicroBatch
 from pipeline.training.launch.launch import launch_all
-from pipeline.training.spec import Environment, TrainingConfig, TrainingSpec
+from pipeline.training.spec import Environment, TrainingSpec
 from pipeline.vision.extractors.live import backbone_config
 
 FOLDER = "check"  # RUN/check, while it lasts
@@ -252,7 +258,7 @@ def _phases_without_data(recipe: Recipe, machine: Machine, unknown: list[str]) -
 
 
 def _phase(name: str, training: TrainingConfig, machine: Machine, module: nn.Module) -> Phase:
-    freeze(module, training.freeze)
+    freeze(module, training.optimizer.freeze)
     parameters = list(module.parameters())
     num_parameters = sum(parameter.numel() for parameter in parameters)
     num_trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -268,7 +274,7 @@ def _phase(name: str, training: TrainingConfig, machine: Machine, module: nn.Mod
         by_stage[str(stage)] = found.device
         if stage == training.zero_stage:
             offloaded, swapped = found.offloaded, found.swapped
-    copies = 2 + (training.ema_decay is not None)
+    copies = 2 + (training.optimizer.ema_decay is not None)
     return Phase(
         name=name,
         steps=training.steps,
@@ -306,13 +312,10 @@ def _timed(
     steps = WARM_UP_STEPS + TIMED_STEPS
     changes = {
         "steps": steps,
-        "warmup_steps": 0,
+        "schedule": ScheduleConfig(),
         "log_every_steps": 1,
-        "checkpoint_every_steps": steps,
-        "evaluate_every_steps": None,
-        "patience": None,
-        "keep_best": False,
-        "keep_best_checkpoints": 0,
+        "checkpoints": CheckpointsConfig(every_steps=steps),
+        "evaluation": EvaluationConfig(),
     }
     specs = [
         spec.model_copy(
@@ -447,12 +450,12 @@ def _require_disk(recipe: Recipe, phases: list[Phase]) -> None:
         )
         assert training is not None
         # one more is written before the oldest is removed; the model folder is fp32
-        kept = training.keep_checkpoints + training.keep_best_checkpoints + 1
+        kept = training.checkpoints.keep_last + training.checkpoints.keep_best + 1
         needed += kept * phase.checkpoint_bytes + FP32_BYTES * phase.parameters
     if needed > free:
         raise ConfigError(
             f"run: its checkpoints and models take up to {needed / GB:.1f} GB, and {folder} has "
-            f"{free / GB:.1f} GB left; use another folder, or a smaller keep_checkpoints"
+            f"{free / GB:.1f} GB left; use another folder, or a smaller checkpoints.keep_last"
         )
 
 
@@ -476,7 +479,8 @@ def _advice(recipe: Recipe, machine: Machine, phase: Phase) -> Iterator[str]:
     if phase.measured is not None and phase.measured.data_wait_fraction > WAIT_WORTH_TELLING:
         yield (
             f"{phase.name}: ranks wait for data {phase.measured.data_wait_fraction:.0%} of the "
-            "time; raise loader_threads and prefetch_steps, or give each more cpus_per_worker"
+            "time; raise loading.threads and loading.prefetch_steps, or give each more "
+            "cpus_per_worker"
         )
     cpus = os.cpu_count() or 1
     wanted = recipe.cluster.workers * recipe.cluster.cpus_per_worker

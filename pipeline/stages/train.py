@@ -19,9 +19,10 @@ from pipeline.stages.changed import Begun, OnChange, aside, make_way, refuse
 from pipeline.stages.preflight import require_splits, small_validation
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, Record, identity, once
+from pipeline.training.config import TrainingConfig
 from pipeline.training.continuation import Difference
 from pipeline.training.launch.launch import launch_all
-from pipeline.training.spec import MixedIn, TrainingConfig, TrainingResult, TrainingSpec
+from pipeline.training.spec import MixedIn, TrainingResult, TrainingSpec
 from pipeline.training.tracking.metrics_log import STRETCH
 from pipeline.training.tracking.trackers import tracking
 from pipeline.vision.extractors.live import backbone_config, live_config
@@ -437,7 +438,7 @@ def phase_spec(
         dataset_version=version,
         split=recipe.dataset.train_split,
         mixed_in=mixed_in,
-        held_out_split=recipe.dataset.validation_split if training.evaluate_every_steps else None,
+        held_out_split=recipe.dataset.validation_split if training.evaluation.every_steps else None,
         features=inputs.features,
         live=inputs.live,
         backbone=backbone_config(inputs.extractor),
@@ -480,7 +481,7 @@ def _contents(recipe: Recipe, inputs: DataInputs, training: TrainingConfig) -> d
     Of held-out samples only where they decide when the run ends or which weights it leaves.
     """
     splits = [recipe.dataset.train_split]
-    if training.patience is not None or training.keep_best:
+    if training.evaluation.patience is not None or training.evaluation.restore_best:
         splits.append(recipe.dataset.validation_split)
     found = {f"{DATA}.path: split {split}": inputs.dataset.content(split) for split in splits}
     for number, (other, part) in enumerate(inputs.mixed_in):
@@ -541,7 +542,7 @@ def _tokenizer(
 def check_fits(spec: TrainingSpec, inputs: DataInputs, workers: int) -> None:
     """Refuses what the data cannot feed, before a worker starts."""
     splits = [spec.split]
-    if spec.training.evaluate_every_steps is not None and spec.held_out_split is not None:
+    if spec.training.evaluation.every_steps is not None and spec.held_out_split is not None:
         splits.append(spec.held_out_split)
     for split in map(inputs.split, splits):
         for objective in ObjectivesConfig.model_validate(spec.objectives).build():

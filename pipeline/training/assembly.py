@@ -91,7 +91,7 @@ def assemble(spec: TrainingSpec) -> Assembly:
         )
 
     # Of a model part of which is not trained, the backward pass takes less than twice the forward.
-    flops = None if spec.training.freeze or spec.backbone else _flops(sizes)
+    flops = None if spec.training.optimizer.freeze or spec.backbone else _flops(sizes)
     return Assembly(module, _batches(spec, objectives), save, _evaluation(spec), flops, initial)
 
 
@@ -231,8 +231,8 @@ def _feed(
             global_batch_size=training.global_batch_size,
             seed=spec.seed,
             distractors=any(o.needs_distractors for o in objectives if o.stream.kind == kind),
-            group_by=kind if training.group_by_length else None,
-            threads=training.loader_threads,
+            group_by=kind if training.loading.group_by_length else None,
+            threads=training.loading.threads,
         )
     return _Feed(
         loaders,
@@ -248,7 +248,7 @@ def _ordered(
 ) -> tuple[AnySplit, AnyOrder]:
     """Returns the splits that have texts of a kind, as one, and the order of their examples."""
     having = [split for split in splits if split.counts(kind).any()] or list(splits)
-    window = spec.training.shuffle_window_shards
+    window = spec.training.loading.shuffle_window_shards
     orders = [Order(split, kind, spec.seed, window) for split in having]
     if len(having) == 1:
         return having[0], orders[0]
@@ -259,7 +259,12 @@ def _ordered(
 def _batches(spec: TrainingSpec, objectives: list[Objective]) -> Batches:
     features = spec.live or spec.features
     feed = _feed(
-        spec, objectives, spec.split, features, spec.mixed_in, spec.training.tokens_per_micro_batch
+        spec,
+        objectives,
+        spec.split,
+        features,
+        spec.mixed_in,
+        spec.training.loading.tokens_per_micro_batch,
     )
 
     def batches(
@@ -272,7 +277,7 @@ def _batches(spec: TrainingSpec, objectives: list[Objective]) -> Batches:
 
 def _evaluation(spec: TrainingSpec) -> Evaluate | None:
     """Returns the held-out losses of the same objectives, over the same examples each time."""
-    if spec.held_out_split is None or spec.training.evaluate_every_steps is None:
+    if spec.held_out_split is None or spec.training.evaluation.every_steps is None:
         return None
     # objectives of its own: some open what they read of a split
     feed = _feed(
@@ -282,7 +287,7 @@ def _evaluation(spec: TrainingSpec) -> Evaluate | None:
         spec.live.whole() if spec.live else spec.features,
     )
     training = spec.training
-    parts = held_out_parts(feed.loaders, feed.collators, spec.seed, training.evaluate_examples)
+    parts = held_out_parts(feed.loaders, feed.collators, spec.seed, training.evaluation.examples)
 
     def evaluate_held_out(module: nn.Module, environment: Environment) -> dict[str, float]:
         return evaluate(module, parts, training, environment)

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import Change, change_of
-from pipeline.training.spec import TrainingConfig, TrainingSpec
+from pipeline.config import Change, as_now, change_of, settings, value_at
+from pipeline.training.config import TrainingConfig
+from pipeline.training.spec import TrainingSpec, training_key
 
 _SHOWN_LENGTH = 60
 _DIGEST_LENGTH = 32
@@ -41,22 +42,15 @@ class Difference:
 def differences(
     then: Mapping[str, Any], now: Mapping[str, Any], phase: str
 ) -> tuple[Difference, ...]:
-    """Compares two reproducibility keys of runs of this phase, setting by setting.
+    """Compares the reproducibility keys of two runs of this phase, setting by setting.
 
     A setting that one of them does not record is not compared: an older release did not have it,
-    or it has no effect.
+    or it has no effect. One whose key has changed since is compared as the setting it is now.
     """
     found: list[Difference] = []
     for name in sorted(then.keys() & now.keys()):
         if name == "training":
-            prefix = f"training.{'pretrain' if phase == 'pretrain' else 'finetune'}"
-            both = sorted(then[name].keys() & now[name].keys())
-            found += (
-                Difference(f"{prefix}.{key}", old, new, change_of(TrainingConfig, key))
-                for key in both
-                if key in TrainingConfig.model_fields
-                and (old := then[name][key]) != (new := now[name][key])
-            )
+            found += _of_training(then[name], now[name], training_key(phase))
         elif name == "contents":
             if then[name] is not None and now[name] is not None:
                 found += _contents(then[name], now[name])
@@ -73,6 +67,19 @@ def differences(
 def fixed(found: Sequence[Difference]) -> list[Difference]:
     """Returns the differences with which it is another run."""
     return [one for one in found if one.change is Change.NEVER]
+
+
+def _of_training(
+    then: Mapping[str, Any], now: Mapping[str, Any], prefix: str
+) -> Iterator[Difference]:
+    then, now = as_now(TrainingConfig, then), as_now(TrainingConfig, now)
+    for key in sorted(settings(TrainingConfig)):
+        try:
+            old, new = value_at(then, key), value_at(now, key)
+        except KeyError:
+            continue
+        if old != new:
+            yield Difference(f"{prefix}.{key}", old, new, change_of(TrainingConfig, key))
 
 
 def _contents(then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Difference]:

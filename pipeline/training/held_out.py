@@ -14,8 +14,9 @@ from pipeline.data.load.loader import Loader, share
 from pipeline.data.sample import TextKind
 from pipeline.errors import ConfigError
 from pipeline.objectives.stream import CollatedBatch, StreamCollator
+from pipeline.training.config import TrainingConfig
 from pipeline.training.evaluation import held_out_losses
-from pipeline.training.spec import Environment, TrainingConfig
+from pipeline.training.spec import Environment
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def evaluate(
     for part in parts:
         if part.num_examples < world_size:
             raise ConfigError(
-                f"training.evaluate_every_steps: the held-out split has {part.num_examples} "
+                f"training.evaluation.every_steps: the held-out split has {part.num_examples} "
                 f"{part.collators[0].stream.kind}, fewer than the {world_size} ranks; use fewer "
                 "ranks, or another dataset.validation_split"
             )

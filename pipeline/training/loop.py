@@ -40,23 +40,21 @@ from pipeline.training.engine.peak import peak_flops
 from pipeline.training.feed.device_feed import device_feed
 from pipeline.training.feed.micro_batch import MicroBatch
 from pipeline.training.lease import IsLost, only_writer
-from pipeline.training.spec import Environment, TrainingResult, TrainingSpec
+from pipeline.training.spec import Environment, TrainingResult, TrainingSpec, training_key
+from pipeline.training.stop_request import StopRequest
 from pipeline.training.tracking.metrics_log import MetricsLog, Stretch, last_loss
 
 CHECKPOINTS = "checkpoints"
 RESULT = "result.json"
-STOP = ".stop"
 
 # With another value of one of these, evaluations are no longer of the same thing.
 _EVALUATED = {
     "dataset.validation_split",
-    "evaluate_examples",
-    "best_by",
-    "best_is",
+    "evaluation.examples",
+    "evaluation.best_by",
+    "evaluation.best_is",
     "model_weights",
 }
-
-SECONDS_BETWEEN_LOOKS = 5.0  # for a request to stop in an object store; on a disk, every step
 
 
 def train(
@@ -107,16 +105,6 @@ def finished_result(spec: TrainingSpec) -> TrainingResult | None:
     return result
 
 
-def request_stop(folder: str) -> None:
-    """Asks a run, from any process, to write a checkpoint after the step it is in and leave."""
-    storage.write_bytes(storage.join(folder, STOP), b"")
-
-
-def clear_stop(folder: str) -> None:
-    """Takes such a request back."""
-    storage.remove(storage.join(folder, STOP))
-
-
 def _never() -> bool:
     """What ranks after the first know of the folder being lost: the first tells them."""
     return False
@@ -162,7 +150,7 @@ class _Run:
         self.environment = environment
         self.is_first = environment.rank == 0
         self.is_lost = is_lost
-        self.next_look = 0.0
+        self.stop = StopRequest(spec.folder)
         self.assembled = assembled
         self.assembly = assembled(spec)
         self.evaluate = self.assembly.evaluate
@@ -179,8 +167,8 @@ class _Run:
 
     def run(self) -> TrainingResult:
         config = self.config
-        if config.evaluate_every_steps is not None and self.evaluate is None:
-            raise ConfigError("training.evaluate_every_steps: this run has no held-out data")
+        if config.evaluation.every_steps is not None and self.evaluate is None:
+            raise ConfigError("training.evaluation.every_steps: this run has no held-out data")
         with contextlib.ExitStack() as stack:
             if self.is_first:
                 checkpoint.remove_leftovers(self.checkpoints)
@@ -237,8 +225,8 @@ class _Run:
                 self.changed = _changed(self.spec, manifest.reproducibility_key, location)
                 run_state = manifest.run_state
                 if self.changed:
-                    names = {one.key.rsplit(".", 1)[-1] for one in self.changed}
-                    names |= {one.key for one in self.changed}
+                    prefix = f"{training_key(self.spec.phase)}."
+                    names = {one.key.removeprefix(prefix) for one in self.changed}
                     run_state = run_state.in_new_stretch(not names & _EVALUATED)
                 read = checkpoint.reader(location, manifest, cache)
                 self._build(manifest.step, given_up, run_state, read)
@@ -274,7 +262,7 @@ class _Run:
         meter = _Meter(self.device_flops and self.device_flops * environment.world_size)
         step = start
         device, dtype = self.engine.device, self.engine.dtype
-        with device_feed(source, config.prefetch_steps, device, dtype) as take:
+        with device_feed(source, config.loading.prefetch_steps, device, dtype) as take:
             while step < config.steps and not self.run_state.is_patience_spent(config):
                 step += 1
                 began = time.perf_counter()
@@ -301,9 +289,9 @@ class _Run:
                 if figures.written:
                     self.manager.finish()
                 last = step == config.steps or self.run_state.is_patience_spent(config)
-                due = step % config.checkpoint_every_steps == 0
+                due = step % config.checkpoints.every_steps == 0
                 best = self.run_state.is_best(step) and (
-                    config.keep_best or config.keep_best_checkpoints > 0
+                    config.evaluation.restore_best or config.checkpoints.keep_best > 0
                 )
                 if due or best or last or figures.stop:
                     self._save(step)
@@ -324,7 +312,7 @@ class _Run:
     def _report(self, step: int, figures: _StepFigures, rate: float, meter: "_Meter") -> None:
         """Evaluates and logs a step, where it is due."""
         config = self.config
-        every = config.evaluate_every_steps
+        every = config.evaluation.every_steps
         evaluates = every is not None and (step % every == 0 or step == config.steps)
         logs = step % config.log_every_steps == 0 or step == config.steps
         if not (evaluates or logs):
@@ -371,7 +359,7 @@ class _Run:
             sum(batch.num_tokens_with_padding for batch in micro_batches),
             self._flops(micro_batches),
             wait_seconds,
-            self._is_stop_requested(),
+            self.is_first and self.stop.is_requested(),
             self.is_lost(),
             self.manager.is_written(),
         ]
@@ -412,14 +400,6 @@ class _Run:
             return 0.0
         return float(sum(map(self.assembly.flops, micro_batches)))
 
-    def _is_stop_requested(self) -> bool:
-        now = time.monotonic()
-        if not self.is_first or now < self.next_look:
-            return False
-        if not storage.is_local(self.spec.folder):
-            self.next_look = now + SECONDS_BETWEEN_LOOKS
-        return storage.exists(storage.join(self.spec.folder, STOP))
-
     def _fault(self, names: Sequence[str], table: NDArray[np.float64], norm: float) -> str | None:
         for rank, row in enumerate(table):
             for name, value in zip(names, row, strict=False):
@@ -450,11 +430,11 @@ class _Run:
 
     def _advice(self) -> str:
         """Says what to do about a figure that is not finite, in keys of the recipe."""
-        phase = "pretrain" if self.spec.phase == "pretrain" else "finetune"
-        rate = f"training.{phase}.learning_rate={self.config.learning_rate / 2:g}"
-        others = [f"a longer training.{phase}.warmup_steps"]
+        training = training_key(self.spec.phase)
+        rate = f"{training}.optimizer.learning_rate={self.config.optimizer.learning_rate / 2:g}"
+        others = [f"a longer {training}.schedule.warmup_steps"]
         if self.config.resolved_precision(self.environment.device) != "fp32":
-            others.append(f"training.{phase}.precision=fp32")
+            others.append(f"{training}.precision=fp32")
         steps = checkpoint.steps_in(self.checkpoints)
         where = (
             f"it goes on from the checkpoint at step {steps[-1]}"
@@ -521,7 +501,7 @@ class _Run:
     def _chosen(self, step: int) -> int:
         """Returns the step whose weights the model folder gets."""
         best = self.run_state.best_step
-        return best if self.config.keep_best and best is not None else step
+        return best if self.config.evaluation.restore_best and best is not None else step
 
     def _weights(self, chosen: int, step: int) -> dict[str, Tensor]:
         """Returns the weights of a step on rank 0, as the config wants them; `step` is the last."""
@@ -535,12 +515,12 @@ class _Run:
             try:
                 manifest = checkpoint.verify(location, Path(cache))
             except CheckpointError as error:
-                phase = "pretrain" if self.spec.phase == "pretrain" else "finetune"
+                training = training_key(self.spec.phase)
                 raise CheckpointError(
                     f"{error}\nIt has the weights of the best evaluation, which the model is to "
                     "have. Put an undamaged copy of it back; or give the same command with "
-                    f"`training.{phase}.keep_best=false` and `--from-checkpoint`, for a model of "
-                    "the last step's weights"
+                    f"`{training}.evaluation.restore_best=false` and `--from-checkpoint`, for "
+                    "a model of the last step's weights"
                 ) from error
             read = checkpoint.reader(location, manifest, Path(cache))
             return checkpoint.weights(manifest, read, ema)

@@ -51,12 +51,23 @@ SHARD_RETRIES = 3  # for a lost actor or node; an error is not retried
 class ExtractConfig(Config):
     """The pool of actors that computes features."""
 
-    actors: int = Field(default=1, ge=0)  # 0: in this process, without Ray
-    cpus_per_actor: float = Field(default=1, gt=0)
-    gpus_per_actor: float = Field(default=0, ge=0)  # 0.25: four actors share a GPU; 0: CPU only
-    batch_size: int = Field(default=32, ge=1)  # images the network takes at once
-    # Stops the run when no feature can be made of more of the live samples than this.
-    max_reject_fraction: float = Field(default=0.01, ge=0, le=1)
+    actors: int = Field(
+        default=1, ge=0, description="actors that compute features; 0: in this process, without Ray"
+    )
+    cpus_per_actor: float = Field(
+        default=1, gt=0, description="CPUs that an actor asks the cluster for"
+    )
+    gpus_per_actor: float = Field(
+        default=0, ge=0, description="0.25: four actors share a GPU; 0: CPU only"
+    )
+    batch_size: int = Field(default=32, ge=1, description="images the network takes at once")
+    max_reject_fraction: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="stops the run when no feature can be made of more of the live samples than "
+        "this",
+    )
 
     def device(self) -> str:
         """Where the network computes."""

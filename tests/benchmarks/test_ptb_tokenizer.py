@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.benchmarks.ptb_tokenizer import PUNCTUATION, tokenize
-from tests.benchmarks.excerpts import read_excerpt
+from tests.excerpts import read_excerpt
 
 SEED = 5
 

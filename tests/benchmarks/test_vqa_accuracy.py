@@ -7,7 +7,7 @@ import pytest
 from pipeline.benchmarks.vqa_accuracy import answer_accuracy, normalise, vqa_accuracy
 from pipeline.data.sample import Question
 from pipeline.errors import MetricError
-from tests.benchmarks.excerpts import read_excerpt
+from tests.excerpts import read_excerpt
 
 
 @pytest.fixture(scope="module")

@@ -65,11 +65,13 @@ def test_the_published_recipes_have_the_published_numbers(name: str) -> None:
         assert training.global_batch_size == published["batch"]
         steps = published["epochs"] * published["examples"] / published["batch"]
     assert training.steps == pytest.approx(steps, abs=1)
-    assert training.warmup_steps == pytest.approx(published["warmup"] * training.steps, abs=1)
-    assert training.learning_rate == published["rate"]
-    assert training.betas == published.get("betas", (0.9, 0.999))
-    assert training.clip_norm == published.get("clip_norm", 1.0)
-    assert training.weight_decay == 0.01
+    assert training.schedule.warmup_steps == pytest.approx(
+        published["warmup"] * training.steps, abs=1
+    )
+    assert training.optimizer.learning_rate == published["rate"]
+    assert training.optimizer.betas == published.get("betas", (0.9, 0.999))
+    assert training.optimizer.clip_norm == published.get("clip_norm", 1.0)
+    assert training.optimizer.weight_decay == 0.01
     assert recipe.model.max_tokens == published["max_tokens"]
 
 
@@ -82,7 +84,7 @@ def test_what_starts_from_bert_learns_ten_times_slower_in_vilbert() -> None:
     module = torch.nn.ModuleDict({"model": model})
     slow = {
         id(parameter)
-        for group in parameter_groups(module, training)
+        for group in parameter_groups(module, training.optimizer)
         for parameter in group["params"]
         if group["factor"] == 0.1
     }
@@ -102,11 +104,11 @@ def test_the_early_layers_of_a_live_backbone_stay_and_the_others_learn_slowly() 
     module = torch.nn.ModuleDict({"model": model})
     for training in (recipe.training.pretrain, recipe.training.finetune):
         assert training is not None
-        freeze(module, training.freeze)
+        freeze(module, training.optimizer.freeze)
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         slow = {
             names[id(parameter)].split(".")[3]
-            for group in parameter_groups(module, training)
+            for group in parameter_groups(module, training.optimizer)
             for parameter in group["params"]
             if group["factor"] == 0.1
         }

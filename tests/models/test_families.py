@@ -17,6 +17,7 @@ from pipeline.errors import ModelError
 from pipeline.models.base import ModelConfig
 from pipeline.models.families import FAMILIES, build, from_saved, load_weights, to_saved
 from pipeline.models.inputs import Inputs
+from tests.excerpts import EXCERPTS
 from tests.models import examples
 from tests.models.examples import ANSWERS, WIDTH, WORDS, assert_close, batch, randomise, row
 
@@ -186,8 +187,8 @@ def test_encoding_compiles_to_one_graph(family: str) -> None:
 
 @pytest.mark.slow
 @every_family
-def test_a_handful_of_real_photographs_is_learnt_by_heart(family: str, shared_data: Path) -> None:
-    inputs, masked, words = real_samples(shared_data)
+def test_a_handful_of_pictures_is_learnt_by_heart(family: str, photographs: list[Path]) -> None:
+    inputs, masked, words = captioned(photographs)
     torch.manual_seed(0)
     config = CONFIGS[family](
         vocab_size=int(inputs.tokens.max()) + 1,
@@ -223,20 +224,17 @@ def test_a_handful_of_real_photographs_is_learnt_by_heart(family: str, shared_da
     assert float(step.detach()) < 0.05 * first
 
 
-def real_samples(shared_data: Path) -> tuple[Inputs, Tensor, Tensor]:
-    """Six COCO photographs as 16 patches, a caption each, one word hidden, and which it was."""
-    folder = shared_data / "coco"
-    document: dict[str, Any] = json.loads(
-        (folder / "annotations" / "captions_train2017.json").read_text()
-    )
+def captioned(photographs: list[Path]) -> tuple[Inputs, Tensor, Tensor]:
+    """Six pictures as 16 patches, a COCO caption each, one word hidden, and which it was."""
+    document: dict[str, Any] = json.loads((EXCERPTS / "captions_train2017.json").read_text())
     captions = {each["image_id"]: each["caption"] for each in document["annotations"]}
     chosen = sorted(document["images"], key=lambda each: each["id"])[:6]
     texts = [captions[each["id"]].lower().split() for each in chosen]
     vocabulary = sorted({word for text in texts for word in text})
     words = {word: index for index, word in enumerate(vocabulary, start=4)}
     features = []
-    for each in chosen:
-        picture = Image.open(folder / "train2017" / each["file_name"]).convert("RGB")
+    for path in photographs[:6]:
+        picture = Image.open(path).convert("RGB")
         pixels = torch.tensor(list(picture.resize((32, 32)).tobytes()), dtype=torch.uint8)
         patches = pixels.view(4, 8, 4, 8, 3).permute(0, 2, 1, 3, 4).reshape(16, 192)
         features.append(patches)

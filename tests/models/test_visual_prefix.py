@@ -36,7 +36,7 @@ from tests.models.examples import (
     row,
     visual_prefix_config,
 )
-from tests.models.test_families import real_samples
+from tests.models.test_families import captioned
 
 EOS = 0
 LENGTHS, REGIONS = (1, 4, 2), (5, 2, 3)
@@ -334,9 +334,9 @@ def test_a_model_that_could_not_work_is_refused(changes: dict[str, Any], said: s
     "changes", [{"decoder": GPT2_STILL}, {"decoder": LLAMA, "prefix": False, "cross_every": 1}]
 )
 def test_a_handful_of_coco_captions_is_learnt_and_written_word_for_word(
-    changes: dict[str, Any], shared_data: Path
+    changes: dict[str, Any], photographs: list[Path]
 ) -> None:
-    inputs, _, _ = real_samples(shared_data)
+    inputs, _, _ = captioned(photographs)
     inputs = replace(inputs, token_padding=inputs.tokens == 0)
     target = torch.full_like(inputs.tokens, IGNORED)
     target[:, :-1] = inputs.tokens[:, 1:].masked_fill(inputs.token_padding[:, 1:], IGNORED)

@@ -22,7 +22,7 @@ HERE = Environment(rank=0, world_size=1, local_rank=0, device="cpu")
 def test_the_bare_loop_ends_with_the_weights_of_an_engine_on_the_same_batches(
     tmp_path: Path,
 ) -> None:
-    spec = make_spec(tmp_path, zero_stage=0, warmup_steps=0, decay="constant")
+    spec = make_spec(tmp_path, zero_stage=0, schedule={"warmup_steps": 0, "decay": "constant"})
     assembly = without_dropout(spec)
     bare = _BareLoop(assembly.module, spec.training)
     engine = Engine(assembly.module, spec.training, HERE)

@@ -132,7 +132,7 @@ def test_an_objective_that_starts_late_has_only_its_own_steps(tmp_path: Path) ->
 def test_a_stretch_is_marked_where_it_begins_and_is_no_step(tmp_path: Path) -> None:
     write_lines(tmp_path, "pretrain", 20, {"mlm": 6.0})
     lines = (tmp_path / "pretrain" / "metrics.jsonl").read_text().splitlines(keepends=True)
-    changed = {"training.pretrain.learning_rate": [0.002, 0.001]}
+    changed = {"training.pretrain.optimizer.learning_rate": [0.002, 0.001]}
     begun = {"event": "stretch", "step": 10, "changed": changed, "dataset_version": 3, "time": 1.0}
     lines.insert(10, json.dumps(begun) + "\n")
     (tmp_path / "pretrain" / "metrics.jsonl").write_text("".join(lines))
@@ -140,8 +140,8 @@ def test_a_stretch_is_marked_where_it_begins_and_is_no_step(tmp_path: Path) -> N
     assert metrics.steps.tolist() == list(range(1, 21))
     (stretch,) = metrics.stretches
     assert stretch.step == 10
-    assert stretch.changed == "training.pretrain.learning_rate: 0.002 → 0.001"
+    assert stretch.changed == "training.pretrain.optimizer.learning_rate: 0.002 → 0.001"
     drawn = chart("Loss", [metrics.value("loss", "model", "model")], stretches=metrics.stretches)
     (mark,) = drawn.marks
     assert drawn.lines[0].raw.split("L")[9].split()[0] == f"{mark.at}"
-    assert "after step 10: training.pretrain.learning_rate" in mark.text
+    assert "after step 10: training.pretrain.optimizer.learning_rate" in mark.text

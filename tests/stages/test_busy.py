@@ -21,7 +21,7 @@ from tests.stages.test_run import QUICKSTART, SMALL, small
 STEPS = 60
 LONGER = [
     f"training.pretrain.steps={STEPS}",
-    "training.pretrain.checkpoint_every_steps=5",
+    "training.pretrain.checkpoints.every_steps=5",
     "training.pretrain.log_every_steps=1",
 ]
 
@@ -58,7 +58,7 @@ def test_a_second_start_is_refused_and_the_first_knows_nothing_of_it(run: str, d
         assert first.poll() is None
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)  # so that it is at work however long the others take
-    for asked in ([], ["training.pretrain.learning_rate=0.5", "--restart"]):
+    for asked in ([], ["training.pretrain.optimizer.learning_rate=0.5", "--restart"]):
         second = pretraining(run, data, *asked)
         _, told = second.communicate(timeout=300)
         assert second.returncode == BUSY_STATUS

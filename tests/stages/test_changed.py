@@ -1,5 +1,6 @@
 """What a changed setting does to a phase that was begun: with the stand-in for model and data."""
 
+import json
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -7,22 +8,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import xxhash
 
 from pipeline import storage
 from pipeline.cluster import ClusterConfig
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.pretrained.files import extractor_of
 from pipeline.stages.changed import Begun, OnChange, aside, make_way, refuse
-from pipeline.training.launch import launch
+from pipeline.training.launch.launch import launch
 from pipeline.training.loop import CHECKPOINTS
 from pipeline.training.spec import TrainingSpec
+from pipeline.training.tracking.metrics_log import read_metrics, read_stretches
 from tests.data.cards import make_card
 from tests.processes import DISK_AND_OBJECT_STORE
+from tests.training import flat_settings
 from tests.training.stand_in import make_spec, stand_in
 from tests.training.test_loop import interrupt_at
 
 PROCESS = ClusterConfig(runner="process")
-COMMAND = "sightline run birds.yaml training.pretrain.learning_rate=0.01"
+COMMAND = "sightline run birds.yaml training.pretrain.optimizer.learning_rate=0.01"
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -33,11 +37,11 @@ def begin(folder: str, interrupted_at: int | None = 5, **training: Any) -> Begun
     on_step = None if interrupted_at is None else interrupt_at(interrupted_at)
     assembled = partial(stand_in, on_step=on_step)
     if interrupted_at is None:
-        launch.launch(spec, PROCESS, lambda _: None, assembled)
+        launch(spec, PROCESS, lambda _: None, assembled)
         storage.write_bytes(f"{folder}/model/sightline.json", b"{}")  # what a real one has
     else:
         with pytest.raises(InterruptedError):
-            launch.launch(spec, PROCESS, lambda _: None, assembled)
+            launch(spec, PROCESS, lambda _: None, assembled)
     begun = Begun.read(folder)
     assert begun is not None
     return begun
@@ -68,7 +72,12 @@ def test_a_phase_that_was_never_begun_is_none(tmp_path: Path) -> None:
 
 def test_settings_that_do_not_touch_the_curve_are_not_asked_about(tmp_path: Path) -> None:
     begun = begin(str(tmp_path / "pretrain"))
-    free = {"log_every_steps": 4, "keep_checkpoints": 5, "loader_threads": 1, "zero_stage": 2}
+    free = {
+        "log_every_steps": 4,
+        "checkpoints": {"keep_last": 5},
+        "loading": {"threads": 1},
+        "zero_stage": 2,
+    }
     now = make_spec(begun.folder, timeout_seconds=9, not_finite="skip", **free)
     assert told(begun, now) == []
     assert not make_way(begun, begun.changes(now.reproducibility_key()), "refuse", print)
@@ -78,10 +87,10 @@ def test_a_refusal_names_each_key_with_both_values_and_the_commands_that_lead_on
     tmp_path: Path,
 ) -> None:
     begun = begin(str(tmp_path / "pretrain"))
-    now = make_spec(begun.folder, learning_rate=0.01, steps=12)
+    now = make_spec(begun.folder, optimizer={"learning_rate": 0.01}, steps=12)
     assert told(begun, now) == [
         "pretrain in RUN has checkpoints up to step 3 of 8, and was begun with other settings:",
-        "  training.pretrain.learning_rate: 0.02 then, 0.01 now",
+        "  training.pretrain.optimizer.learning_rate: 0.02 then, 0.01 now",
         "  training.pretrain.steps: 8 then, 12 now",
         "To go on from step 3 with the new settings:",
         f"  {COMMAND} --from-checkpoint",
@@ -95,12 +104,13 @@ def test_a_refusal_names_each_key_with_both_values_and_the_commands_that_lead_on
 
 def test_what_would_be_another_run_is_refused_however_it_is_asked_for(tmp_path: Path) -> None:
     begun = begin(str(tmp_path / "pretrain"))
-    now = make_spec(begun.folder, shuffle_window_shards=3)
+    now = make_spec(begun.folder, loading={"shuffle_window_shards": 3})
     for decision in ("refuse", "continue"):
         lines = told(begun, now, decision)
         assert lines[1:3] == [
-            "  training.pretrain.shuffle_window_shards: 8 then, 3 now",
-            "A run cannot go on with another value of training.pretrain.shuffle_window_shards.",
+            "  training.pretrain.loading.shuffle_window_shards: 8 then, 3 now",
+            "A run cannot go on with another value of "
+            "training.pretrain.loading.shuffle_window_shards.",
         ]
         assert f"  {COMMAND} --restart" in lines
         assert "  sightline export RUN/pretrain RUN-pretrain-model" in lines
@@ -153,14 +163,14 @@ def test_a_damaged_spec_is_told_with_what_to_do(tmp_path: Path) -> None:
 
 def test_a_finished_phase_goes_on_only_where_there_is_something_to_do(tmp_path: Path) -> None:
     begun = begin(str(tmp_path / "pretrain"), None)
-    slower = make_spec(begun.folder, learning_rate=0.01)
+    slower = make_spec(begun.folder, optimizer={"learning_rate": 0.01})
     for decision in ("refuse", "continue"):
         lines = told(begun, slower, decision)
         assert lines[0].startswith("pretrain in RUN is finished, with 8 steps, and was begun")
         assert lines[2].endswith(
             "with a larger training.pretrain.steps and --from-checkpoint it goes on."
         )
-    longer = make_spec(begun.folder, learning_rate=0.01, steps=9)
+    longer = make_spec(begun.folder, optimizer={"learning_rate": 0.01}, steps=9)
     assert told(begun, longer)[3] == "To go on from step 8 with the new settings:"
     assert told(begun, longer, "continue") == []
     shorter = make_spec(begun.folder, steps=7)
@@ -194,7 +204,7 @@ def test_what_was_stopped_before_its_first_checkpoint_makes_way_with_its_logs(
     tmp_path: Path,
 ) -> None:
     begun = begin(str(tmp_path / "pretrain"), 2)
-    now = make_spec(begun.folder, learning_rate=0.01)
+    now = make_spec(begun.folder, optimizer={"learning_rate": 0.01})
     assert told(begun, now) == []
     assert make_way(begun, begun.changes(now.reproducibility_key()), "refuse", print)
     assert (tmp_path / "pretrain.replaced-1" / "metrics.jsonl").exists()
@@ -223,6 +233,49 @@ def test_the_model_of_a_finished_phase_is_kept_beside_the_one_that_is_trained_on
     kept = tmp_path / "pretrain" / "model.step-00000008" / "model.safetensors"
     assert kept.read_bytes() == weights
     assert (tmp_path / "pretrain" / "model" / "model.safetensors").read_bytes() != weights
+
+
+def as_recorded_flat(folder: Path) -> None:
+    """Leaves in a phase's folder what the release before the groups of settings left there."""
+    places = (("FOLDER", str(folder)), ("PLACE", str(Path.cwd())))
+    spec, sequence = flat_settings.SPEC, flat_settings.SEQUENCE
+    for word, place in places:
+        spec, sequence = spec.replace(word, place), sequence.replace(word, place)
+    (folder / "spec.json").write_text(spec)
+    for path in [*folder.rglob("manifest.json"), folder / "result.json"]:
+        if path.exists():
+            document = json.loads(path.read_bytes())
+            document["sequence"] = json.loads(sequence)
+            del document["reproducibility_key"]
+            document["tally"] = document.pop("run_state")
+            if path.name == "manifest.json":
+                document |= {"format": 3}
+                del document["digest"]
+                digest = xxhash.xxh3_128(json.dumps(document, indent=1).encode()).hexdigest()
+                document["digest"] = digest
+            path.write_text(json.dumps(document, indent=1))
+
+
+def test_a_phase_begun_when_settings_had_no_groups_goes_on_exactly(tmp_path: Path) -> None:
+    begin(str(tmp_path / "pretrain"))
+    as_recorded_flat(tmp_path / "pretrain")
+    begun = Begun.read(str(tmp_path / "pretrain"))
+    assert begun is not None
+    now = make_spec(begun.folder)
+    assert begun.spec == now
+    assert begun.changes(now.reproducibility_key()) == ()
+    begin(begun.folder, None)
+    unbroken = begin(str(tmp_path / "unbroken"), None)
+    losses = [[line["loss"] for line in read_metrics(one.folder)] for one in (begun, unbroken)]
+    assert losses[0] == losses[1]
+    assert not read_stretches(begun.folder)
+    as_recorded_flat(tmp_path / "pretrain")
+    again = Begun.read(begun.folder)
+    assert again is not None
+    assert again.finished is not None
+    assert told(again, make_spec(begun.folder, optimizer={"learning_rate": 0.01}))[1] == (
+        "  training.pretrain.optimizer.learning_rate: 0.02 then, 0.01 now"
+    )
 
 
 def test_the_many_processes_of_torchrun_move_nothing(

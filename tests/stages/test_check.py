@@ -121,7 +121,7 @@ def test_what_the_device_cannot_hold_is_refused_with_what_would_fit(
 
 def test_checkpoints_that_would_fill_the_disk_are_refused(extracted: Path) -> None:
     with pytest.raises(ConfigError, match="smaller keep_checkpoints"):
-        looked_at(extracted, "training.finetune.keep_checkpoints=1000000000")
+        looked_at(extracted, "training.finetune.checkpoints.keep_last=1000000000")
 
 
 def test_gpus_that_are_not_here_are_refused(tmp_path: Path) -> None:

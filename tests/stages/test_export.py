@@ -36,7 +36,7 @@ LXMERT = [
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the small recipe has been run, with a checkpoint each step."""
     folder = tmp_path_factory.mktemp("finished")
-    finetune = ("checkpoint_every_steps=1", "log_every_steps=1", "keep_checkpoints=3")
+    finetune = ("checkpoints.every_steps=1", "log_every_steps=1", "checkpoints.keep_last=3")
     recipe = small(folder, *(f"training.finetune.{setting}" for setting in finetune))
     run_stages(recipe, list(STAGES), Console(stderr=True, quiet=True))
     return folder

@@ -17,15 +17,15 @@ from pipeline.stages.export import export
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.run import STAGES, run_stages
 from pipeline.stages.train import finetune
-from pipeline.training.launch.launch import read_spec
+from pipeline.training.launch.recorded_spec import read_spec
 from pipeline.vision.extractors.grid import GridConfig
 from tests.stages.test_run import small
 
 BACKBONE = (
     "features={live: true, augment: {area: [0.6, 1.0]}, extractor: {type: grid, weights: random, "
     "network: squeezenet1_0, node: features.3, image_size: 32}}",
-    "training.finetune.learning_rate_factors={'*.backbone.*': 0.1}",
-    "training.finetune.evaluate_every_steps=3",
+    "training.finetune.optimizer.learning_rate_factors={'*.backbone.*': 0.1}",
+    "training.finetune.evaluation.every_steps=3",
 )
 PIXELS = ("features={live: true, extractor: {type: pixels, image_size: 32, patch_size: 16}}",)
 LXMERT = [  # which predicts regions, and writes no captions
@@ -95,7 +95,7 @@ def test_a_checkpoint_is_exported_with_its_backbone(finished: Path, tmp_path: Pa
 
 
 def test_check_counts_the_backbone(tmp_path: Path) -> None:
-    frozen = small(tmp_path, *BACKBONE, "training.pretrain.freeze=['*.backbone.*']")
+    frozen = small(tmp_path, *BACKBONE, "training.pretrain.optimizer.freeze=['*.backbone.*']")
     phase = check(frozen, QUIET).phases[0]
     network = GridConfig(network="squeezenet1_0", node="features.3", weights="random").backbone()
     expected = sum(parameter.numel() for parameter in network.parameters())

@@ -61,7 +61,7 @@ def make_recipe(folder: Path) -> Recipe:
         "node: features.3, weights: random, image_size: 32, window: stored, "
         "frames: {count: 3, folder_rate: 5}}}",
         "training.pretrain.steps=1",
-        "training.pretrain.warmup_steps=0",
+        "training.pretrain.schedule.warmup_steps=0",
         "benchmarks={caption: {metrics: [bleu]}}",
     )
 

@@ -19,7 +19,7 @@ from pipeline.recipe import Recipe
 from pipeline.stages.changed import OnChange
 from pipeline.stages.run import STAGES, run_stages
 from pipeline.stages.state import Record
-from pipeline.training.launch.launch import read_spec
+from pipeline.training.launch.recorded_spec import read_spec
 from pipeline.training.tracking.metrics_log import read_metrics
 
 QUICKSTART = str(Path(__file__).resolve().parents[2] / "jobs" / "recipes" / "quickstart.yaml")
@@ -33,7 +33,12 @@ SMALL = [
     *(
         f"training.{phase}.{setting}"
         for phase in ("pretrain", "finetune")
-        for setting in ("steps=3", "global_batch_size=8", "micro_batch_size=4", "warmup_steps=1")
+        for setting in (
+            "steps=3",
+            "global_batch_size=8",
+            "micro_batch_size=4",
+            "schedule.warmup_steps=1",
+        )
     ),
 ]
 
@@ -171,14 +176,14 @@ def test_a_blind_twin_that_is_wished_for_later_is_trained_alone_wherever_all_lie
 
 
 def test_another_learning_rate_is_refused_and_trained_anew_only_if_asked(finished: Path) -> None:
-    run, rate = finished / "run", "training.finetune.learning_rate=1e-4"
+    run, rate = finished / "run", "training.finetune.optimizer.learning_rate=1e-4"
     before, recipe = files(run), (run / "recipe.yaml").read_bytes()
     with pytest.raises(ConfigError) as refusal:
         states(finished, rate)
     told = str(refusal.value).splitlines()
     assert told == [
         f"finetune in {run} is finished, with 3 steps, and was begun with other settings:",
-        "  training.finetune.learning_rate: 0.002 then, 0.0001 now",
+        "  training.finetune.optimizer.learning_rate: 0.002 then, 0.0001 now",
         "It has made all of its steps, so that the new settings would have none to act on; with a "
         "larger training.finetune.steps and --from-checkpoint it goes on.",
         "To train finetune anew (what is there is moved to finetune.replaced-1, nothing is "

@@ -17,7 +17,7 @@ STEPS = 200
 LONGER = [
     f"training.pretrain.steps={STEPS}",
     "training.pretrain.log_every_steps=7",
-    "training.pretrain.checkpoint_every_steps=50",
+    "training.pretrain.checkpoints.every_steps=50",
 ]
 
 
@@ -39,7 +39,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken")
     run_stages(small(folder), ["ingest", "extract"], Console(stderr=True, quiet=True))
     process = pretraining(folder / "run", folder / "data")
-    process.communicate(timeout=240)
+    process.communicate(timeout=600)
     assert process.returncode == 0
     return folder
 
@@ -56,7 +56,7 @@ def test_it_saves_and_says_so_and_the_same_command_goes_on(
         assert first.poll() is None
         time.sleep(0.05)
     first.send_signal(number)
-    _, told = first.communicate(timeout=120)
+    _, told = first.communicate(timeout=600)
     assert first.returncode == 143
     (checkpoint,) = (run / "pretrain" / "checkpoints").iterdir()
     step = int(checkpoint.name.removeprefix("step-"))
@@ -66,6 +66,6 @@ def test_it_saves_and_says_so_and_the_same_command_goes_on(
         in " ".join(told.split())
     )
     second = pretraining(run, data)
-    second.communicate(timeout=240)
+    second.communicate(timeout=600)
     assert second.returncode == 0
     assert losses(run) == losses(unbroken / "run")

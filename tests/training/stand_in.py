@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from pipeline import storage
 from pipeline.errors import FeatureError
 from pipeline.training.assembly import Assembly
+from pipeline.training.config import TrainingConfig
 from pipeline.training.evaluation import Evaluate, held_out_losses
 from pipeline.training.loop import train
-from pipeline.training.spec import Environment, TrainingConfig, TrainingSpec
+from pipeline.training.spec import Environment, TrainingSpec
+from pipeline.training.tracking.metrics_log import read_metrics
 
 OnStep = Callable[[int, int], None]
 Sizes = Callable[[int, int], list[int]]
@@ -71,13 +73,14 @@ class StandIn(nn.Module):
 
 
 def make_spec(folder: Path | str, **training: Any) -> TrainingSpec:
+    """Each of `training` takes the place of a setting here; a group's, of those that it names."""
     settings: dict[str, Any] = {
         "steps": 8,
         "global_batch_size": 8,
         "micro_batch_size": 2,
-        "learning_rate": 0.02,
-        "warmup_steps": 2,
-        "checkpoint_every_steps": 3,
+        "optimizer": {"learning_rate": 0.02},
+        "schedule": {"warmup_steps": 2},
+        "checkpoints": {"every_steps": 3},
         "timeout_seconds": 60,
         # small parameters would be kept whole by stage 3; here they are cut, as large ones are
         "deepspeed": (
@@ -86,6 +89,8 @@ def make_spec(folder: Path | str, **training: Any) -> TrainingSpec:
             else {}
         ),
     }
+    for group in ("optimizer", "schedule", "checkpoints"):
+        training[group] = {**settings[group], **training.get(group, {})}
     return TrainingSpec(
         phase="pretrain",
         folder=str(folder),
@@ -336,3 +341,16 @@ def unhurried(spec: TrainingSpec) -> Assembly:
             raise FeatureError("shard 7 has no features")
 
     return stand_in(spec, on_step)
+
+
+def wait_until(reached: Callable[[], bool], seconds: float = 600) -> None:
+    """Returns once something is so, within a generous time."""
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def steps_logged(spec: TrainingSpec) -> int:
+    """Returns the number of lines that a run has logged."""
+    return len(read_metrics(spec.folder))

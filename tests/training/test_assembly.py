@@ -17,8 +17,9 @@ from pipeline.objectives.objective import ObjectivesConfig
 from pipeline.objectives.stream import CollatedBatch, StreamCollator
 from pipeline.pretrained.folder import load_model
 from pipeline.training.assembly import Assembly, assemble
+from pipeline.training.config import TrainingConfig
 from pipeline.training.loop import train
-from pipeline.training.spec import Environment, TrainingConfig, TrainingSpec
+from pipeline.training.spec import Environment, TrainingSpec
 from pipeline.training.tracking.metrics_log import read_events, read_metrics
 from tests.data.tiny_dataset import EXTRACTOR, make_dataset, make_texts
 from tests.training.stand_in import in_processes, train_on
@@ -153,7 +154,8 @@ def test_micro_batches_take_at_most_so_many_tokens_and_a_step_is_the_same(
             objectives=objectives,
             answers=ANSWERS,
             blind=blind,
-            training=TRAINING | {"micro_batch_size": 6, "tokens_per_micro_batch": tokens},
+            training=TRAINING
+            | {"micro_batch_size": 6, "loading": {"tokens_per_micro_batch": tokens}},
         )
         for tokens in (most, None)
     )
@@ -178,7 +180,10 @@ def test_the_mean_loss_is_that_over_samples_however_they_are_cut(
 ) -> None:
     losses = []
     for tokens in (None, 70, 1):  # with one, each sample is by itself
-        training = TRAINING | {"micro_batch_size": 12, "tokens_per_micro_batch": tokens}
+        training = TRAINING | {
+            "micro_batch_size": 12,
+            "loading": {"tokens_per_micro_batch": tokens},
+        }
         assembly = assemble(make_spec(data, tmp_path, training=training))
         assembly.module.eval()
         (step, *_) = assembly.batches(0, 0, 1)
@@ -207,7 +212,9 @@ def test_operations_are_those_of_real_tokens_and_regions(data: Path, tmp_path: P
     ]
     assert len(set(expected)) == 3
     assert assembly.flops(batch) == 3 * sum(expected)
-    frozen = make_spec(data, tmp_path, training=TRAINING | {"freeze": ("model.embed*",)})
+    frozen = make_spec(
+        data, tmp_path, training=TRAINING | {"optimizer": {"freeze": ("model.embed*",)}}
+    )
     assert assemble(frozen).flops is None
 
 
@@ -229,7 +236,10 @@ def test_every_rank_starts_from_the_same_weights(data: Path, tmp_path: Path) -> 
 def test_held_out_losses_are_found_while_training(data: Path, tmp_path: Path) -> None:
     """Here of the training split itself, which is what the tiny dataset has features for."""
     spec = make_spec(
-        data, tmp_path, held_out_split="train", training=TRAINING | {"evaluate_every_steps": 3}
+        data,
+        tmp_path,
+        held_out_split="train",
+        training=TRAINING | {"evaluation": {"every_steps": 3}},
     )
     train(spec, HERE)
     found = [line["evaluation"] for line in read_metrics(spec.folder) if "evaluation" in line]
@@ -242,7 +252,7 @@ def test_held_out_losses_are_found_while_training(data: Path, tmp_path: Path) ->
 
 def held_out(data: Path, folder: Path, sizes: tuple[int, int], **changes: Any) -> TrainingSpec:
     """A run that evaluates on the tiny dataset's training split."""
-    training = TRAINING | {"evaluate_every_steps": 3} | changes.pop("training", {})
+    training = TRAINING | {"evaluation": {"every_steps": 3}} | changes.pop("training", {})
     training |= dict(zip(("global_batch_size", "micro_batch_size"), sizes, strict=True))
     return make_spec(data, folder, held_out_split="train", training=training, **changes)
 
@@ -313,12 +323,13 @@ def test_held_out_figures_know_neither_batch_size_nor_ranks(data: Path, tmp_path
 
 @pytest.mark.usefixtures("alone")
 def test_at_most_so_many_examples_are_held_out(data: Path, tmp_path: Path) -> None:
-    few, many = (
-        held_out(data, tmp_path, (12, 3), training={"evaluate_examples": count})
-        for count in (5, 1000)
-    )
+    def few_of(count: int) -> dict[str, Any]:
+        return {"evaluation": {"every_steps": 3, "examples": count}}
+
+    few, many = (held_out(data, tmp_path, (12, 3), training=few_of(count)) for count in (5, 1000))
     assert figures(few) == pytest.approx(
-        figures(held_out(data, tmp_path, (4, 4), training={"evaluate_examples": 5})), rel=1e-5
+        figures(held_out(data, tmp_path, (4, 4), training=few_of(5))),
+        rel=1e-5,
     )
     assert figures(few) != pytest.approx(figures(many), rel=1e-3)
     assert figures(many) == figures(held_out(data, tmp_path, (12, 3)))
@@ -367,7 +378,7 @@ def test_a_model_is_pretrained_saved_and_fine_tuned(data: Path, tmp_path: Path) 
             "steps": 30,
             "global_batch_size": 8,
             "micro_batch_size": 8,
-            "learning_rate": 3e-3,
+            "optimizer": {"learning_rate": 3e-3},
         },
     )
     start = dict(assemble(finetune).module.model.named_parameters())  # type: ignore[union-attr]
@@ -439,10 +450,10 @@ def test_the_real_model_trains_on_two_ranks_and_goes_on_bit_by_bit(
         "steps": 6,
         "global_batch_size": 12,
         "micro_batch_size": 3,
-        "checkpoint_every_steps": 2,
+        "checkpoints": {"every_steps": 2},
         "zero_stage": stage,
         "precision": precision,
-        "tokens_per_micro_batch": tokens,
+        "loading": {"tokens_per_micro_batch": tokens},
     }
     unbroken, broken = (
         make_spec(data, tmp_path / name, training=training) for name in ("unbroken", "broken")

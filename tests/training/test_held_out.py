@@ -10,8 +10,9 @@ from torch import nn
 from pipeline.errors import ConfigError
 from pipeline.objectives.base import Stream
 from pipeline.objectives.turns import Turns
+from pipeline.training.config import TrainingConfig
 from pipeline.training.held_out import HeldOutPart, evaluate, held_out_parts
-from pipeline.training.spec import Environment, TrainingConfig
+from pipeline.training.spec import Environment
 
 CAPTIONS = Stream("captions", "full")
 

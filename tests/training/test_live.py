@@ -15,6 +15,7 @@ from pipeline.data.read.images import ImageConfig, LiveConfig, live_features
 from pipeline.data.text.vocabulary import build_tokenizer
 from pipeline.pretrained.folder import BACKBONE_WEIGHTS, load_model
 from pipeline.training.assembly import Assembly, assemble
+from pipeline.training.config import OptimizerConfig
 from pipeline.training.loop import train
 from pipeline.training.spec import Environment, TrainingSpec
 from pipeline.training.tracking.metrics_log import read_metrics
@@ -60,9 +61,8 @@ def make_spec(data: Path, folder: Path, **changes: Any) -> TrainingSpec:
                 "steps": 4,
                 "global_batch_size": 8,
                 "micro_batch_size": 2,
-                "learning_rate": 1e-3,
-                "learning_rate_factors": {NAME: 0.5},
-                "checkpoint_every_steps": 2,
+                "optimizer": {"learning_rate": 1e-3, "learning_rate_factors": {NAME: 0.5}},
+                "checkpoints": {"every_steps": 2},
             },
         }
         | changes
@@ -146,6 +146,7 @@ def test_a_saved_model_holds_its_backbone_and_is_fine_tuned_with_it(
     np.testing.assert_allclose(found, stored.values, atol=0.03 * np.abs(stored.values).max())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(
     ("stage", "precision"), [(0, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")]
@@ -169,8 +170,8 @@ def test_every_zero_stage_trains_a_backbone(
 @pytest.mark.usefixtures("alone")
 def test_a_frozen_backbone_stays_as_it_came(data: Path, tmp_path: Path) -> None:
     spec = make_spec(data, tmp_path / "run")
-    training = {"freeze": (NAME,), "learning_rate_factors": {}}
-    spec = spec.model_copy(update={"training": spec.training.model_copy(update=training)})
+    frozen = {"optimizer": OptimizerConfig(freeze=(NAME,))}
+    spec = spec.model_copy(update={"training": spec.training.model_copy(update=frozen)})
     train(spec, HERE)
     came = GRID.backbone().network.state_dict()
     assert all(torch.equal(tensor, came[name]) for name, tensor in backbone_of(spec).items())
@@ -209,7 +210,7 @@ def test_pictures_are_varied_in_training_and_not_where_they_are_held_out(
             tmp_path / name,
             live=live,
             held_out_split="train",
-            training=spec.training.model_dump() | {"evaluate_every_steps": 2},
+            training=spec.training.model_dump() | {"evaluation": {"every_steps": 2}},
         )
         found = _held_out(held_out)
         steps[name] = found

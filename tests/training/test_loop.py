@@ -15,13 +15,14 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.errors import CheckpointError, ConfigError, LostError, TrainingError
-from pipeline.training import lease, loop
+from pipeline.training import lease
 from pipeline.training.assembly import Assembly
 from pipeline.training.checkpoints import checkpoint
 from pipeline.training.engine.engine import Engine
 from pipeline.training.engine.schedule import rate_factor
-from pipeline.training.loop import finished_result, request_stop, step_seed, train
+from pipeline.training.loop import finished_result, step_seed, train
 from pipeline.training.spec import Environment, TrainingSpec
+from pipeline.training.stop_request import clear_stop, request_stop
 from pipeline.training.tracking.metrics_log import read_metrics, read_stretches
 from tests.training.stand_in import (
     Poisoned,
@@ -88,7 +89,7 @@ def test_a_run_whose_rank_was_killed_ends_as_the_unbroken_one(
 
 @pytest.mark.processes
 def test_a_run_killed_at_any_moments_ends_as_the_unbroken_one(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"steps": 60, "checkpoint_every_steps": 1}
+    settings: dict[str, Any] = {"steps": 60, "checkpoints": {"every_steps": 1}}
     unbroken, broken = (make_spec(tmp_path / name, **settings) for name in ("unbroken", "broken"))
     train_on(2, unbroken)
     rng = np.random.default_rng(5)
@@ -102,7 +103,11 @@ def test_a_run_killed_at_any_moments_ends_as_the_unbroken_one(tmp_path: Path) ->
 
 @pytest.mark.processes
 def test_a_run_goes_on_with_other_ranks_and_stages_within_rounding(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"steps": 9, "ema_decay": 0.9, "model_weights": "average"}
+    settings: dict[str, Any] = {
+        "steps": 9,
+        "optimizer": {"ema_decay": 0.9},
+        "model_weights": "average",
+    }
     steady = make_spec(tmp_path / "steady", **settings)
     train_on(2, steady, without_dropout)
     elastic = tmp_path / "elastic"
@@ -130,7 +135,7 @@ def test_ranks_that_do_not_divide_the_global_batch_train_as_those_that_do(
         "zero_stage": stage,
         "micro_batch_size": micro_batch_size,
         "steps": 6,
-        "evaluate_every_steps": 2,
+        "evaluation": {"every_steps": 2},
     }
     even, uneven = (make_spec(tmp_path / name, **settings) for name in ("even", "uneven"))
     train_on(2, even, evaluated_without_dropout)
@@ -154,7 +159,7 @@ def test_ranks_with_other_numbers_of_micro_batches_train_as_with_the_same(
 ) -> None:
     plain = make_spec(tmp_path / "plain", zero_stage=stage)
     train_on(2, plain, without_dropout)
-    settings: dict[str, Any] = {"zero_stage": stage, "tokens_per_micro_batch": 100}
+    settings: dict[str, Any] = {"zero_stage": stage, "loading": {"tokens_per_micro_batch": 100}}
     unbroken, broken = (make_spec(tmp_path / name, **settings) for name in ("unbroken", "broken"))
     train_on(2, unbroken, unevenly)
     for line, expected in zip(curve(unbroken), curve(plain), strict=True):
@@ -195,12 +200,13 @@ def test_an_averaged_and_evaluated_run_resumes_bit_by_bit(
     settings: dict[str, Any] = {
         "zero_stage": stage,
         "precision": precision,
-        "ema_decay": 0.9,
+        "optimizer": {
+            "ema_decay": 0.9,
+            "learning_rate_factors": {"hidden.*": 0.3},
+            "freeze": ["unused.*"],
+        },
         "model_weights": "average",
-        "evaluate_every_steps": 2,
-        "keep_best": True,
-        "learning_rate_factors": {"hidden.*": 0.3},
-        "freeze": ["unused.*"],
+        "evaluation": {"every_steps": 2, "restore_best": True},
     }
     unbroken, broken = (make_spec(tmp_path / name, **settings) for name in ("unbroken", "broken"))
     train_on(2, unbroken, evaluated)
@@ -274,7 +280,7 @@ class TestAlone:
         assert [line["step"] for line in read_metrics(spec.folder)] == [3, 6, 8]
 
     def test_the_last_few_checkpoints_are_kept(self, tmp_path: Path) -> None:
-        spec = make_spec(tmp_path / "run", checkpoint_every_steps=1, keep_checkpoints=3)
+        spec = make_spec(tmp_path / "run", checkpoints={"every_steps": 1, "keep_last": 3})
         train(spec, HERE, stand_in)
         kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
         assert kept == ["step-00000006", "step-00000007", "step-00000008"]
@@ -328,7 +334,7 @@ class TestAlone:
         request_stop(spec.folder)
         result = train(spec, HERE, stand_in)
         assert (result.state, result.step, result.model_folder) == ("stopped", 1, None)
-        loop.clear_stop(spec.folder)
+        clear_stop(spec.folder)
         assert train(spec, HERE, stand_in).state == "finished"
         assert curve(spec) == curve(whole)
 
@@ -337,9 +343,9 @@ class TestAlone:
         with pytest.raises(TrainingError, match="pretrain, step 5, rank 0: loss is nan") as told:
             train(spec, HERE, Poisoned((5,)))
         assert str(told.value).endswith(
-            "give the same command with `training.pretrain.learning_rate=0.01` (or a longer "
-            "training.pretrain.warmup_steps) and `--from-checkpoint`: it goes on from the "
-            "checkpoint at step 3"
+            "give the same command with `training.pretrain.optimizer.learning_rate=0.01` (or a "
+            "longer training.pretrain.schedule.warmup_steps) and `--from-checkpoint`: it goes on "
+            "from the checkpoint at step 3"
         )
         with pytest.raises(TrainingError, match="no checkpoint yet, so it starts anew"):
             train(make_spec(tmp_path / "early"), HERE, Poisoned((2,)))
@@ -408,7 +414,7 @@ class TestAlone:
         assert [event["to_step"] for event in events(spec, "rolled-back")] == [0, 3]
 
     def test_a_run_is_evaluated_and_says_what_it_found(self, tmp_path: Path) -> None:
-        spec = make_spec(tmp_path / "run", evaluate_every_steps=3, log_every_steps=2)
+        spec = make_spec(tmp_path / "run", evaluation={"every_steps": 3}, log_every_steps=2)
         train(spec, HERE, evaluated)
         found = {line["step"]: line.get("evaluation", {}) for line in read_metrics(spec.folder)}
         assert [step for step, figures in found.items() if figures] == [3, 6, 8]
@@ -418,7 +424,9 @@ class TestAlone:
 
     def test_evaluating_changes_nothing_in_training(self, tmp_path: Path) -> None:
         plain, spec = (
-            make_spec(tmp_path / name, ema_decay=0.5, evaluate_every_steps=every)
+            make_spec(
+                tmp_path / name, optimizer={"ema_decay": 0.5}, evaluation={"every_steps": every}
+            )
             for name, every in (("plain", None), ("run", 1))
         )
         average = spec.training.model_copy(update={"model_weights": "average"})
@@ -433,10 +441,8 @@ class TestAlone:
         found = iter([3.0, 1.0, 2.0, math.nan, 0.5])
         settings: dict[str, Any] = {
             "steps": 12,
-            "evaluate_every_steps": 2,
-            "keep_best": True,
-            "patience": 2,
-            "checkpoint_every_steps": 3,
+            "evaluation": {"every_steps": 2, "restore_best": True, "patience": 2},
+            "checkpoints": {"every_steps": 3},
         }
         spec = make_spec(tmp_path / "run", **settings)
         result = train(spec, HERE, partial(evaluated, evaluate=lambda *_: {"loss": next(found)}))
@@ -453,7 +459,7 @@ class TestAlone:
 
     def test_a_damaged_best_checkpoint_is_told_with_both_ways_on(self, tmp_path: Path) -> None:
         found = iter([3.0, 1.0, 2.0, 4.0])
-        spec = make_spec(tmp_path / "run", evaluate_every_steps=2, keep_best=True)
+        spec = make_spec(tmp_path / "run", evaluation={"every_steps": 2, "restore_best": True})
 
         def damage(step: int, _: int) -> None:
             wait_for_writers()
@@ -463,7 +469,7 @@ class TestAlone:
                 part.write_bytes(part.read_bytes()[:-1] + b"\x81")
 
         evaluating = partial(evaluated, on_step=damage, evaluate=lambda *_: {"loss": next(found)})
-        expected = r"step-00000004: rank-0.* is damaged(.*\n)*.*training\.pretrain\.keep_best=false"
+        expected = r"step-00000004: rank-0.* is damaged(.*\n)*.*evaluation\.restore_best=false"
         with pytest.raises(CheckpointError, match=expected):
             train(spec, HERE, evaluating)
         assert checkpoint.steps_in(str(tmp_path / "run" / "checkpoints")) == [4, 6, 8]
@@ -472,9 +478,8 @@ class TestAlone:
         found = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0])
         spec = make_spec(
             tmp_path / "run",
-            evaluate_every_steps=1,
-            keep_best_checkpoints=1,
-            checkpoint_every_steps=3,
+            evaluation={"every_steps": 1},
+            checkpoints={"keep_best": 1, "every_steps": 3},
         )
         train(spec, HERE, partial(evaluated, evaluate=lambda *_: {"loss": next(found)}))
         kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
@@ -483,7 +488,7 @@ class TestAlone:
     def test_a_run_whose_patience_was_spent_before_it_died_ends_at_once(
         self, tmp_path: Path
     ) -> None:
-        spec = make_spec(tmp_path / "run", evaluate_every_steps=1, patience=1)
+        spec = make_spec(tmp_path / "run", evaluation={"every_steps": 1, "patience": 1})
         found = iter([1.0, 2.0])
 
         def refuse(_: dict[str, Tensor], step: int) -> None:  # noqa: ARG001
@@ -499,10 +504,10 @@ class TestAlone:
         assert (result.state, result.step) == ("finished", 2)
 
     def test_an_evaluation_without_the_figure_that_decides_is_refused(self, tmp_path: Path) -> None:
-        spec = make_spec(tmp_path / "run", evaluate_every_steps=2, best_by="recall")
+        spec = make_spec(tmp_path / "run", evaluation={"every_steps": 2, "best_by": "recall"})
         with pytest.raises(ConfigError, match=r"found 'recall', .* gives abs, loss, sq"):
             train(spec, HERE, evaluated)
-        spec = make_spec(tmp_path / "other", evaluate_every_steps=2)
+        spec = make_spec(tmp_path / "other", evaluation={"every_steps": 2})
         with pytest.raises(ConfigError, match="no held-out data"):
             train(spec, HERE, stand_in)
 
@@ -532,8 +537,10 @@ class TestAlone:
         assert len({line["loss_scale"] for line in lines}) > 2
 
     def test_the_model_may_be_the_average_of_the_weights(self, tmp_path: Path) -> None:
-        settings: dict[str, Any] = {"ema_decay": 0.75, "model_weights": "average"}
-        spec = make_spec(tmp_path / "run", checkpoint_every_steps=1, keep_checkpoints=9, **settings)
+        settings: dict[str, Any] = {"optimizer": {"ema_decay": 0.75}, "model_weights": "average"}
+        spec = make_spec(
+            tmp_path / "run", checkpoints={"every_steps": 1, "keep_last": 9}, **settings
+        )
         train(spec, HERE, stand_in)
         average = {
             name: tensor.clone() for name, tensor in stand_in(spec).module.state_dict().items()
@@ -552,8 +559,8 @@ class TestAlone:
 
     def test_another_runs_folder_is_refused_with_the_keys_that_differ(self, tmp_path: Path) -> None:
         train(make_spec(tmp_path / "run"), HERE, stand_in)
-        other = make_spec(tmp_path / "run", shuffle_window_shards=3)
-        differs = r"training.pretrain.shuffle_window_shards: 8 then, 3 now"
+        other = make_spec(tmp_path / "run", loading={"shuffle_window_shards": 3})
+        differs = r"training.pretrain.loading.shuffle_window_shards: 8 then, 3 now"
         with pytest.raises(CheckpointError, match=differs):
             train(other, HERE, stand_in)
         (tmp_path / "run" / "result.json").unlink()
@@ -562,12 +569,14 @@ class TestAlone:
         assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
 
     def test_a_finished_run_goes_on_to_more_steps_as_a_new_stretch(self, tmp_path: Path) -> None:
-        train(make_spec(tmp_path / "run", decay="constant"), HERE, stand_in)
+        train(make_spec(tmp_path / "run", schedule={"decay": "constant"}), HERE, stand_in)
         first = losses(make_spec(tmp_path / "run"))
-        longer = make_spec(tmp_path / "run", decay="constant", steps=11)
+        longer = make_spec(tmp_path / "run", schedule={"decay": "constant"}, steps=11)
         result = train(longer, HERE, stand_in)
         assert (result.state, result.step, result.already_finished) == ("finished", 11, False)
-        train(make_spec(tmp_path / "whole", decay="constant", steps=11), HERE, stand_in)
+        train(
+            make_spec(tmp_path / "whole", schedule={"decay": "constant"}, steps=11), HERE, stand_in
+        )
         assert losses(longer)[:8] == first
         assert curve(longer) == curve(make_spec(tmp_path / "whole"))
         (stretch,) = read_stretches(longer.folder)
@@ -581,15 +590,15 @@ class TestAlone:
         with pytest.raises(InterruptedError):
             train(spec, HERE, partial(stand_in, on_step=interrupt_at(5)))
         for rate in (0.01, 0.005):
-            slower = make_spec(tmp_path / "run", learning_rate=rate)
+            slower = make_spec(tmp_path / "run", optimizer={"learning_rate": rate})
             with pytest.raises(InterruptedError):  # before it has a checkpoint of its own
                 train(slower, HERE, partial(stand_in, on_step=interrupt_at(6)))
         train(slower, HERE, stand_in)
         (stretch,) = read_stretches(spec.folder)
-        changed = {"training.pretrain.learning_rate": (0.02, 0.005)}
+        changed = {"training.pretrain.optimizer.learning_rate": (0.02, 0.005)}
         assert (stretch.step, stretch.changed) == (3, changed)
         rates = [line["lr"] for line in read_metrics(spec.folder)]
-        factors = [rate_factor(spec.training, step) for step in range(8)]
+        factors = [rate_factor(spec.training.schedule, 8, step) for step in range(8)]
         replaced = sorted(path.name for path in (tmp_path / "run").glob("metrics.replaced*"))
         assert replaced == ["metrics.replaced-1.jsonl", "metrics.replaced-2.jsonl"]
         peaks = [0.02] * 3 + [0.005] * 5
@@ -600,9 +609,9 @@ class TestAlone:
     ) -> None:
         figures = iter([1.0, 2.0, 3.0, 0.5, 0.25, 0.1])
         found = partial(evaluated, evaluate=lambda *_: {"loss": next(figures)})
-        settings: dict[str, Any] = {"evaluate_every_steps": 1, "patience": 2, "steps": 6}
+        settings: dict[str, Any] = {"evaluation": {"every_steps": 1, "patience": 2}, "steps": 6}
         assert train(make_spec(tmp_path / "run", **settings), HERE, found).step == 3
-        slower = make_spec(tmp_path / "run", learning_rate=0.001, **settings)
+        slower = make_spec(tmp_path / "run", optimizer={"learning_rate": 0.001}, **settings)
         assert train(slower, HERE, found).step == 6
 
     def test_a_run_in_an_object_store_ends_as_one_on_a_disk(
@@ -615,7 +624,7 @@ class TestAlone:
             train(spec, HERE, partial(Poisoned((5,)), on_step=interrupt_at(8)))
         request_stop(spec.folder)
         assert train(spec, HERE, Poisoned((5,))).step == 7
-        loop.clear_stop(spec.folder)
+        clear_stop(spec.folder)
         result = train(spec, HERE, Poisoned((5,)))
         assert (result.state, result.step) == ("finished", 8)
         assert [event["step"] for event in events(spec, "resumed")] == [6, 7]

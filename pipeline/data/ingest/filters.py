@@ -39,13 +39,31 @@ WANTED_REASONS = frozenset(
 class FilterConfig(Config):
     """What is left out; by default nothing."""
 
-    min_shorter_side: PositiveInt | None = None  # pixels, before any encoding anew
-    max_aspect_ratio: float | None = Field(default=None, ge=1)  # longer side by shorter
-    min_caption_words: PositiveInt | None = None  # words are what spaces part
-    max_caption_words: PositiveInt | None = None
-    # `exact`: files of the same bytes; `near`: also pictures that look alike.
-    duplicates: Literal["keep", "exact", "near"] = "keep"
-    near_distance: int = Field(default=4, ge=1, le=10)  # of 64 bits, how many may differ
+    min_shorter_side: PositiveInt | None = Field(
+        default=None,
+        description="pixels of an image's shorter side, before any encoding anew; null: any",
+    )
+    max_aspect_ratio: float | None = Field(
+        default=None, ge=1, description="longer side by shorter; null: any"
+    )
+    min_caption_words: PositiveInt | None = Field(
+        default=None, description="fewest words of a caption, which are what spaces part; null: any"
+    )
+    max_caption_words: PositiveInt | None = Field(
+        default=None, description="most words of a caption; null: any"
+    )
+    duplicates: Literal["keep", "exact", "near"] = Field(
+        default="keep",
+        description="which images are left out: `exact` those whose files have the same bytes "
+        "as another's, `near` also those that look alike",
+    )
+    near_distance: int = Field(
+        default=4,
+        ge=1,
+        le=10,
+        description="of the 64 bits of two perceptual hashes, how many may differ where images "
+        "look alike",
+    )
 
     @model_validator(mode="after")
     def _some_length_fits(self) -> Self:

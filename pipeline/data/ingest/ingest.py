@@ -22,16 +22,23 @@ from pydantic import Field
 
 from pipeline import storage
 from pipeline.config import Config
+from pipeline.data.ingest.comparison import SharedKeyError
 from pipeline.data.ingest.duplicates import Duplicates
 from pipeline.data.ingest.filters import WANTED_REASONS, FilterConfig
-from pipeline.data.ingest.ingest_plan import IngestPlan, ShardPlan, SharedKeyError, plan_ingest
+from pipeline.data.ingest.ingest_plan import (
+    IngestPlan,
+    ShardPlan,
+    counted,
+    held_by_reason,
+    plan_ingest,
+)
 from pipeline.data.ingest.listing import STAYS_AS_IT_IS, FingerprintOf, Listing
 from pipeline.data.ingest.outcome import Row, live_row, record_of, reject_row
 from pipeline.data.ingest.shard_tasks import run_tasks
 from pipeline.data.ingest.survey import without_duplicates
 from pipeline.data.ingest.treatment import Treatment, digest
 from pipeline.data.ingest.unopened import find_unopened
-from pipeline.data.manifest.manifest import LIVE, REJECT, SAMPLES, Manifest
+from pipeline.data.manifest.manifest import SAMPLES, Manifest
 from pipeline.data.media.image_check import BadImageError, Verify
 from pipeline.data.media.reencode import ReencodeConfig
 from pipeline.data.sample import Sample
@@ -53,18 +60,41 @@ _IMAGE_COLUMNS = (
 class IngestConfig(Config):
     """How a source becomes shards."""
 
-    samples_per_shard: int = Field(default=1000, ge=1)
-    # Stops the run when more of the listed records than this are rejected, filtered ones aside.
-    max_reject_fraction: float = Field(default=0.01, ge=0, le=1)
-    # `decode` decodes every new image, to find those cut short; `header` reads their sizes only.
-    verify: Verify = "decode"
-    shards_in_flight: int = Field(default=4, ge=0)  # Ray tasks at a time; 0: in this process
-    reencode: ReencodeConfig | None = None  # null: image files are stored as they came
-    filters: FilterConfig = FilterConfig()
-    fingerprint: FingerprintOf = "metadata"
-    # Refuses a listing without more of the live samples than this share: of a source that is only
-    # half there. A single sample may always go, unless it is 0.
-    max_removed_fraction: float = Field(default=0.2, ge=0, le=1)
+    samples_per_shard: int = Field(
+        default=1000, ge=1, description="samples of a shard, but for the last"
+    )
+    max_reject_fraction: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="stops the run when more of the listed records than this are rejected, "
+        "filtered ones aside",
+    )
+    verify: Verify = Field(
+        default="decode",
+        description="`decode` decodes every new image, to find those cut short; `header` reads "
+        "their sizes only",
+    )
+    shards_in_flight: int = Field(
+        default=4, ge=0, description="Ray tasks at a time that write shards; 0: in this process"
+    )
+    reencode: ReencodeConfig | None = Field(
+        default=None,
+        description="how images are encoded anew; null: image files are stored as they came",
+    )
+    filters: FilterConfig = Field(default=FilterConfig(), description="which samples are left out")
+    fingerprint: FingerprintOf = Field(
+        default="metadata",
+        description="what tells a changed image file: `metadata` its size and time, `content` "
+        "its bytes",
+    )
+    max_removed_fraction: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="refuses a listing without more of the live samples than this share: of a "
+        "source that is only half there; a single sample may always go, unless it is 0",
+    )
 
     def treatment(self) -> Treatment:
         """Returns what image files go through."""
@@ -128,7 +158,7 @@ def ingest(
     url = storage.absolute(url)
     plan = _plan(source, Manifest.create(url), config)
     rejects = _Rejects(url, plan.num_listed, config.max_reject_fraction)
-    rejects.add(plan.rejects)
+    rejects.count(plan.rejects)
     _check_removals(plan, config.max_removed_fraction)
 
     origin = _origin(source, config)
@@ -150,8 +180,9 @@ def ingest(
             listed_at = time.monotonic()
         on_progress(num_done, num_to_do)
     unchanged = manifest.version == plan.manifest.version
-    held = plan.held if unchanged else manifest.rows(["state", "reason"])
-    reasons = held.filter(pc.equal(held["state"], REJECT))["reason"]
+    held = plan.held if unchanged else held_by_reason(manifest)
+    counts = {row["reason"]: row["count"] for row in held.to_pylist()}
+    num_live = counts.pop(None, 0)
     return IngestReport(
         version=manifest.version,
         num_listed=plan.num_listed,
@@ -160,8 +191,8 @@ def ingest(
         num_removed=plan.num_removed,
         num_unchanged=plan.num_unchanged,
         num_shards=num_shards,
-        num_live=held.filter(pc.equal(held["state"], LIVE)).num_rows,
-        rejects=dict(Counter(reasons.to_pylist()).most_common()),
+        num_live=num_live,
+        rejects=dict(Counter(counts).most_common()),
     )
 
 
@@ -315,9 +346,13 @@ class _Rejects:
 
     def add(self, rows: pa.Table) -> None:
         """Counts those of the rows that have a reason."""
-        rejects = rows.select(["reason", "detail"]).filter(pc.not_equal(rows["reason"], ""))
+        rejects = rows.filter(pc.not_equal(rows["reason"], ""))
+        self.count(counted(rejects))
+
+    def count(self, rejects: pa.Table) -> None:
+        """Counts rejects by reason: columns reason, count, detail."""
         for row in rejects.to_pylist():
-            self._counts[row["reason"]] += 1
+            self._counts[row["reason"]] += row["count"]
             self._examples.setdefault(row["reason"], row["detail"])
         number = self._counts.total()
         faults = number - sum(self._counts[reason] for reason in WANTED_REASONS)

@@ -6,11 +6,11 @@ keep their images are listed one by one, so that some of them can be left unopen
 """
 
 import json
-from collections import deque
 from collections.abc import Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from msgspec.structs import replace
 
 from pipeline.data.ingest.treatment import Treatment, digest
@@ -23,8 +23,11 @@ from pipeline.data.sources.base import (
     accounted,
     with_image,
 )
+from pipeline.data.sources.columns import ColumnarSource, accounted_batches, in_batches
+from pipeline.data.sources.digests import digests, in_hex
 from pipeline.data.tars.foreign_tar import ForeignTar
 from pipeline.errors import ConfigError, SourceError
+from pipeline.look_ahead import map_ahead
 
 # `metadata`: what the source tells images apart by without opening them: size, modification
 # time, an object's version. `content`: a digest of every image's bytes, read in each run.
@@ -79,6 +82,28 @@ class Listing:
         else:
             yield from self._as_wanted(accounted(self._source))
 
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Lists what `records` does, by columns where the source does and nothing is against it."""
+        one_by_one = self._by_content or self._treatment.filters.has_caption_rule
+        if one_by_one or not isinstance(self._source, ColumnarSource):
+            yield from in_batches(self.records())
+            return
+        identity = self._treatment.identity()
+        for batch in accounted_batches(self._source):
+            yield self._treated_batch(batch, identity) if identity else batch
+
+    def _treated_batch(self, batch: pa.RecordBatch, identity: str) -> pa.RecordBatch:
+        is_record = pc.is_null(batch.column("reason"))
+        images = pc.binary_join_element_wise(batch.column("image_fingerprint"), identity, " ")
+        treated = pc.if_else(is_record, in_hex(digests(images)), batch.column("image_fingerprint"))
+        names = batch.column("suffix").dictionary_encode()
+        suffixes = [self._treatment.suffix(name) for name in names.dictionary.to_pylist()]
+        suffix = pa.array(suffixes, pa.string()).take(names.indices)
+        columns = {"image_fingerprint": treated, "suffix": suffix}
+        return pa.record_batch(
+            [columns.get(name, batch.column(name)) for name in batch.schema.names], batch.schema
+        )
+
     def _of_tar(self, source: TarSource, listed_tar: ListedTar) -> list[Record | Reject]:
         """Returns the records of a tar, whose name says how many there are."""
         found = list(self._as_wanted(source.samples(listed_tar)))
@@ -121,17 +146,7 @@ class Listing:
 
     def _fingerprinted(self, entries: Iterator[Record | Reject]) -> Iterator[Record | Reject]:
         """Reads a few images at a time; an image that cannot be had is left to be found out."""
-        waiting: deque[Future[Record | Reject]] = deque()
-        with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-            try:
-                for entry in entries:
-                    waiting.append(pool.submit(self._with_content, entry))
-                    if len(waiting) > 2 * _READS_AT_ONCE:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        return map_ahead(self._with_content, entries, _READS_AT_ONCE, 2 * _READS_AT_ONCE)
 
     def _with_content(self, entry: Record | Reject) -> Record | Reject:
         if isinstance(entry, Reject):

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from pipeline.config import Config, Fixed, Free, OnRequest
+from pipeline.config import Config, Fixed, Free
 from pipeline.data.load.grouping import group, length
 from pipeline.data.load.mixture import MixedOrder, MixedSplit
 from pipeline.data.load.order import Examples, Order
@@ -41,10 +41,12 @@ def share(size: int, rank: int, world_size: int) -> range:
 class BatchConfig(Config):
     """How the samples of a step are divided among ranks, and a rank's among its micro-batches."""
 
-    global_batch_size: Fixed[int] = Field(ge=1)  # samples per step, over all ranks and passes
-    micro_batch_size: Free[int] = Field(ge=1)  # the most that one rank holds in one forward pass
-    # Whether a rank divides its samples of a step into micro-batches by the length of their texts.
-    group_by_length: OnRequest[bool] = False
+    global_batch_size: Fixed[int] = Field(
+        ge=1, description="samples per step, over all ranks and passes"
+    )
+    micro_batch_size: Free[int] = Field(
+        ge=1, description="the most that one rank holds in one forward pass"
+    )
 
     def share(self, rank: int, world_size: int) -> range:
         """Returns a rank's positions in the global batch: as many as another's, or one less."""

@@ -28,11 +28,20 @@ _WORD = re.compile("[a-z]+")
 class AugmentConfig(Config):
     """How pictures are varied from one epoch to the next: a random crop, mirrored or not."""
 
-    area: tuple[float, float] = (0.35, 1.0)  # of the picture, that the crop keeps
-    aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width by height of the crop
-    # How often a picture is mirrored, of those whose texts allow it. Decided by a list of English
-    # words; for other languages 0.
-    mirror: float = Field(default=0.5, ge=0, le=1)
+    area: tuple[float, float] = Field(
+        default=(0.35, 1.0),
+        description="least and most of the picture's area that the random crop keeps",
+    )
+    aspect: tuple[float, float] = Field(
+        default=(3 / 4, 4 / 3), description="least and most width by height of the crop"
+    )
+    mirror: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="how often a picture is mirrored, of those whose texts allow it; decided by "
+        "a list of English words: for other languages 0",
+    )
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:

@@ -19,10 +19,16 @@ class ReencodeConfig(Config):
     DICOM images are stored as they came.
     """
 
-    # Pixels; larger images are scaled down to it, smaller ones keep their size. Null: all do.
-    shorter_side: PositiveInt | None = None
-    quality: int = Field(default=90, ge=1, le=100)  # of the JPEG, 4:2:0
-    animated: Literal["first-frame", "reject"] = "first-frame"  # GIF, PNG, WebP with several
+    shorter_side: PositiveInt | None = Field(
+        default=None,
+        description="pixels; larger images are scaled down to it, smaller ones keep their size; "
+        "null: all do",
+    )
+    quality: int = Field(default=90, ge=1, le=100, description="of the JPEG, 4:2:0")
+    animated: Literal["first-frame", "reject"] = Field(
+        default="first-frame",
+        description="what becomes of GIF, PNG and WebP files with several pictures",
+    )
 
 
 class StoredImage(NamedTuple):

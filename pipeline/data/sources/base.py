@@ -94,16 +94,21 @@ class IndexedSource(Source, Protocol):
 
 def accounted(source: Source) -> Iterator[Record | Reject]:
     """Yields what a source lists, and raises SourceError if entries of its index are in nothing."""
-    if isinstance(source, ConfiguredSource):
-        for key, location in source.config.locations().items():
-            if storage.exists(location) and not storage.is_readable(location):
-                raise SourceError(f"{key}: {location}: it is neither a file nor a folder")
+    require_readable(source)
     num_entries = 0
     for entry in source.records():
         num_entries += entry.num_entries
         yield entry
     if isinstance(source, IndexedSource):
         require_accounted(source.index(), num_entries)
+
+
+def require_readable(source: Source) -> None:
+    """Raises SourceError if a location of the settings is neither a file nor a folder."""
+    if isinstance(source, ConfiguredSource):
+        for key, location in source.config.locations().items():
+            if storage.exists(location) and not storage.is_readable(location):
+                raise SourceError(f"{key}: {location}: it is neither a file nor a folder")
 
 
 def require_accounted(index: Mapping[str, int], num_entries: int) -> None:

@@ -30,11 +30,16 @@ _KIND = "a COCO captions file"
 class CocoCaptionsSourceConfig(SourceConfig):
     """Where the files are, and how the images of a single file are split."""
 
-    type: Literal["coco-captions"]
-    images: str | dict[str, str]  # a folder, or a folder for each split
-    annotations: str | dict[str, str]  # one file, or a file for each split
-    # With one file: the share of images whose key's hash puts them into `validation`; 0.1 if null.
-    validation_fraction: float | None = Field(default=None, ge=0, lt=1)
+    type: Literal["coco-captions"] = Field(description="COCO's caption files")
+    images: str | dict[str, str] = Field(description="a folder, or a folder for each split")
+    annotations: str | dict[str, str] = Field(description="one file, or a file for each split")
+    validation_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="the share of images whose key's hash puts them into `validation`, of a "
+        "single file; null: 0.1",
+    )
 
     @model_validator(mode="after")
     def _splits_agree(self) -> Self:

@@ -37,12 +37,19 @@ from pipeline.errors import SourceError
 class FlickrSourceConfig(SourceConfig):
     """Where the files are, and how the images are split."""
 
-    type: Literal["flickr"]
-    images: str | list[str]  # one folder or several
-    captions: str  # the `.token` file
-    splits: dict[str, str] | None = None  # a list of image names for each split
-    # Without lists: the share of images whose key's hash puts them into `validation`; 0.1 if null.
-    validation_fraction: float | None = Field(default=None, ge=0, lt=1)
+    type: Literal["flickr"] = Field(description="Flickr8k's and Flickr30k's `.token` file")
+    images: str | list[str] = Field(description="one folder or several")
+    captions: str = Field(description="the `.token` file")
+    splits: dict[str, str] | None = Field(
+        default=None, description="a list of image names for each split; null: there are no lists"
+    )
+    validation_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="the share of images whose key's hash puts them into `validation`, where "
+        "there are no lists; null: 0.1",
+    )
 
     @model_validator(mode="after")
     def _splits_agree(self) -> Self:

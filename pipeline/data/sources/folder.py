@@ -46,12 +46,21 @@ _TEXT_SUFFIXES = ("txt", "json")
 class FolderSourceConfig(SourceConfig):
     """Where the folder is, and what its JSON files hold."""
 
-    type: Literal["folder"]
-    folder: str | dict[str, str]  # one, or one for each split
-    texts: TextColumns = TextColumns(captions="captions", questions="questions", dialogs="dialogs")
-    # Of a single folder: the share of images whose key's hash puts them into `validation`; 0.1
-    # if null.
-    validation_fraction: float | None = Field(default=None, ge=0, lt=1)
+    type: Literal["folder"] = Field(
+        description="a folder of images, each with a JSON or text file beside it"
+    )
+    folder: str | dict[str, str] = Field(description="the folder, or one for each split")
+    texts: TextColumns = Field(
+        default=TextColumns(captions="captions", questions="questions", dialogs="dialogs"),
+        description="where the JSON files hold texts",
+    )
+    validation_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="the share of images whose key's hash puts them into `validation`, of a "
+        "single folder; null: 0.1",
+    )
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:

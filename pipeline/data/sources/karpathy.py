@@ -30,13 +30,19 @@ _KIND = "one of Karpathy's split files"
 class KarpathySourceConfig(SourceConfig):
     """Where the files are, and what the file's splits are called here."""
 
-    type: Literal["karpathy"]
-    # One folder or several. COCO's `val2014/COCO_….jpg` is looked for in that subfolder of each,
-    # then in the folder itself; a COCO image that is in neither, by the number it is called by.
-    images: str | list[str]
-    annotations: str
-    # New names for the file's splits; one that is not here keeps its name.
-    splits: dict[str, str] = Field(default={"restval": "train", "val": "validation"})
+    type: Literal["karpathy"] = Field(
+        description="Karpathy's splits: COCO's, Flickr8k's or Flickr30k's `dataset_*.json`"
+    )
+    images: str | list[str] = Field(
+        description="one folder or several; COCO's `val2014/COCO_….jpg` is looked for in that "
+        "subfolder of each, then in the folder itself; a COCO image that is in neither, by the "
+        "number it is called by"
+    )
+    annotations: str = Field(description="the `dataset_*.json` file")
+    splits: dict[str, str] = Field(
+        default={"restval": "train", "val": "validation"},
+        description="new names for the file's splits; one that is not here keeps its name",
+    )
 
     @model_validator(mode="after")
     def _splits_are_names(self) -> Self:

@@ -55,8 +55,10 @@ SingleSource = (
 class MergedSourceConfig(SourceConfig):
     """The sources, that which decides about splits and images first."""
 
-    type: Literal["merged"]
-    sources: list[Annotated[SingleSource, Field(discriminator="type")]] = Field(min_length=1)
+    type: Literal["merged"] = Field(description="several sources of the same images, joined by key")
+    sources: list[Annotated[SingleSource, Field(discriminator="type")]] = Field(
+        min_length=1, description="the sources, that which decides about splits and images first"
+    )
 
     def build(self) -> "MergedSource":
         return MergedSource(self)

@@ -29,11 +29,15 @@ REVISION = 2  # part of every fingerprint: raise it when the same scene is drawn
 class ShapesSourceConfig(SourceConfig):
     """How many scenes there are, and how large they are drawn."""
 
-    type: Literal["shapes"]
-    scenes: int = Field(ge=1)  # in the split `train`
-    validation_scenes: int = Field(ge=0)  # in the split `validation`: placings new to it
-    image_size: int = Field(default=128, ge=32, le=1024)  # pixels a side
-    seed: int = Field(default=0, ge=0)
+    type: Literal["shapes"] = Field(
+        description="scenes of coloured shapes, drawn from a seed: no download"
+    )
+    scenes: int = Field(ge=1, description="in the split `train`")
+    validation_scenes: int = Field(
+        ge=0, description="in the split `validation`: placings new to it"
+    )
+    image_size: int = Field(default=128, ge=32, le=1024, description="pixels a side")
+    seed: int = Field(default=0, ge=0, description="what the scenes are drawn from")
 
     def build(self) -> "ShapesSource":
         return ShapesSource(self)

@@ -1,9 +1,14 @@
 """Splits: taken from the files where a setting has one for each, else from a hash of the key."""
 
+import math
 from collections.abc import Mapping
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.data.sample import safe_key
 from pipeline.data.sources.base import Locations, in_validation
+from pipeline.data.sources.digests import digests
 
 _DEFAULT_VALIDATION_FRACTION = 0.1
 
@@ -12,6 +17,14 @@ def hash_split(key: str, validation_fraction: float | None) -> str:
     """Returns `validation` for this share of all keys, a tenth if null, and `train` for others."""
     fraction = _DEFAULT_VALIDATION_FRACTION if validation_fraction is None else validation_fraction
     return "validation" if in_validation(key, fraction) else "train"
+
+
+def hash_splits(keys: pa.Array, validation_fraction: float | None) -> pa.Array:
+    """Returns `hash_split` of every key of a column."""
+    fraction = _DEFAULT_VALIDATION_FRACTION if validation_fraction is None else validation_fraction
+    hashes = digests(pc.binary_join_element_wise("split:", keys, ""))
+    # A whole number is below a float if it is below the next whole number: compared exactly.
+    return pc.if_else(pa.array(hashes < math.ceil(fraction * 2**64)), "validation", "train")
 
 
 def folders_of(images: Locations, split: str) -> list[str]:

@@ -27,16 +27,22 @@ them but by 24 bytes a row; only a `.json` list is held as a whole.
 """
 
 import io
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Self
+from itertools import groupby
+from typing import Any, Literal, NamedTuple, Self
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 from pydantic import Field, field_validator, model_validator
 
 from pipeline import storage
 from pipeline.data.sample import Texts, safe_key
 from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, malformed
+from pipeline.data.sources.columns import in_batches
+from pipeline.data.sources.digests import Digests, digests
 from pipeline.data.sources.gathering import Gathering
 from pipeline.data.sources.image_files import (
     SUFFIXES,
@@ -49,11 +55,22 @@ from pipeline.data.sources.image_files import (
 )
 from pipeline.data.sources.readers.delimited import Quoting, TextForm
 from pipeline.data.sources.readers.json_file import shown
-from pipeline.data.sources.readers.tables import Row, count_rows, read_cell, rows, table_files
+from pipeline.data.sources.readers.tables import (
+    Row,
+    TablePart,
+    count_rows,
+    is_parquet,
+    parquet_parts,
+    read_cell,
+    rows,
+    table_files,
+)
 from pipeline.data.sources.readers.text_columns import TextColumns, cell, gathered
 from pipeline.data.sources.splits import check_names, check_splits, hash_split
+from pipeline.data.sources.table_columns import TableColumns
 from pipeline.data.tars.member_names import is_utf8
 from pipeline.errors import ShardError, SourceError
+from pipeline.reason import Reason
 
 _CELL = "cell:"  # begins the locator of bytes in a table
 _DIGEST_LENGTH = 16  # of the bytes, behind a path that several images have
@@ -65,25 +82,52 @@ _NEVER = ("http", "https", "ftp", "data")  # schemes of which a folder cannot be
 class TableSourceConfig(SourceConfig):
     """Where the table is, and what its columns hold."""
 
-    type: Literal["table"]
-    table: str | dict[str, str]  # a file or a folder of files, or one for each split
-    image: str  # the column of paths, bytes or objects with both, as a dotted path
-    texts: TextColumns
-    images: str | None = None  # the folder that paths begin in; null: the table's own
-    key: str | None = None  # the column of keys; needed where bytes come without a path
-    split: str | None = None  # the column of splits, of a single table
-    image_suffix: str = "jpg"  # of bytes that come without a path
-    # Of CSV, TSV and text like it: what stands between cells (null: a tab in `.tsv`, a comma in
-    # `.csv`; a `.txt` needs it), what quotation marks mean (see `delimited`), and the encoding
-    # (also of JSONL; null: UTF-8, or what the byte order mark says).
-    delimiter: str | None = None
-    quoting: Quoting = "auto"
-    encoding: str | None = None
-    # What rows may name besides local files and files of the table's own kind: `s3`, `gs`, …
-    image_schemes: tuple[str, ...] = ()
-    # Of a single table without a column of splits: the share of images whose key's hash puts them
-    # into `validation`; 0.1 if null.
-    validation_fraction: float | None = Field(default=None, ge=0, lt=1)
+    type: Literal["table"] = Field(
+        description="your own table: Parquet, JSON, JSONL, CSV, TSV or text like it"
+    )
+    table: str | dict[str, str] = Field(
+        description="a file or a folder of files, or one for each split"
+    )
+    image: str = Field(
+        description="the column of paths, bytes or objects with both, as a dotted path"
+    )
+    texts: TextColumns = Field(description="the columns that hold texts")
+    images: str | None = Field(
+        default=None, description="the folder that paths begin in; null: the table's own"
+    )
+    key: str | None = Field(
+        default=None, description="the column of keys; needed where bytes come without a path"
+    )
+    split: str | None = Field(default=None, description="the column of splits, of a single table")
+    image_suffix: str = Field(default="jpg", description="of bytes that come without a path")
+    delimiter: str | None = Field(
+        default=None,
+        description="of CSV, TSV and text like it: what stands between cells; null: a tab in "
+        "`.tsv`, a comma in `.csv` (a `.txt` needs it)",
+    )
+    quoting: Quoting = Field(
+        default="auto",
+        description="of CSV, TSV and text like it: what quotation marks mean: csv: they quote; "
+        "none: they are ordinary characters; auto: that of both with which all of the file can "
+        "be read",
+    )
+    encoding: str | None = Field(
+        default=None,
+        description="of CSV, TSV, text like it and JSONL; null: UTF-8, or what the byte order "
+        "mark says",
+    )
+    image_schemes: tuple[str, ...] = Field(
+        default=(),
+        description="what rows may name besides local files and files of the table's own kind: "
+        "`s3`, `gs`, …",
+    )
+    validation_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="the share of images whose key's hash puts them into `validation`, of a "
+        "single table without a column of splits; null: 0.1",
+    )
 
     @field_validator("delimiter")
     @classmethod
@@ -142,6 +186,16 @@ class TableSourceConfig(SourceConfig):
         return TextForm(self.delimiter, self.quoting, self.encoding)
 
 
+class _TableFile(NamedTuple):
+    """A file of a table. `images` is the folder that its rows' paths begin in."""
+
+    location: str
+    table: str
+    split: str
+    images: str
+    stamp: str
+
+
 class TableSource:
     """Images and texts of one table or one for each split."""
 
@@ -162,43 +216,144 @@ class TableSource:
 
         Raises SourceError if a column that the recipe names is in no row.
         """
-        with Gathering() as found, Gathering() as told_apart:
+        self._num_rows = {}
+        with Gathering() as found:
             has_bytes = yield from self._rows(found)
-            if has_bytes:
-                yield from _tell_apart(found, told_apart)
-            folders: dict[str, ImageFolders] = {}
-            for key, entries in (told_apart if has_bytes else found).groups():
-                yield from self._records(key, entries, folders)
+            yield from self._gathered(found, has_bytes)
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Lists the same: of a Parquet table with captions alone, column by column.
+
+        A first reading finds the keys that several rows have; those rows, and odd ones, are
+        gathered as in `records`. Memory: 8 bytes a row, twice for a moment, then 16 a file.
+        """
+        columns = self._columns()
+        repeated = None if columns is None else self._repeated_keys(columns)
+        if columns is None or repeated is None:
+            yield from in_batches(self.records())
+            return
+        self._num_rows = {}
+        has_bytes = False
+        with Gathering() as found:
+            for file in self._files():
+                self._num_rows[file.location] = 0
+                for part in self._parts(file, self.config.columns()):
+                    self._num_rows[file.location] += part.num_rows
+                    batch, is_plain = columns.listed(part, file.images, file.stamp, file.split)
+                    if len(repeated) and batch.num_rows:
+                        alone = ~np.isin(digests(batch.column("key")), repeated)
+                        batch = batch.filter(pa.array(alone))
+                        is_plain[is_plain] = alone
+                    if batch.num_rows:
+                        yield batch
+                    odd = np.flatnonzero(~is_plain).tolist()
+                    if odd:
+                        has_bytes = has_bytes or bool(part.bytes_column)
+                        rejects = (self._gather(part.row(i), file, found) for i in odd)
+                        yield from in_batches(filter(None, rejects))
+            yield from in_batches(self._gathered(found, has_bytes))
+
+    def _columns(self) -> TableColumns | None:
+        """Returns the columns by which the table can be listed, or None if it cannot."""
+        config = self.config
+        named = config.texts.captions or ()
+        captions = (named,) if isinstance(named, str) else tuple(named)
+        if {*config.texts.columns()} != {*captions}:
+            return None
+        for file in self._files():
+            if not is_parquet(file.location) or not is_utf8(file.location + file.images):
+                return None
+        return TableColumns(
+            image=config.image,
+            captions=captions,
+            key=config.key,
+            split=config.split,
+            image_suffix=config.image_suffix,
+            validation_fraction=config.validation_fraction,
+        )
+
+    def _repeated_keys(self, columns: TableColumns) -> Digests | None:
+        """Returns the digests of keys that more than one row has, or may have.
+
+        None if only reading all images would tell.
+        """
+        found = [np.empty(0, np.uint64)]
+        named = self.config.key or self.config.image
+        for file in self._files():
+            for part in self._parts(file, [named]):
+                keys = columns.keys(part)
+                found.append(digests(keys.drop_null()))
+                for i in np.flatnonzero(np.asarray(pc.is_null(keys))).tolist():
+                    try:
+                        key = self._odd_key(part.row(i), file.images)
+                    except (_RowError, ValueError, TypeError, ShardError):
+                        continue  # such a row is in no sample
+                    if key is None:
+                        return None
+                    found.append(digests(pa.array([key])))
+        hashes = np.concatenate(found)
+        hashes.sort()
+        repeated: Digests = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        return repeated
+
+    def _odd_key(self, row: Row, images: str) -> str | None:
+        """Returns a row's key, or None if that is the digest of its bytes."""
+        if row.values is None:
+            raise _RowError(Reason.MALFORMED_ROW, row.fault)
+        name = "" if self.config.key else self._image(row, images)[0]
+        return self._key(row, name)[1] if name or self.config.key else None
+
+    def _parts(self, file: "_TableFile", names: Sequence[str]) -> Iterator[TablePart]:
+        return parquet_parts(file.location, names, self.config.image)
+
+    def _files(self) -> Iterator["_TableFile"]:
+        """Lists the files of the tables, each with what its rows' images depend on."""
+        table, form = self.config.table, self.config.form()
+        for split, location in ({"": table} if isinstance(table, str) else table).items():
+            for file in table_files(storage.absolute(location), form):
+                images = storage.absolute(self.config.images or file.rpartition("/")[0])
+                yield _TableFile(file, location, split, images, storage.stamp(file))
 
     def _rows(self, found: Gathering) -> Generator[Reject, None, bool]:
         """Gathers the rows and yields those that cannot be used; returns whether any has bytes."""
-        table, form = self.config.table, self.config.form()
-        tables = {"": table} if isinstance(table, str) else table
+        form = self.config.form()
         row, has_bytes = Row("", None), False
-        self._num_rows = {}
-        for split, location in tables.items():
+        for table, files in groupby(self._files(), key=lambda file: (file.split, file.table)):
             unseen = set(self.config.columns())
-            for file in table_files(storage.absolute(location), form):
-                images = storage.absolute(self.config.images or file.rpartition("/")[0])
-                stamp = storage.stamp(file)
-                self._num_rows[file] = 0
-                for row in rows(file, self.config.columns(), self.config.image, form):
-                    self._num_rows[file] += 1
+            for file in files:
+                self._num_rows[file.location] = 0
+                for row in rows(file.location, self.config.columns(), self.config.image, form):
+                    self._num_rows[file.location] += 1
                     unseen -= {name for name in unseen if _holds(row.values or {}, name)}
-                    where = f"{file}: {row.place}"
-                    try:
-                        key, entry = self._entry(row, images, stamp, split)
-                    except _RowError as fault:
-                        yield malformed(where, split, f"{where}: {fault.detail}", fault.reason)
-                    else:
-                        has_bytes = has_bytes or bool(row.image_bytes)
-                        found.add(key, entry | {"where": where})
-            if unseen and not file.endswith(".parquet"):
+                    has_bytes = has_bytes or bool(row.image_bytes)
+                    reject = self._gather(row, file, found)
+                    if reject is not None:
+                        yield reject
+            if unseen and not file.location.endswith(".parquet"):
                 raise SourceError(
-                    f"{location}: no row has {', '.join(map(repr, sorted(unseen)))}; the last "
+                    f"{table[1]}: no row has {', '.join(map(repr, sorted(unseen)))}; the last "
                     f"has {', '.join(map(repr, row.values or ())) or row.fault}"
                 )
         return has_bytes
+
+    def _gather(self, row: Row, file: "_TableFile", found: Gathering) -> Reject | None:
+        """Gathers a row, or returns the reject of one that cannot be used."""
+        where = f"{file.location}: {row.place}"
+        try:
+            key, entry = self._entry(row, file.images, file.stamp, file.split)
+        except _RowError as fault:
+            return malformed(where, file.split, f"{where}: {fault.detail}", fault.reason)
+        found.add(key, entry | {"where": where})
+        return None
+
+    def _gathered(self, found: Gathering, has_bytes: bool) -> Iterator[Record | Reject]:
+        """Lists what was gathered, in the order of the keys' hashes."""
+        folders: dict[str, ImageFolders] = {}
+        with Gathering() as told_apart:
+            if has_bytes:
+                yield from _tell_apart(found, told_apart)
+            for key, entries in (told_apart if has_bytes else found).groups():
+                yield from self._records(key, entries, folders)
 
     def read(self, record: Record) -> bytes:
         """Returns the bytes of the image file or of the table's cell."""
@@ -213,12 +368,7 @@ class TableSource:
             raise _RowError("malformed-row", row.fault)
         try:
             name, suffix = self._image(row, images)
-            identity: int | str = image_name(name)
-            if config.key is not None:
-                identity = _identity(cell(row.values, config.key), config.key)
-            elif not name:
-                identity = _digest(row.image_bytes)
-            key = image_key(identity)
+            identity, key = self._key(row, name)
             if config.split is not None:
                 split = _split(cell(row.values, config.split), config.split)
             texts = config.texts.texts(row.values, identity).to_json().decode()
@@ -232,6 +382,16 @@ class TableSource:
         else:
             image = {"name": name, "images": images}
         return key, {"split": split, "image": image, "texts": texts}
+
+    def _key(self, row: Row, name: str) -> tuple[int | str, str]:
+        """Returns what a row's image is called by, and the key that this makes."""
+        assert row.values is not None
+        identity: int | str = image_name(name)
+        if self.config.key is not None:
+            identity = _identity(cell(row.values, self.config.key), self.config.key)
+        elif not name:
+            identity = _digest(row.image_bytes)
+        return identity, image_key(identity)
 
     def _image(self, row: Row, images: str) -> tuple[str, str]:
         """Returns the path of a row's image, if it has one, and its suffix."""

@@ -44,15 +44,24 @@ _RELEVANCE = ("gt_relevance", "relevance")  # what val's and train's dense annot
 class VisdialSourceConfig(SourceConfig):
     """Where the files are, and how the images of a single file are split."""
 
-    type: Literal["visdial"]
-    # A folder, several (training dialogs are about COCO's train2014 and val2014), or some for
-    # each split. The image of id 9 is any file whose name ends with that number.
-    images: str | list[str] | dict[str, str | list[str]]
-    dialogs: str | dict[str, str]  # one file, or a file for each split
-    # The dense annotations of one file of dialogs, or of some of the splits.
-    dense: str | dict[str, str] | None = None
-    # With one file: the share of images whose key's hash puts them into `validation`; 0.1 if null.
-    validation_fraction: float | None = Field(default=None, ge=0, lt=1)
+    type: Literal["visdial"] = Field(description="VisDial's dialogs")
+    images: str | list[str] | dict[str, str | list[str]] = Field(
+        description="a folder, several (training dialogs are about COCO's train2014 and "
+        "val2014), or some for each split; the image of id 9 is any file whose name ends with "
+        "that number"
+    )
+    dialogs: str | dict[str, str] = Field(description="one file, or a file for each split")
+    dense: str | dict[str, str] | None = Field(
+        default=None,
+        description="the dense annotations of one file of dialogs, or of some of the splits",
+    )
+    validation_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="the share of images whose key's hash puts them into `validation`, of a "
+        "single file; null: 0.1",
+    )
 
     @model_validator(mode="after")
     def _splits_agree(self) -> Self:

@@ -37,14 +37,24 @@ _NUM_CHECKED = 10  # annotations that say whether the file is one
 class VqaSourceConfig(SourceConfig):
     """Where the files are, and how the images of a single file are split."""
 
-    type: Literal["vqa"]
-    # A folder, several, or some for each split. The image of id 9 is any file whose name ends
-    # with that number: COCO_train2014_000000000009.jpg, 000000000009.jpg, image9.png.
-    images: str | list[str] | dict[str, str | list[str]]
-    questions: str | dict[str, str]  # one file, or a file for each split
-    annotations: str | dict[str, str] | None = None  # likewise
-    # With one file: the share of images whose key's hash puts them into `validation`; 0.1 if null.
-    validation_fraction: float | None = Field(default=None, ge=0, lt=1)
+    type: Literal["vqa"] = Field(description="VQA v2's questions and annotations")
+    images: str | list[str] | dict[str, str | list[str]] = Field(
+        description="a folder, several, or some for each split; the image of id 9 is any file "
+        "whose name ends with that number: COCO_train2014_000000000009.jpg, 000000000009.jpg, "
+        "image9.png"
+    )
+    questions: str | dict[str, str] = Field(description="one file, or a file for each split")
+    annotations: str | dict[str, str] | None = Field(
+        default=None,
+        description="one file, or a file for each split; null: the questions have no answers",
+    )
+    validation_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="the share of images whose key's hash puts them into `validation`, of a "
+        "single file; null: 0.1",
+    )
 
     @model_validator(mode="after")
     def _splits_agree(self) -> Self:

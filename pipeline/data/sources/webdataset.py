@@ -69,18 +69,28 @@ _OWN_COLUMNS = TextColumns(
 class WebDatasetSourceConfig(SourceConfig):
     """Where the tars are, and which of their parts hold texts."""
 
-    type: Literal["webdataset"]
-    # A tar, a folder of tars, or a range such as `cc3m-{00000..00331}.tar`; or some by split.
-    shards: str | list[str] | dict[str, str | list[str]]
-    # The parts an image may be: the first that is there.
-    image: str | list[str] = Field(default=list(SUFFIXES))
-    texts: TextColumns = _OWN_COLUMNS
-    # Whether the images are read where they lie from now on; false: they are copied. In place, a
-    # tar that is changed or removed takes its samples with it, and no image is encoded anew.
-    in_place: bool = True
-    # Of shards without splits: the share of images whose key's hash puts them into `validation`;
-    # 0.1 if null.
-    validation_fraction: float | None = Field(default=None, ge=0, lt=1)
+    type: Literal["webdataset"] = Field(description="tars of samples in WebDataset's form")
+    shards: str | list[str] | dict[str, str | list[str]] = Field(
+        description="a tar, a folder of tars, or a range such as `cc3m-{00000..00331}.tar`; or "
+        "some by split"
+    )
+    image: str | list[str] = Field(
+        default=list(SUFFIXES), description="the parts an image may be: the first that is there"
+    )
+    texts: TextColumns = Field(default=_OWN_COLUMNS, description="the parts that hold texts")
+    in_place: bool = Field(
+        default=True,
+        description="whether the images are read where they lie from now on; false: they are "
+        "copied. In place, a tar that is changed or removed takes its samples with it, and no "
+        "image is encoded anew",
+    )
+    validation_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="the share of images whose key's hash puts them into `validation`, of "
+        "shards without splits; null: 0.1",
+    )
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:

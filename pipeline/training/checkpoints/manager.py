@@ -11,7 +11,7 @@ from pipeline.errors import CheckpointError
 from pipeline.training.checkpoints import checkpoint
 from pipeline.training.checkpoints.retention import Published, expired
 from pipeline.training.checkpoints.run_state import RunState
-from pipeline.training.spec import TrainingConfig
+from pipeline.training.config import TrainingConfig
 
 OnEvent = Callable[..., None]
 
@@ -94,5 +94,5 @@ class CheckpointManager:
 
     def _add(self, step: int, written: float, run_state: RunState) -> None:
         self._published[step] = Published(
-            step, written, run_state.evaluation.get(self._config.best_by)
+            step, written, run_state.evaluation.get(self._config.evaluation.best_by)
         )

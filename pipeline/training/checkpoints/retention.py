@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pipeline.training.spec import TrainingConfig
+from pipeline.training.config import TrainingConfig
 
 SECONDS_PER_HOUR = 3600.0
 
@@ -21,19 +21,21 @@ class Published:
 def expired(checkpoints: Iterable[Published], config: TrainingConfig) -> list[int]:
     """Returns the steps, in rising order, of the checkpoints that no rule of the config retains."""
     rising = sorted(checkpoints, key=lambda kept: kept.step)
-    wanted = {kept.step for kept in rising[-config.keep_checkpoints :]}
+    wanted = {kept.step for kept in rising[-config.checkpoints.keep_last :]}
     wanted.update(_best(rising, config))
-    if config.keep_every_steps is not None:
-        wanted.update(kept.step for kept in rising if kept.step % config.keep_every_steps == 0)
-    if config.keep_every_hours is not None:
-        wanted.update(_spaced(rising, config.keep_every_hours * SECONDS_PER_HOUR))
+    if config.checkpoints.keep_every_steps is not None:
+        wanted.update(
+            kept.step for kept in rising if kept.step % config.checkpoints.keep_every_steps == 0
+        )
+    if config.checkpoints.keep_every_hours is not None:
+        wanted.update(_spaced(rising, config.checkpoints.keep_every_hours * SECONDS_PER_HOUR))
     return [kept.step for kept in rising if kept.step not in wanted]
 
 
 def _best(rising: Sequence[Published], config: TrainingConfig) -> list[int]:
     """The best few by their evaluations; the model that is written may come from the best."""
-    count = max(config.keep_best_checkpoints, int(config.keep_best))
-    sign = 1 if config.best_is == "lowest" else -1
+    count = max(config.checkpoints.keep_best, int(config.evaluation.restore_best))
+    sign = 1 if config.evaluation.best_is == "lowest" else -1
     evaluated = [
         (sign * kept.figure, kept.step)
         for kept in rising

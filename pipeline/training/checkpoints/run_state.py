@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from pipeline.errors import ConfigError
-from pipeline.training.spec import TrainingConfig
+from pipeline.training.config import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +47,13 @@ class RunState:
 
         A figure that is not finite is never better.
         """
-        if config.best_by not in found:
+        if config.evaluation.best_by not in found:
             raise ConfigError(
-                f"training.best_by: found {config.best_by!r}, but an evaluation gives "
-                f"{', '.join(sorted(found))}"
+                f"training.evaluation.best_by: found {config.evaluation.best_by!r}, but an "
+                f"evaluation gives {', '.join(sorted(found))}"
             )
-        figure = found[config.best_by]
-        sign = 1 if config.best_is == "lowest" else -1
+        figure = found[config.evaluation.best_by]
+        sign = 1 if config.evaluation.best_is == "lowest" else -1
         better = math.isfinite(figure) and (self.best is None or sign * (figure - self.best) < 0)
         if better:
             return replace(
@@ -68,4 +68,7 @@ class RunState:
 
     def is_patience_spent(self, config: TrainingConfig) -> bool:
         """Whether so many evaluations have brought no better one that the run is to end."""
-        return config.patience is not None and self.evaluations_since_best >= config.patience
+        return (
+            config.evaluation.patience is not None
+            and self.evaluations_since_best >= config.evaluation.patience
+        )

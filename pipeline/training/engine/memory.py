@@ -8,9 +8,10 @@ buffers that it makes for a moment and the allocator's loss come on top.
 
 from dataclasses import dataclass
 
+from pipeline.training.config import TrainingConfig
 from pipeline.training.engine.async_io import is_swapped
-from pipeline.training.engine.engine import engine_config
-from pipeline.training.spec import Environment, TrainingConfig
+from pipeline.training.engine.deepspeed_config import engine_config
+from pipeline.training.spec import Environment
 
 FP32_BYTES = 4
 
@@ -38,7 +39,9 @@ def state_bytes(
     precision = config.resolved_precision(environment.device)
     zero = engine_config(config, environment, num_parameters)["zero_optimization"]
     size = FP32_BYTES if precision == "fp32" else 2  # of a weight, and of its gradient
-    copies = 2 + (config.ema_decay is not None)  # of fp32 numbers that the optimizer keeps
+    copies = 2 + (
+        config.optimizer.ema_decay is not None
+    )  # of fp32 numbers that the optimizer keeps
     gradients = size * num_trained
     bucket = size * min(zero["reduce_bucket_size"], num_trained)
     if stage == 0:

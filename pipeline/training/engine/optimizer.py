@@ -9,9 +9,15 @@ import torch
 from torch import nn
 
 from pipeline.errors import ConfigError
-from pipeline.training.spec import TrainingConfig
+from pipeline.training.config import OptimizerConfig
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # the names of what AdamW keeps of each parameter
 EMA_WEIGHTS = "average"  # the name of the weights' moving average in AdamW's state
+
+
+def state_kinds(config: OptimizerConfig) -> tuple[str, ...]:
+    """Returns the names of what the optimizer keeps of each parameter."""
+    return (*MOMENTS, EMA_WEIGHTS) if config.ema_decay is not None else MOMENTS
 
 
 def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
@@ -23,10 +29,12 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
         for name in _matching(module, pattern, "freeze"):
             module.get_parameter(name).requires_grad_(False)
     if not any(parameter.requires_grad for parameter in module.parameters()):
-        raise ConfigError(f"training.freeze: {list(patterns)} leave no parameter to train")
+        raise ConfigError(
+            f"training.optimizer.freeze: {list(patterns)} leave no parameter to train"
+        )
 
 
-def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Returns AdamW over the trainable parameters (decoupled weight decay, arXiv:1711.05101).
 
     With `ema_decay`, each update is followed by that of the weights' moving average, kept beside
@@ -44,7 +52,7 @@ def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Ad
     return optimizer
 
 
-def parameter_groups(module: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Splits the trainable parameters by learning rate and by weight decay.
 
     Matrices decay; norms and biases, one-dimensional, do not. `factor` is what a group's rate is
@@ -90,6 +98,7 @@ def _matching(module: nn.Module, pattern: str, key: str) -> list[str]:
     if not found:
         some = ", ".join(islice(names, 0, None, max(1, len(names) // 4)))
         raise ConfigError(
-            f"training.{key}: {pattern!r} matches no parameter; there are {some}, and so on"
+            f"training.optimizer.{key}: {pattern!r} matches no parameter; there are {some}, "
+            "and so on"
         )
     return found

@@ -2,10 +2,10 @@
 
 import math
 
-from pipeline.training.spec import TrainingConfig
+from pipeline.training.config import ScheduleConfig
 
 
-def rate_factor(config: TrainingConfig, step: int) -> float:
+def rate_factor(config: ScheduleConfig, steps: int, step: int) -> float:
     """Returns the factor in (0, 1] that the update numbered `step`, from 0, is made with.
 
     The warm-up rises linearly and reaches 1 at update `warmup_steps - 1`; no update is wasted on
@@ -19,7 +19,7 @@ def rate_factor(config: TrainingConfig, step: int) -> float:
         return (step + 1) / config.warmup_steps
     if config.decay == "constant":
         return 1.0
-    decaying = max(1, config.steps - config.warmup_steps)
+    decaying = max(1, steps - config.warmup_steps)
     progress = min(1.0, (step - config.warmup_steps) / decaying)
     if config.decay == "linear":
         return 1.0 - progress

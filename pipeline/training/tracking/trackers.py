@@ -11,6 +11,8 @@ import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+from pydantic import Field
+
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.errors import ConfigError
@@ -26,26 +28,38 @@ class TensorBoardConfig(Config):
 
 
 class MlflowConfig(Config):
-    """A run of an experiment. `uri` names a tracking server; None: MLFLOW_TRACKING_URI does."""
+    """A run of an experiment on a tracking server."""
 
-    uri: str | None = None
-    experiment: str = "sightline"
+    uri: str | None = Field(
+        default=None, description="the tracking server; null: MLFLOW_TRACKING_URI names it"
+    )
+    experiment: str = Field(
+        default="sightline", description="the experiment that the run belongs to"
+    )
 
 
 class WandbConfig(Config):
-    """A run of a project, its files in RUN/wandb. `mode` None: WANDB_MODE, or online."""
+    """A run of a project, its files in RUN/wandb."""
 
-    project: str = "sightline"
-    entity: str | None = None
-    mode: Literal["online", "offline"] | None = None
+    project: str = Field(default="sightline", description="the project that the run belongs to")
+    entity: str | None = Field(
+        default=None, description="the user or team; null: the account's own"
+    )
+    mode: Literal["online", "offline"] | None = Field(
+        default=None, description="null: WANDB_MODE says it, or online"
+    )
 
 
 class TrackersConfig(Config):
     """Which trackers are told; those that are given, `tensorboard: {}` being one."""
 
-    tensorboard: TensorBoardConfig | None = None
-    mlflow: MlflowConfig | None = None
-    wandb: WandbConfig | None = None
+    tensorboard: TensorBoardConfig | None = Field(
+        default=None, description="event files in RUN/tensorboard, a folder for each phase"
+    )
+    mlflow: MlflowConfig | None = Field(default=None, description="a run of an MLflow experiment")
+    wandb: WandbConfig | None = Field(
+        default=None, description="a run of a Weights & Biases project, its files in RUN/wandb"
+    )
 
     def check(self) -> None:
         """Raises ConfigError naming each tracker whose library is not installed, and how to."""

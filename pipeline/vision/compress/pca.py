@@ -32,10 +32,13 @@ SAMPLE = "the live samples whose keys have the lowest xxh3 hashes"
 class PcaConfig(Config):
     """To how many dimensions values are brought, and where the matrix is that does it."""
 
-    dims: int = Field(ge=1)
-    # A .safetensors file. `sightline extract` fits it if there is none; from then on it stays.
-    matrix: str = Field(pattern=r"\.safetensors$")
-    images: int = Field(default=256, ge=1)  # of the sample that it is fitted on
+    dims: int = Field(ge=1, description="values that a region is brought to")
+    matrix: str = Field(
+        pattern=r"\.safetensors$",
+        description="a .safetensors file; `sightline extract` fits it if there is none, and "
+        "from then on it stays",
+    )
+    images: int = Field(default=256, ge=1, description="images of the sample that it is fitted on")
 
 
 class ReducedExtractor:

@@ -43,20 +43,32 @@ NORMALIZE = {"step": "normalize", "mean": list(IMAGENET_MEAN), "std": list(IMAGE
 
 
 class GridConfig(NetworkConfig):
-    """A node of a torchvision classification network: ResNet-50's `layer4` is 7 × 7 × 2048.
+    """A node of a torchvision classification network: ResNet-50's `layer4` is 7 × 7 × 2048."""
 
-    `node: avgpool` gives the pooled feature, a grid of one cell. `weights` is `default`
-    (torchvision's best for the network), a file (.safetensors, .pth) or `random`.
-    """
-
-    type: Literal["grid"] = "grid"
-    network: str = "resnet50"
-    node: str = "layer4"
-    weights: str = "default"
-    image_size: int = Field(default=224, ge=32, le=4096)  # pixels a side that the network sees
-    # stretch: the whole picture; crop: short side to 8/7 of image_size, then its middle, as the
-    # networks were evaluated on ImageNet
-    fit: Literal["stretch", "crop"] = "stretch"
+    type: Literal["grid"] = Field(
+        default="grid",
+        description="a node of a torchvision classification network: ResNet-50's `layer4` is 7 "
+        "× 7 × 2048",
+    )
+    network: str = Field(default="resnet50", description="the network's name in torchvision")
+    node: str = Field(
+        default="layer4",
+        description="the node whose output it is; `avgpool`: the pooled feature, a grid of one "
+        "cell",
+    )
+    weights: str = Field(
+        default="default",
+        description="torchvision's best for the network (`default`), a file (.safetensors, "
+        ".pth) or `random`",
+    )
+    image_size: int = Field(
+        default=224, ge=32, le=4096, description="pixels a side that the network sees"
+    )
+    fit: Literal["stretch", "crop"] = Field(
+        default="stretch",
+        description="stretch: the whole picture; crop: short side to 8/7 of image_size, then "
+        "its middle, as the networks were evaluated on ImageNet",
+    )
 
     def steps(self) -> tuple[Step, ...]:
         """What happens to the pixels before they are normalized."""

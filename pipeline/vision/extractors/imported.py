@@ -41,9 +41,13 @@ _JUDGED_IMAGES = 256  # by whose boxes it is told how those of all are written
 class ImportedConfig(Config):
     """Features that `import_features` gave a dataset; it says what to put here."""
 
-    type: Literal["imported"] = "imported"
-    identity: str = Field(pattern=r"^[0-9a-f]{32}$")
-    dim: int = Field(ge=1)  # values of a region
+    type: Literal["imported"] = Field(
+        default="imported", description="features that `import_features` gave the dataset"
+    )
+    identity: str = Field(
+        pattern=r"^[0-9a-f]{32}$", description="which: what `import_features` said to put here"
+    )
+    dim: int = Field(ge=1, description="values of a region")
 
     def check(self) -> None:
         """Nothing can be missing: nothing is computed."""

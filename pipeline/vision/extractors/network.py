@@ -2,6 +2,8 @@
 
 from abc import abstractmethod
 
+from pydantic import Field
+
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.vision.compress.packing import Storage
@@ -15,10 +17,16 @@ from pipeline.vision.preprocess.window import AnyWindow
 class NetworkConfig(Config):
     """What every frozen network has: none of it changes what the network does to a picture."""
 
-    storage: Storage = "float16"
-    pca: PcaConfig | None = None  # null: all dimensions
-    frames: FramesConfig | None = None  # null: pictures; a video is refused
-    window: AnyWindow = None  # of DICOM and 16-bit pictures
+    storage: Storage = Field(default="float16", description="the type that values are stored in")
+    pca: PcaConfig | None = Field(default=None, description="fewer dimensions of values; null: all")
+    frames: FramesConfig | None = Field(
+        default=None, description="which frames of a video; null: pictures, and a video is refused"
+    )
+    window: AnyWindow = Field(
+        default=None,
+        description="of DICOM and 16-bit pictures: the values that become grey levels; stored: "
+        "as the file says; null: all",
+    )
 
     @abstractmethod
     def load(self, device: str) -> ImageExtractor:

@@ -53,24 +53,40 @@ _NOT_ARCHITECTURE = (
 
 
 class PatchesConfig(NetworkConfig):
-    """A ViT, DeiT, CLIP, SigLIP or DINOv2 in transformers' layout; of two towers, that of images.
+    """A ViT, DeiT, CLIP, SigLIP or DINOv2 in transformers' layout; of two towers, the images'."""
 
-    `network` is a folder or a name on the Hugging Face hub. `weights: random` takes only its
-    config. `layer` counts as transformers' `hidden_states` do: 0 is the embedded patches, -2 what
-    the last block but one gives; null is the model's own output, with its last norm if it has one.
-    """
-
-    type: Literal["patches"] = "patches"
-    network: str
-    weights: Literal["default", "random"] = "default"
-    layer: int | None = None
-    class_token: bool = False  # put first, with the whole picture as its box
-    # Pixels a side that the network takes; null: what the processor's file says, or the network's
-    # own. The file's sizes are scaled by as much.
-    image_size: int | None = Field(default=None, ge=16, le=4096)
-    # processor: as preprocessor_config.json says, the whole picture if it states no size. stretch:
-    # the whole picture; crop: the short side to image_size, then its middle
-    fit: Literal["processor", "stretch", "crop"] = "processor"
+    type: Literal["patches"] = Field(
+        default="patches",
+        description="a ViT, DeiT, CLIP, SigLIP or DINOv2 in transformers' layout; of two "
+        "towers, that of images",
+    )
+    network: str = Field(description="a folder, or a name on the Hugging Face hub")
+    weights: Literal["default", "random"] = Field(
+        default="default",
+        description="default: the network's own; random: only its config is taken",
+    )
+    layer: int | None = Field(
+        default=None,
+        description="as transformers' `hidden_states` count: 0 is the embedded patches, -2 what "
+        "the last block but one gives; null: the model's own output, with its last norm if it "
+        "has one",
+    )
+    class_token: bool = Field(
+        default=False, description="whether it is put first, with the whole picture as its box"
+    )
+    image_size: int | None = Field(
+        default=None,
+        ge=16,
+        le=4096,
+        description="pixels a side that the network takes; null: what the processor's file "
+        "says, or the network's own; the file's sizes are scaled by as much",
+    )
+    fit: Literal["processor", "stretch", "crop"] = Field(
+        default="processor",
+        description="processor: as preprocessor_config.json says, the whole picture if it "
+        "states no size; stretch: the whole picture; crop: the short side to image_size, then "
+        "its middle",
+    )
 
     def check(self) -> None:
         import torch

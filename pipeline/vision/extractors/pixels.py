@@ -15,9 +15,15 @@ from pipeline.vision.preprocess.image import Prepared, Resize, describe, prepare
 class PixelsConfig(Config):
     """Square patches of the picture, scaled to image_size × image_size beforehand."""
 
-    type: Literal["pixels"] = "pixels"
-    image_size: int = Field(default=64, ge=1, le=4096)  # pixels a side
-    patch_size: int = Field(default=8, ge=1)  # pixels a side
+    type: Literal["pixels"] = Field(
+        default="pixels",
+        description="square patches of the picture as they are, for a model that learns from "
+        "pixels",
+    )
+    image_size: int = Field(
+        default=64, ge=1, le=4096, description="pixels a side that the picture is scaled to"
+    )
+    patch_size: int = Field(default=8, ge=1, description="pixels a side of a patch")
 
     @model_validator(mode="after")
     def _whole_patches(self) -> Self:

@@ -27,12 +27,21 @@ Frame = tuple[float, Pixels]  # seconds since the first frame, and the picture
 class FramesConfig(Config):
     """Which frames of a video its features are of; one of `count` and `rate` is given."""
 
-    count: int | None = Field(default=None, ge=1, le=4096)  # in the middle of as many equal parts
-    rate: float | None = Field(default=None, gt=0)  # frames a second, from the first one on
-    most: int = Field(default=256, ge=1)  # a video with more at this rate is refused
-    # Frames a second of a video that comes as a folder of pictures (a ZIP of them, by name, 2
-    # before 10), or as a DICOM that does not say.
-    folder_rate: float | None = Field(default=None, gt=0)
+    count: int | None = Field(
+        default=None, ge=1, le=4096, description="frames, in the middle of as many equal parts"
+    )
+    rate: float | None = Field(
+        default=None, gt=0, description="frames a second, from the first one on"
+    )
+    most: int = Field(
+        default=256, ge=1, description="a video with more frames at this rate is refused"
+    )
+    folder_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="frames a second of a video that comes as a folder of pictures (a ZIP of "
+        "them, by name, 2 before 10), or as a DICOM that does not say",
+    )
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:

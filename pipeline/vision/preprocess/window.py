@@ -25,8 +25,10 @@ Choice = Callable[[list[float] | None, int], tuple[Sequence[float], Sequence[int
 class Window(Config):
     """The values around `center` that become grey levels; those beyond are black or white."""
 
-    center: float
-    width: float = Field(gt=1)
+    center: float = Field(description="the value in the middle of those that become grey levels")
+    width: float = Field(
+        gt=1, description="how many values become grey levels; those beyond are black or white"
+    )
 
 
 # `stored`: of a DICOM, the first window that it states itself. None: DICOM is refused, and other

@@ -19,13 +19,13 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.data.ingest import ingest as ingest_module
-from pipeline.data.ingest import ingest_plan as ingest_plan_module
 from pipeline.data.ingest.filters import FilterConfig
 from pipeline.data.ingest.ingest import IngestConfig, IngestReport, ingest, write_shard
 from pipeline.data.ingest.ingest_plan import plan_ingest
 from pipeline.data.ingest.treatment import Treatment
 from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.media.reencode import ReencodeConfig
+from pipeline.data.sources import columns as columns_module
 from pipeline.data.sources.base import Record, Reject
 from pipeline.data.sources.folder import FolderSource, FolderSourceConfig
 from pipeline.data.sources.merged import MergedSourceConfig
@@ -210,7 +210,7 @@ def test_copies_are_told_apart_however_the_listing_is_cut(
     world = Listing({name: Item(n, name) for n, name in enumerate(names)})
     for chunk in (1, 3, 7, 100):
         url = str(tmp_path / str(chunk))
-        monkeypatch.setattr(ingest_plan_module, "_LISTING_CHUNK", chunk)
+        monkeypatch.setattr(columns_module, "_ROWS_AT_ONCE", chunk)
         report = ingest(world, url, config())
         keys = Manifest.open(url).rows(["key"])["key"].to_pylist()
         assert len(keys) == len(set(keys)) == report.num_listed == len(listing)

@@ -15,6 +15,9 @@ from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.sources import AnySource
 from pipeline.data.sources.base import Record, Reject, Source
 from pipeline.errors import ConfigError, SourceError, StorageError
+from tests.excerpts import EXCERPTS
+
+OFFICIAL = EXCERPTS / "captions_train2017.json"
 
 
 class Dataset(Config):
@@ -288,6 +291,21 @@ def test_the_official_excerpt_has_64_samples_and_1936_missing_images(
     samples = Manifest.open(str(tmp_path / "data")).samples()
     assert sum(samples["num_captions"].to_pylist()) == 320
     assert set(samples["split"].to_pylist()) == {"train", "validation"}
+
+
+def test_an_excerpt_of_the_official_file_gives_every_caption(tmp_path: Path) -> None:
+    official = json.loads(OFFICIAL.read_text())
+    (tmp_path / "images").mkdir()
+    for image in official["images"]:
+        Image.new("RGB", (7, 5)).save(tmp_path / "images" / image["file_name"])
+    captions: dict[str, list[str]] = {}
+    for annotation in official["annotations"]:
+        captions.setdefault(f"{annotation['image_id']:012d}", []).append(annotation["caption"])
+    entries = listed(build(tmp_path, annotations=str(OFFICIAL)))
+    assert entries.keys() == captions.keys()
+    for key, entry in entries.items():
+        assert isinstance(entry, Record)
+        assert sorted(entry.texts.captions) == sorted(text.strip() for text in captions[key])
 
 
 def test_a_captions_file_is_told_from_an_instances_file(shared_data: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from pipeline.data.manifest.manifest import Manifest
 from pipeline.errors import ConfigError, SourceError
 from tests.data.sources.built import build, draw, ingested, listed, reason, reasons, record
+from tests.excerpts import EXCERPTS
 
 
 def turn(**changes: Any) -> dict[str, Any]:
@@ -30,13 +31,14 @@ def write_dense(folder: Path, *entries: dict[str, Any]) -> dict[str, str]:
     return {"dense": str(folder / "dense.json")}
 
 
-def test_the_official_excerpt_has_97_dialogs_each_with_one_judged_round(
-    shared_data: Path, tmp_path: Path
+@pytest.mark.parametrize("number", [3, 97], ids=["clone", "beside"])
+def test_official_dialogs_have_one_judged_round_each(
+    number: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    folder = shared_data / "visdial"
+    folder = EXCERPTS if number == 3 else request.getfixturevalue("shared_data") / "visdial"
     official = json.loads((folder / "visdial_1.0_val.json").read_text())["data"]
     ids = [dialog["image_id"] for dialog in official["dialogs"]]
-    draw(*(tmp_path / "images" / f"VisualDialog_val2018_{number:012d}.jpg" for number in ids))
+    draw(*(tmp_path / "images" / f"VisualDialog_val2018_{image:012d}.jpg" for image in ids))
     source = build(
         "visdial",
         images={"validation": str(tmp_path / "images")},
@@ -44,17 +46,17 @@ def test_the_official_excerpt_has_97_dialogs_each_with_one_judged_round(
         dense={"validation": str(folder / "visdial_1.0_val_dense_annotations.json")},
     )
     report = ingested(source, tmp_path)
-    assert (report.num_live, report.rejects) == (97, {})
+    assert (report.num_live, report.rejects) == (number, {})
     samples = Manifest.open(str(tmp_path / "dataset")).samples()
-    assert sum(samples["num_rounds"].to_pylist()) == 970
+    assert sum(samples["num_rounds"].to_pylist()) == 10 * number
     judged = json.loads((folder / "visdial_1.0_val_dense_annotations.json").read_text())
     for entry, dense in zip(source.records(), judged, strict=True):
         (dialog,) = entry.texts.dialogs  # type: ignore[union-attr]
         assert entry.key == f"{dense['image_id']:012d}"
-        for number, found in enumerate(dialog.rounds, 1):
+        for place, found in enumerate(dialog.rounds, 1):
             assert len(found.options) == 100
             assert found.options[found.gt_index] == found.answer
-            expected = dense["gt_relevance"] if number == dense["round_id"] else []
+            expected = dense["gt_relevance"] if place == dense["round_id"] else []
             assert list(found.relevance) == expected
     first = official["dialogs"][0]
     (dialog,) = record(source, f"{ids[0]:012d}").texts.dialogs

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from pipeline.data.manifest.manifest import Manifest
-from pipeline.data.sources.base import Record, accounted
+from pipeline.data.sources.base import Record, Source, accounted
 from pipeline.errors import ConfigError, SourceError
 from tests.data.sources.built import build, draw, ingested, listed, reason, record
+from tests.excerpts import EXCERPTS
 
 
 def question(number: int, image: int, words: str = "what?") -> dict[str, Any]:
@@ -57,6 +58,27 @@ def test_the_official_excerpt_has_48_samples_and_ten_answers_a_question(
     assert (report.num_live, report.rejects) == (48, {})
     samples = Manifest.open(str(tmp_path / "dataset")).samples()
     assert sum(samples["num_questions"].to_pylist()) == 76
+    assert_as_annotated(source, folder)
+    assert record(source, "000000000025").image.endswith("COCO_train2014_000000000025.jpg")
+
+
+def test_an_excerpt_of_the_official_files_has_ten_answers_a_question(tmp_path: Path) -> None:
+    questions = EXCERPTS / "v2_OpenEnded_mscoco_train2014_questions.json"
+    asked = json.loads(questions.read_text())["questions"]
+    names = {f"COCO_train2014_{question['image_id']:012d}.jpg" for question in asked}
+    draw(*(tmp_path / "images" / name for name in sorted(names)))
+    source = build(
+        "vqa",
+        images=str(tmp_path / "images"),
+        questions=str(questions),
+        annotations=str(EXCERPTS / "v2_mscoco_train2014_annotations.json"),
+    )
+    report = ingested(source, tmp_path)
+    assert (report.num_live, report.rejects) == (12, {})
+    assert_as_annotated(source, EXCERPTS)
+
+
+def assert_as_annotated(source: Source, folder: Path) -> None:
     official = json.loads((folder / "v2_mscoco_train2014_annotations.json").read_text())
     by_id = {entry["question_id"]: entry for entry in official["annotations"]}
     for entry in source.records():
@@ -67,7 +89,6 @@ def test_the_official_excerpt_has_48_samples_and_ten_answers_a_question(
             assert found.question_type == expected["question_type"]
             assert found.answer_type == expected["answer_type"]
     assert not by_id
-    assert record(source, "000000000025").image.endswith("COCO_train2014_000000000025.jpg")
 
 
 def test_the_packed_files_have_19881_questions_about_13048_images(shared_data: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_full_disk_is_an_error_when_the_run_next_asks(
 
 
 def test_what_no_rule_wants_is_removed_once_its_successor_is_published(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"evaluate_every_steps": 1, "keep_best_checkpoints": 1}
+    settings: dict[str, Any] = {"evaluation": {"every_steps": 1}, "checkpoints": {"keep_best": 1}}
     manager = make_manager(tmp_path, [], **settings)
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 4.0)):
         manager.save(step, states(step), RunState(evaluation={"loss": loss}))

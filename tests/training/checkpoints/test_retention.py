@@ -1,5 +1,5 @@
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 
@@ -9,8 +9,13 @@ from tests.training.stand_in import make_spec
 HOUR = 3600.0
 
 
-def removed(checkpoints: Sequence[Published], **settings: object) -> list[int]:
-    config = make_spec("run", evaluate_every_steps=1, **settings).training
+def removed(
+    checkpoints: Sequence[Published],
+    retention: Mapping[str, object] = {},
+    evaluation: Mapping[str, object] = {},
+) -> list[int]:
+    evaluation = {"every_steps": 1, **evaluation}
+    config = make_spec("run", evaluation=evaluation, checkpoints=retention).training
     return expired(checkpoints, config)
 
 
@@ -24,11 +29,11 @@ def test_the_last_few_are_kept_whatever_their_order() -> None:
 
 
 def test_those_at_multiples_are_kept() -> None:
-    assert removed(plain(2, 4, 6, 8, 10), keep_every_steps=4) == [2, 6]
+    assert removed(plain(2, 4, 6, 8, 10), {"keep_every_steps": 4}) == [2, 6]
 
 
 def test_the_first_and_one_each_so_many_hours_are_kept() -> None:
-    assert removed(plain(1, 2, 3, 4, 5, 6, 7), keep_every_hours=2.5) == [2, 3, 5]
+    assert removed(plain(1, 2, 3, 4, 5, 6, 7), {"keep_every_hours": 2.5}) == [2, 3, 5]
 
 
 @pytest.mark.parametrize(("best_is", "expected"), [("lowest", [1, 4, 5]), ("highest", [2, 3, 4])])
@@ -39,9 +44,9 @@ def test_the_best_few_are_kept_and_those_not_evaluated_are_none(
     if best_is == "highest":
         figures = [0.8, 0.3, 0.6, math.nan, 0.7, 0.5, None]
     checkpoints = [Published(step, 0.0, figure) for step, figure in enumerate(figures, start=1)]
-    assert removed(checkpoints, keep_best_checkpoints=2, best_is=best_is) == expected
+    assert removed(checkpoints, {"keep_best": 2}, {"best_is": best_is}) == expected
 
 
 def test_the_checkpoint_that_the_model_is_written_from_is_kept() -> None:
     checkpoints = [Published(step, 0.0, float(step)) for step in (1, 2, 3, 4)]
-    assert removed(checkpoints, keep_best=True) == [2]
+    assert removed(checkpoints, evaluation={"restore_best": True}) == [2]

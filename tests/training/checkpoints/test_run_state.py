@@ -8,7 +8,7 @@ from tests.training.stand_in import make_spec
 
 
 def evaluate(*figures: float, best_is: str = "lowest") -> RunState:
-    config = make_spec("run", evaluate_every_steps=1, best_is=best_is).training
+    config = make_spec("run", evaluation={"every_steps": 1, "best_is": best_is}).training
     run_state = RunState()
     for step, figure in enumerate(figures, start=1):
         run_state = run_state.after_update().after_evaluation(step, {"loss": figure}, config)
@@ -35,7 +35,7 @@ def test_an_evaluation_is_the_best_if_none_before_was_as_good(
 
 
 def test_patience_is_spent_after_so_many_evaluations_without_a_better_one() -> None:
-    config = make_spec("run", evaluate_every_steps=1, patience=2).training
+    config = make_spec("run", evaluation={"every_steps": 1, "patience": 2}).training
     assert not evaluate(1.0, 2.0).is_patience_spent(config)
     assert evaluate(1.0, 2.0, 2.0).is_patience_spent(config)
     assert not evaluate(1.0, 2.0, 2.0).is_patience_spent(make_spec("run").training)
@@ -48,6 +48,6 @@ def test_skips_in_a_row_end_with_an_update_and_an_evaluation_is_of_one_step() ->
 
 
 def test_a_figure_that_no_evaluation_gives_is_named_with_those_there_are() -> None:
-    config = make_spec("run", evaluate_every_steps=1, best_by="bleu").training
+    config = make_spec("run", evaluation={"every_steps": 1, "best_by": "bleu"}).training
     with pytest.raises(ConfigError, match="found 'bleu', but an evaluation gives itm, loss"):
         RunState().after_evaluation(1, {"loss": 1.0, "itm": 0.5}, config)

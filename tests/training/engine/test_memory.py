@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.training.config import TrainingConfig
 from pipeline.training.engine.engine import Engine
 from pipeline.training.engine.memory import state_bytes
-from pipeline.training.spec import Environment, TrainingConfig
+from pipeline.training.spec import Environment
 from tests.training.stand_in import make_spec
 
 HERE = Environment(rank=0, world_size=1, local_rank=0, device="cpu")
@@ -37,6 +38,7 @@ def held_bytes() -> int:
     return sum(storages.values())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(
     ("stage", "precision"),
@@ -48,7 +50,7 @@ def test_a_step_holds_as_many_bytes_as_foretold(
     # what earlier tests left for the collector would be taken for freed by the engine
     gc.collect()
     before = held_bytes()
-    settings: Any = {"zero_stage": stage, "precision": precision, "ema_decay": 0.9}
+    settings: Any = {"zero_stage": stage, "precision": precision, "optimizer": {"ema_decay": 0.9}}
     config = make_spec(tmp_path, **settings).training
     module = Layers()
     count = sum(parameter.numel() for parameter in module.parameters())

@@ -4,12 +4,8 @@ import pytest
 from torch import nn
 
 from pipeline.errors import ConfigError
+from pipeline.training.config import OptimizerConfig
 from pipeline.training.engine.optimizer import build_optimizer, freeze, parameter_groups
-from pipeline.training.spec import TrainingConfig
-
-
-def make_config(**settings: Any) -> TrainingConfig:
-    return TrainingConfig(steps=1, global_batch_size=1, micro_batch_size=1, **settings)
 
 
 def tiny_module() -> nn.Sequential:
@@ -17,7 +13,7 @@ def tiny_module() -> nn.Sequential:
 
 
 def test_norms_and_biases_do_not_decay() -> None:
-    decaying, still = parameter_groups(tiny_module(), make_config(weight_decay=0.1))
+    decaying, still = parameter_groups(tiny_module(), OptimizerConfig(weight_decay=0.1))
     assert [tuple(p.shape) for p in decaying["params"]] == [(11, 5), (7, 5)]
     assert [tuple(p.shape) for p in still["params"]] == [(7,), (7,), (7,)]
     assert (decaying["weight_decay"], still["weight_decay"]) == (0.1, 0.0)
@@ -27,19 +23,19 @@ def test_a_frozen_parameter_is_in_no_group() -> None:
     module = tiny_module()
     for parameter in module[0].parameters():
         parameter.requires_grad_(False)
-    groups = parameter_groups(module, make_config())
+    groups = parameter_groups(module, OptimizerConfig())
     assert sum(p.numel() for group in groups for p in group["params"]) == 7 * 5 + 7 + 7 + 7
 
 
 def test_the_optimizer_takes_its_settings_from_the_config() -> None:
-    config = make_config(learning_rate=0.3, betas=(0.8, 0.9))
+    config = OptimizerConfig(learning_rate=0.3, betas=(0.8, 0.9))
     defaults = build_optimizer(tiny_module(), config).defaults
     assert (defaults["lr"], defaults["betas"], defaults["eps"]) == (0.3, (0.8, 0.9), 1e-8)
 
 
 def test_a_rate_is_multiplied_where_a_name_matches_and_the_last_match_counts() -> None:
     factors = {"0.*": 0.5, "*": 0.1, "2.bias": 3.0}
-    groups = parameter_groups(tiny_module(), make_config(learning_rate_factors=factors))
+    groups = parameter_groups(tiny_module(), OptimizerConfig(learning_rate_factors=factors))
     found = [(group["factor"], [tuple(p.shape) for p in group["params"]]) for group in groups]
     assert found == [(0.1, [(11, 5), (7, 5)]), (0.1, [(7,), (7,)]), (3.0, [(7,)])]
 
@@ -48,7 +44,9 @@ def test_a_rate_is_multiplied_where_a_name_matches_and_the_last_match_counts() -
     "use",
     [
         lambda module: freeze(module, ["1.*", "head.*"]),
-        lambda module: parameter_groups(module, make_config(learning_rate_factors={"head.*": 2.0})),
+        lambda module: parameter_groups(
+            module, OptimizerConfig(learning_rate_factors={"head.*": 2.0})
+        ),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_refused_with_names_that_exist(use: Any) -> None:
@@ -59,7 +57,7 @@ def test_a_pattern_that_matches_nothing_is_refused_with_names_that_exist(use: An
 def test_what_is_frozen_by_name_is_in_no_group() -> None:
     module = tiny_module()
     freeze(module, ["0.*", "*.bias"])
-    groups = parameter_groups(module, make_config())
+    groups = parameter_groups(module, OptimizerConfig())
     assert [[tuple(p.shape) for p in group["params"]] for group in groups] == [[(7, 5)], [(7,)]]
 
 

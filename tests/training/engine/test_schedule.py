@@ -1,13 +1,12 @@
 import pytest
 
+from pipeline.training.config import ScheduleConfig
 from pipeline.training.engine.schedule import rate_factor
-from pipeline.training.spec import TrainingConfig
 
 
 def factors(**settings: object) -> list[float]:
-    sizes = {"steps": 8, "global_batch_size": 1, "micro_batch_size": 1, "warmup_steps": 4}
-    config = TrainingConfig.model_validate({**sizes, **settings})
-    return [rate_factor(config, step) for step in range(config.steps)]
+    config = ScheduleConfig.model_validate({"warmup_steps": 4, **settings})
+    return [rate_factor(config, 8, step) for step in range(8)]
 
 
 def test_the_warm_up_wastes_no_step_and_the_linear_decay_ends_above_zero() -> None:

@@ -16,8 +16,9 @@ from torch import nn
 
 from pipeline.errors import ConfigError
 from pipeline.training.assembly import Assembly
-from pipeline.training.engine.engine import Engine, require_swapping
+from pipeline.training.engine.engine import Engine
 from pipeline.training.engine.memory import state_bytes
+from pipeline.training.engine.requirements import require_swapping
 from pipeline.training.spec import Environment, TrainingSpec
 from pipeline.training.tracking.metrics_log import read_metrics
 from tests.training.engine.test_engine import advance
@@ -65,12 +66,13 @@ def swapping(folder: Path, nvme: Path, zero: Any = None, **settings: Any) -> Tra
         "stage3_param_persistence_threshold": 0,
         "offload_optimizer": {"device": "nvme", "nvme_path": str(nvme), **(zero or {})},
     }
-    settings = {"learning_rate": 1e-3, "zero_stage": 3, **settings}
-    return make_spec(folder, deepspeed={"zero_optimization": more}, **settings)
+    settings = {"zero_stage": 3, **settings}
+    return in_memory(folder, deepspeed={"zero_optimization": more}, **settings)
 
 
 def in_memory(folder: Path, **settings: Any) -> TrainingSpec:
-    return make_spec(folder, **{"learning_rate": 1e-3, **settings})
+    optimizer = {"learning_rate": 1e-3, **settings.pop("optimizer", {})}
+    return make_spec(folder, optimizer=optimizer, **settings)
 
 
 def swap_files(nvme: Path) -> dict[str, int]:
@@ -102,7 +104,7 @@ def nvme(tmp_path: Path) -> Path:
 def test_state_in_files_trains_as_in_memory_and_resumes_bit_by_bit(
     tmp_path: Path, nvme: Path, precision: str, ema_decay: float | None, zero: dict[str, Any]
 ) -> None:
-    settings = {"precision": precision, "ema_decay": ema_decay}
+    settings = {"precision": precision, "optimizer": {"ema_decay": ema_decay}}
     memory = in_memory(tmp_path, zero_stage=3, **settings)
     files = swapping(tmp_path, nvme, zero, **settings)
     engine = Engine(wide(memory).module, memory.training, HERE)
@@ -142,7 +144,7 @@ def test_state_in_files_trains_as_in_memory_and_resumes_bit_by_bit(
 def test_a_step_that_is_not_finite_leaves_the_files_as_they_were(
     tmp_path: Path, nvme: Path
 ) -> None:
-    files = swapping(tmp_path, nvme, ema_decay=0.5)
+    files = swapping(tmp_path, nvme, optimizer={"ema_decay": 0.5})
     module = Wide()
     engine = Engine(module, files.training, HERE)
     advance(engine, files, 0, 2)
@@ -164,7 +166,7 @@ def test_a_step_that_is_not_finite_leaves_the_files_as_they_were(
 def test_the_average_is_shown_to_an_evaluation_and_the_weights_come_back(
     tmp_path: Path, nvme: Path
 ) -> None:
-    files = swapping(tmp_path, nvme, ema_decay=0.5)
+    files = swapping(tmp_path, nvme, optimizer={"ema_decay": 0.5})
     engine = Engine(wide(files).module, files.training, HERE)
     advance(engine, files, 0, 3)
     (batch, *_) = next(wide(files).batches(0, 0, 1))
@@ -200,7 +202,7 @@ def test_a_killed_run_with_state_in_files_ends_as_the_unbroken_one(
 def test_a_run_goes_from_memory_to_files_and_back_with_other_ranks_and_stages(
     tmp_path: Path, nvme: Path
 ) -> None:
-    settings: dict[str, Any] = {"steps": 9, "ema_decay": 0.9}
+    settings: dict[str, Any] = {"steps": 9, "optimizer": {"ema_decay": 0.9}}
     steady = in_memory(tmp_path / "steady", **settings)
     train_on(2, steady, wide_without_dropout)
     elastic = tmp_path / "elastic"
@@ -221,7 +223,7 @@ def replace_stage(spec: TrainingSpec, stage: int) -> TrainingSpec:
 
 @pytest.mark.usefixtures("alone")
 def test_as_many_bytes_go_to_files_as_foretold(tmp_path: Path, nvme: Path) -> None:
-    files = swapping(tmp_path, nvme, ema_decay=0.5)
+    files = swapping(tmp_path, nvme, optimizer={"ema_decay": 0.5})
     module = wide(files).module
     count = sum(parameter.numel() for parameter in module.parameters())
     engine = Engine(module, files.training, HERE)

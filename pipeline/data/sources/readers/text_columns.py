@@ -28,6 +28,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pydantic import Field
+
 from pipeline.config import Config
 from pipeline.data.sample import Dialog, Question, Round, Texts
 from pipeline.data.sources.readers.json_file import shown, unique_names
@@ -49,14 +51,27 @@ _NUMPY = re.compile(r"np\.str_\(S\)")
 class TextColumns(Config):
     """The columns that hold texts, by dotted path."""
 
-    captions: str | list[str] | None = None
-    questions: str | None = None  # lists of questions with their answers
-    question: str | None = None  # or one question, and its answers in columns beside it
-    answers: str | list[str] | None = None  # a column of lists, or several columns of one each
-    question_id: str | None = None
-    question_type: str | None = None
-    answer_type: str | None = None
-    dialogs: str | None = None
+    captions: str | list[str] | None = Field(
+        default=None, description="one caption, a list of them, or several columns of one each"
+    )
+    questions: str | None = Field(default=None, description="lists of questions with their answers")
+    question: str | None = Field(
+        default=None,
+        description="in place of `questions`: one question, its answers in columns beside it",
+    )
+    answers: str | list[str] | None = Field(
+        default=None, description="of `question`: a column of lists, or several columns of one each"
+    )
+    question_id: str | None = Field(default=None, description="of `question`: its number")
+    question_type: str | None = Field(
+        default=None, description="of `question`: its type, by which scores are told apart"
+    )
+    answer_type: str | None = Field(
+        default=None, description="of `question`: its answers' type, by which scores are told apart"
+    )
+    dialogs: str | None = Field(
+        default=None, description="lists of dialogs: rounds of a question and its answer"
+    )
 
     def columns(self) -> list[str]:
         """Returns every column that is named."""

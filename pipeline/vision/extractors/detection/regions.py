@@ -48,19 +48,39 @@ class DetectorConfig(NetworkConfig):
     """
 
     kind: ClassVar[str]  # torchvision's, fasterrcnn or maskrcnn
-    type: str
-    network: str
-    weights: str = "default"  # torchvision's best for the network, a file, or `random`
-    num_classes: int = Field(default=COCO_CLASSES, ge=2)  # background included
-    short_side: int = Field(default=800, ge=32, le=4096)  # pixels
-    long_side: int = Field(default=1333, ge=32, le=8192)  # pixels, which the longer side keeps to
-    num_proposals: int = Field(default=300, ge=1, le=2000)  # boxes that the box head looks at
-    nms_threshold: float = Field(default=0.3, gt=0, le=1)  # overlap at which a weaker box falls
-    score_threshold: float = Field(default=0.2, ge=0, le=1)
-    min_regions: int = Field(default=36, ge=1)
-    max_regions: int = Field(default=36, ge=1)
-    # proposal: the box that the feature is of; refined: as the box head corrects it
-    boxes: Literal["proposal", "refined"] = "proposal"
+    type: str = Field(description="the extractor")
+    network: str = Field(description="the detector's name in torchvision")
+    weights: str = Field(
+        default="default",
+        description="torchvision's best for the network (`default`), a file, or `random`",
+    )
+    num_classes: int = Field(
+        default=COCO_CLASSES, ge=2, description="classes of the weights, background included"
+    )
+    short_side: int = Field(
+        default=800, ge=32, le=4096, description="pixels that the shorter side is scaled to"
+    )
+    long_side: int = Field(
+        default=1333, ge=32, le=8192, description="pixels that the longer side keeps to"
+    )
+    num_proposals: int = Field(
+        default=300, ge=1, le=2000, description="boxes that the box head looks at"
+    )
+    nms_threshold: float = Field(
+        default=0.3, gt=0, le=1, description="overlap at which a weaker box falls"
+    )
+    score_threshold: float = Field(
+        default=0.2, ge=0, le=1, description="score of a box beyond `min_regions`"
+    )
+    min_regions: int = Field(
+        default=36, ge=1, description="fewest regions of a picture, if it has as many proposals"
+    )
+    max_regions: int = Field(default=36, ge=1, description="most regions of a picture")
+    boxes: Literal["proposal", "refined"] = Field(
+        default="proposal",
+        description="proposal: the box that the feature is of; refined: as the box head "
+        "corrects it",
+    )
 
     @model_validator(mode="after")
     def _bounds_fit(self) -> Self:
@@ -100,8 +120,13 @@ class RegionsConfig(DetectorConfig):
     """A torchvision Faster R-CNN. Features are its box head's output, 1024 values a region."""
 
     kind = "fasterrcnn"
-    type: Literal["regions"] = "regions"
-    network: str = "fasterrcnn_resnet50_fpn_v2"
+    type: Literal["regions"] = Field(
+        default="regions",
+        description="a torchvision Faster R-CNN: its box head's output, 1024 values a region",
+    )
+    network: str = Field(
+        default="fasterrcnn_resnet50_fpn_v2", description="the detector's name in torchvision"
+    )
 
     def load(self, device: str) -> "RegionsExtractor":
         return RegionsExtractor(self, device)

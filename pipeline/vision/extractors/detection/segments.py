@@ -32,11 +32,26 @@ class SegmentsConfig(DetectorConfig):
     """
 
     kind = "maskrcnn"
-    type: Literal["segments"] = "segments"
-    network: str = "maskrcnn_resnet50_fpn_v2"
-    boxes: Literal["proposal", "refined"] = "refined"  # as the mask head was trained
-    pool: Literal["box", "mask", "both"] = "both"
-    mask_side: int = Field(default=512, ge=16, le=4096)  # pixels, the longer side of the masks
+    type: Literal["segments"] = Field(
+        default="segments",
+        description="a torchvision Mask R-CNN: regions with the masks of their objects",
+    )
+    network: str = Field(
+        default="maskrcnn_resnet50_fpn_v2", description="the detector's name in torchvision"
+    )
+    boxes: Literal["proposal", "refined"] = Field(
+        default="refined",
+        description="proposal: the box that the feature is of; refined: as the box head "
+        "corrects it, and the mask head was trained",
+    )
+    pool: Literal["box", "mask", "both"] = Field(
+        default="both",
+        description="box: the box head's output (1024 values); mask: the mean of the feature "
+        "pyramid over the mask (256); both: one after the other",
+    )
+    mask_side: int = Field(
+        default=512, ge=16, le=4096, description="pixels of the longer side of the masks"
+    )
 
     def load(self, device: str) -> "SegmentsExtractor":
         return SegmentsExtractor(self, device)

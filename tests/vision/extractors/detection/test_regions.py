@@ -33,8 +33,8 @@ def extractor() -> Extractor:
 
 
 @pytest.fixture(scope="module")
-def photos(shared_data: Path) -> list[bytes]:
-    return [path.read_bytes() for path in sorted((shared_data / "weights" / "photos").iterdir())]
+def photos(photographs: list[Path]) -> list[bytes]:
+    return [path.read_bytes() for path in photographs[:5]]
 
 
 def png(width: int, height: int) -> bytes:

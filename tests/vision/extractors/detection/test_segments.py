@@ -36,10 +36,9 @@ def bits(mask: Mask) -> np.ndarray:
 
 
 def test_every_region_of_a_photograph_has_a_mask_within_its_box(
-    extractor: Extractor, shared_data: Path
+    extractor: Extractor, photographs: list[Path]
 ) -> None:
-    photo = (shared_data / "weights" / "photos").iterdir()
-    prepared = [extractor.prepare(path.read_bytes()) for path in sorted(photo)[:3]]
+    prepared = [extractor.prepare(path.read_bytes()) for path in photographs[:3]]
     for image, feature in zip(prepared, extractor.extract(prepared), strict=True):
         assert feature.values.shape == (5, 1024 + 256)
         assert feature.masks is not None
@@ -85,10 +84,10 @@ def test_a_mask_pooled_feature_is_the_mean_of_what_the_mask_covers() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("pool", "dim"), [("box", 1024), ("mask", 256), ("both", 1280)])
 def test_the_pool_says_how_wide_features_are(
-    pool: Any, dim: int, extractor: Extractor, shared_data: Path
+    pool: Any, dim: int, extractor: Extractor, photographs: list[Path]
 ) -> None:
     pooled = SMALL.model_copy(update={"pool": pool}).build()
-    photo = sorted((shared_data / "weights" / "photos").iterdir())[0].read_bytes()
+    photo = photographs[0].read_bytes()
     (feature,) = pooled.extract([pooled.prepare(photo)])
     assert feature.values.shape[1] == pooled.card().dim == dim
     (both,) = extractor.extract([extractor.prepare(photo)])

@@ -38,9 +38,9 @@ from pipeline.training.config import (
     ScheduleConfig,
     TrainingConfig,
 )
-from pipeline.training.engine.engine import require_swapping
 from pipeline.training.engine.memory import FP32_BYTES, state_bytes
 from pipeline.training.engine.optimizer import freeze
+from pipeline.training.engine.requirements import require_swapping
 from pipeline.training.feed.micro_batch import MicroBatch
 from pipeline.training.launch.launch import launch_all
 from pipeline.training.spec import Environment, TrainingSpec

@@ -20,7 +20,7 @@ from pipeline.pretrained.files import is_model
 from pipeline.pretrained.folder import initialise, require_same_words
 from pipeline.recipe import Recipe
 from pipeline.stages.devices import missing_devices
-from pipeline.training.engine.engine import require_known_keys, require_precision
+from pipeline.training.engine.requirements import require_known_keys, require_precision
 from pipeline.training.spec import Environment
 
 FEW_SAMPLES = 20  # of a held-out split: fewer tell little

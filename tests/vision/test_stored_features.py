@@ -49,6 +49,7 @@ def with_storage(config: AnyExtractor, storage: str) -> Any:
     return config.model_copy(update={"storage": storage})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

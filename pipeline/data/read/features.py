@@ -34,9 +34,10 @@ _NUM_AXES = {"classes": 2, "attributes": 2, "labels": 1, "scores": 1, "times": 1
 class FeatureBatch:
     """Features of B samples with at most R regions of D values.
 
-    What lies beyond a sample's `num_regions` is padding, and zero. Classes and attributes are what
-    a detector took a region for: a probability for each of its C classes, the first being
-    background, and A attributes.
+    What lies beyond a sample's `num_regions` is padding, and zero. Where a network in the model
+    makes the values, D is 0 and the `pixels` are given that it makes them of. Classes and
+    attributes are what a detector took a region for: a probability for each of its C classes, the
+    first being background, and A attributes.
     """
 
     values: npt.NDArray[Any]  # (B, R, D) uint8, float16 or float32; stored int8 comes as float32
@@ -47,6 +48,7 @@ class FeatureBatch:
     labels: npt.NDArray[np.int32] | None = None  # (B, R) a class each, if the extractor gives them
     scores: npt.NDArray[np.float32] | None = None  # (B, R) the labels', from 0 to 1
     times: npt.NDArray[np.float32] | None = None  # (B, R) seconds into the video, of its frame
+    pixels: npt.NDArray[np.uint8] | None = None  # (B, S, S, 3) red, green, blue
 
 
 class FeatureReader:
@@ -284,9 +286,11 @@ def merged(parts: Sequence[tuple[Int64Array, FeatureBatch]], pool: BufferPool) -
     count = sum(len(places) for places, _ in parts)
     num_regions = max(batch.values.shape[1] for _, batch in parts)
 
-    def put(name: str) -> npt.NDArray[Any] | None:
+    def put(name: str, padded_axes: int = 2) -> npt.NDArray[Any] | None:
         arrays = [getattr(batch, name) for _, batch in parts]
-        kinds = {None if array is None else (array.shape[2:], array.dtype) for array in arrays}
+        kinds = {
+            None if array is None else (array.shape[padded_axes:], array.dtype) for array in arrays
+        }
         if len(kinds) > 1:
             raise FeatureError(
                 f"splits that are mixed have features with different {name}: found "
@@ -294,10 +298,14 @@ def merged(parts: Sequence[tuple[Int64Array, FeatureBatch]], pool: BufferPool) -
             )
         if arrays[0] is None:
             return None
-        array = pool.empty((count, num_regions, *arrays[0].shape[2:]), arrays[0].dtype)
+        padded = (count, num_regions)[:padded_axes]
+        array = pool.empty((*padded, *arrays[0].shape[padded_axes:]), arrays[0].dtype)
         for (places, _), part in zip(parts, arrays, strict=True):
-            array[places, : part.shape[1]] = part
-            array[places, part.shape[1] :] = 0
+            if padded_axes == 1:
+                array[places] = part
+            else:
+                array[places, : part.shape[1]] = part
+                array[places, part.shape[1] :] = 0
         return array
 
     values, boxes = put("values"), put("boxes")
@@ -306,7 +314,8 @@ def merged(parts: Sequence[tuple[Int64Array, FeatureBatch]], pool: BufferPool) -
     regions = np.empty(count, np.int32)
     for places, batch in parts:
         regions[places] = batch.num_regions
-    return FeatureBatch(values, boxes, regions, **{name: put(name) for name in _PARTS})
+    more = {name: put(name) for name in _PARTS}
+    return FeatureBatch(values, boxes, regions, **more, pixels=put("pixels", padded_axes=1))
 
 
 def grid_boxes(height: int, width: int) -> npt.NDArray[np.float32]:

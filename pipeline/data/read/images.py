@@ -32,8 +32,8 @@ class LiveConfig(Config):
     """Pictures where other splits have stored features: decoded when they are asked for.
 
     Each is given as a grid of regions. With `patches` a region is the pixels of its own square,
-    for a model that learns from them; else the regions are equal shares of the whole picture's
-    bytes, for a network that joins them again and makes a region's features of all of it.
+    for a model that learns from them; else the pixels are given whole, beside regions without
+    values, for a network in the model that makes the values of them.
     """
 
     images: ImageConfig
@@ -71,28 +71,23 @@ class ImageBatch:
         boxes = np.tile(grid_boxes(per_side, per_side), (count, 1, 1))
         return FeatureBatch(values, boxes, np.full(count, per_side**2, np.int32))
 
-    def shares(self, grid: tuple[int, int]) -> FeatureBatch:
-        """Deals the bytes of each picture out to the regions of a grid, in equal shares.
+    def whole(self, grid: tuple[int, int]) -> FeatureBatch:
+        """Returns the pictures beside the cells of a grid, whose values a network has yet to make.
 
-        Row by row, so that joined they are the picture again; zeros fill up the last share. Boxes
-        are those of the grid's cells, fractions of what is seen.
+        Boxes are fractions of what is seen.
         """
         count, num_regions = len(self.pixels), grid[0] * grid[1]
-        values = self.pixels.reshape(count, -1)
-        share = -(-values.shape[1] // num_regions)
-        lacking = share * num_regions - values.shape[1]
-        if lacking:
-            values = np.pad(values, ((0, 0), (0, lacking)))
         return FeatureBatch(
-            values.reshape(count, num_regions, share),
+            np.empty((count, num_regions, 0), np.float32),
             np.tile(grid_boxes(*grid), (count, 1, 1)),
             np.full(count, num_regions, np.int32),
+            pixels=self.pixels,
         )
 
     def regions(self, config: LiveConfig) -> FeatureBatch:
         """Returns the pictures as features; raises ConfigError if patches are not the grid."""
         if not config.patches:
-            return self.shares(config.grid)
+            return self.whole(config.grid)
         patches = self.patches(config.images.size // config.grid[1])
         if patches.num_regions[0] != config.grid[0] * config.grid[1]:
             raise ConfigError(
@@ -154,7 +149,7 @@ class LiveReader:
         texts: Sequence[Texts] = (),
         rng: Callable[[int], np.random.Generator] | None = None,
     ) -> FeatureBatch:
-        """Returns B × R shares or patches; texts and rng are as of `ImageReader.read`."""
+        """Returns whole pictures or B × R patches; texts and rng are as of `ImageReader.read`."""
         return self._pictures.read(
             located.places("image"), self._config.images, texts, rng
         ).regions(self._config)

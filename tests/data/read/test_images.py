@@ -9,6 +9,7 @@ from PIL import Image
 from pipeline.data.media.augmentation import AugmentConfig, View, random_view
 from pipeline.data.media.decoding import Picture
 from pipeline.data.read.dataset import Dataset, Split
+from pipeline.data.read.features import FeatureBatch
 from pipeline.data.read.images import (
     ImageBatch,
     ImageConfig,
@@ -179,15 +180,15 @@ def test_patches_are_those_of_the_pixels_extractor(pictures: Pictures) -> None:
         batch.patches(5)
 
 
-@pytest.mark.parametrize("grid", [(1, 1), (2, 2), (5, 7)])  # the last leaves bytes to fill up
-def test_shares_joined_are_the_picture(pictures: Pictures, grid: tuple[int, int]) -> None:
+def test_whole_pictures_stand_beside_regions_that_have_no_values_yet(
+    pictures: Pictures,
+) -> None:
     batch = pictures.read(np.arange(3), ImageConfig(size=12))
-    found = batch.shares(grid)
-    assert found.values.shape[:2] == (3, grid[0] * grid[1])
-    joined = found.values.reshape(3, -1)
-    np.testing.assert_array_equal(joined[:, : 3 * 12 * 12], batch.pixels.reshape(3, -1))
-    assert not joined[:, 3 * 12 * 12 :].any()
-    assert found.boxes.shape == (3, grid[0] * grid[1], 4)
+    found = batch.whole((5, 7))
+    assert found.pixels is batch.pixels
+    assert found.values.shape == (3, 35, 0)
+    assert found.boxes.shape == (3, 35, 4)
+    assert found.num_regions.tolist() == [35, 35, 35]
 
 
 @pytest.mark.parametrize("patches", [False, True])
@@ -202,15 +203,20 @@ def test_a_live_split_makes_features_of_its_images(
     assert whole.has_features
     rows = np.array([6, 2, 9])
     pixels = pictures.read(rows, ImageConfig(size=12))
-    expected = pixels.patches(4) if patches else pixels.shares((3, 3))
-    np.testing.assert_array_equal(whole.features(rows).values, expected.values)
-    (alone,) = live_features(whole.image(2), live).values
-    np.testing.assert_array_equal(alone, expected.values[1])
+    expected = pixels.patches(4).values if patches else pixels.pixels
+
+    def given(batch: FeatureBatch) -> np.ndarray:
+        assert batch.num_regions.tolist() == [9] * len(batch.values)
+        return batch.values if batch.pixels is None else batch.pixels
+
+    np.testing.assert_array_equal(given(whole.features(rows)), expected)
+    (alone,) = given(live_features(whole.image(2), live))
+    np.testing.assert_array_equal(alone, expected[1])
     texts = whole.texts(rows)
-    seen = varied.features(rows, texts, np.random.default_rng)
-    again = varied.features(rows[1:2], texts[1:2], lambda i: np.random.default_rng(i + 1))
-    np.testing.assert_array_equal(seen.values[1], again.values[0])
-    assert (seen.values != expected.values).any()
+    seen = given(varied.features(rows, texts, np.random.default_rng))
+    again = given(varied.features(rows[1:2], texts[1:2], lambda i: np.random.default_rng(i + 1)))
+    np.testing.assert_array_equal(seen[1], again[0])
+    assert (seen != expected).any()
 
 
 def test_a_grid_that_is_not_of_patches_is_refused(pictures: Pictures) -> None:

@@ -180,7 +180,7 @@ def require_splits(recipe: Recipe, dataset: Dataset) -> None:
                 f"{benchmark.kind}, of which benchmarks.{name} is; choose another split, or leave "
                 "this benchmark out"
                 for name, benchmark in recipe.benchmarks.build().items()
-                if not split.counts(benchmark.kind).any()
+                if not split.num_texts(benchmark.kind)
             ]
     if faults:
         raise ConfigError("\n".join(faults))

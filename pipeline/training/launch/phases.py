@@ -28,7 +28,7 @@ def train_each(
 
 def results_of(specs: Sequence[TrainingSpec], finished_before: set[str]) -> list[TrainingResult]:
     """Reads how phases ended from their folders, up to the first that was stopped."""
-    from pipeline.training.loop import finished_result
+    from pipeline.training.result import finished_result
     from pipeline.training.tracking.metrics_log import last_loss, read_events
 
     results = []

@@ -38,7 +38,7 @@ def run_on_ray(
     specs: Sequence[TrainingSpec], cluster: ClusterConfig, assembled: Assembled | None
 ) -> list[TrainingResult]:
     """Trains the phases on ranks that Ray Train starts, and starts again when they are lost."""
-    from pipeline.training.loop import finished_result
+    from pipeline.training.result import finished_result
 
     finished_before = {spec.folder for spec in specs if finished_result(spec)}
     from ray.train import FailureConfig, RunConfig, ScalingConfig

@@ -140,7 +140,7 @@ def _fit(trainer: Any, waiting: Waiting, each: Mapping[str, float]) -> None:
 
     threading.Thread(target=fit, name="ray-train", daemon=True).start()
     while not futures.wait([done], SECONDS_BETWEEN_CHECKS_OF_ROOM).done:
-        waiting.look(partial(_is_pending, each))
+        waiting.tell_if_waiting(partial(_is_pending, each))
     done.result()
 
 

@@ -163,7 +163,7 @@ class ModelPart(Config):
 
 
 class TrainingPart(Config):
-    """How the phases are trained. `blind_twin` trains the fine-tuned model again without images."""
+    """How the phases are trained."""
 
     pretrain: TrainingConfig | None = Field(
         default=None,

@@ -212,9 +212,12 @@ def _allowed(annotation: Any, marks: Sequence[Any] = ()) -> str:
         return f"mapping of names to {_allowed(inner[1])}" if inner[1] is not Any else "mapping"
     if annotation in (int, float):
         return " ".join(["whole number" if annotation is int else "number", *_bounds(marks)])
+    if annotation is str:
+        patterns = [mark.pattern for mark in _flat(marks) if getattr(mark, "pattern", None)]
+        return f"text that matches `{patterns[0]}`" if patterns else "text"
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return "its keys"
-    return {bool: "true, false", str: "text"}.get(annotation, "any")
+    return "true, false" if annotation is bool else "any"
 
 
 def _bounds(marks: Sequence[Any]) -> list[str]:

@@ -268,7 +268,7 @@ def _same_reads(
         row["key"]: (shard_location(dataset, SPLIT, row["texts_shard"]), *_place(row, "texts"))
         for row in manifest.samples().to_pylist()
     }
-    keys = split.keys[rows].tolist()
+    keys = split.keys(rows)
     pool = BufferPool()  # as ours: memory that begins with a page is read into faster
     buffers = [
         pool.empty((num_batches * batch_size, max(size for _, _, size in part.values())), np.uint8)

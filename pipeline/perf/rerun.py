@@ -111,12 +111,12 @@ def _rerun(url: str, num_records: int) -> Rerun:
         listing_seconds=listed - start,
         seconds=time.perf_counter() - listed,
         processor_seconds=time.process_time() - before,
-        peak_bytes=_peak_bytes(),
+        peak_bytes=peak_bytes(),
     )
 
 
-def _peak_bytes() -> int:
-    """Of this process alone. Not `getrusage`, which begins with its parent's peak."""
+def peak_bytes() -> int:
+    """Returns the most memory this process had. Not `getrusage`, which begins with its parent's peak."""
     status = Path("/proc/self/status").read_text()
     (peak,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(peak) * 1024

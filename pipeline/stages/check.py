@@ -38,9 +38,9 @@ from pipeline.training.config import (
     ScheduleConfig,
     TrainingConfig,
 )
-from pipeline.training.engine.engine import require_swapping
 from pipeline.training.engine.memory import FP32_BYTES, state_bytes
 from pipeline.training.engine.optimizer import freeze
+from pipeline.training.engine.requirements import require_swapping
 from pipeline.training.feed.micro_batch import MicroBatch
 from pipeline.training.launch.launch import launch_all
 from pipeline.training.spec import Environment, TrainingSpec
@@ -294,11 +294,11 @@ def _phase(name: str, training: TrainingConfig, machine: Machine, module: nn.Mod
 def _data(spec: TrainingSpec, split: Split) -> Data:
     objectives = ObjectivesConfig.model_validate(spec.objectives).build()
     kinds = dict.fromkeys(objective.stream.kind for objective in objectives)
-    examples = {str(kind): int(split.counts(kind).sum()) for kind in kinds}
+    examples = {str(kind): split.num_texts(kind) for kind in kinds}
     taken = spec.training.steps * spec.training.global_batch_size
     return Data(
         samples=split.num_samples,
-        shards=len(split.shard_starts) - 1,
+        shards=split.num_shards,
         examples=examples,
         epochs={kind: round(taken / number, 2) for kind, number in examples.items()},
     )

@@ -20,7 +20,7 @@ from pipeline.pretrained.files import is_model
 from pipeline.pretrained.folder import initialise, require_same_words
 from pipeline.recipe import Recipe
 from pipeline.stages.devices import missing_devices
-from pipeline.training.engine.engine import require_known_keys, require_precision
+from pipeline.training.engine.requirements import require_known_keys, require_precision
 from pipeline.training.spec import Environment
 
 FEW_SAMPLES = 20  # of a held-out split: fewer tell little
@@ -180,7 +180,7 @@ def require_splits(recipe: Recipe, dataset: Dataset) -> None:
                 f"{benchmark.kind}, of which benchmarks.{name} is; choose another split, or leave "
                 "this benchmark out"
                 for name, benchmark in recipe.benchmarks.build().items()
-                if not split.counts(benchmark.kind).any()
+                if not split.num_texts(benchmark.kind)
             ]
     if faults:
         raise ConfigError("\n".join(faults))

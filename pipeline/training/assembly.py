@@ -247,7 +247,7 @@ def _ordered(
     spec: TrainingSpec, kind: TextKind, splits: Mapping[Split, float]
 ) -> tuple[AnySplit, AnyOrder]:
     """Returns the splits that have texts of a kind, as one, and the order of their examples."""
-    having = [split for split in splits if split.counts(kind).any()] or list(splits)
+    having = [split for split in splits if split.num_texts(kind)] or list(splits)
     window = spec.training.loading.shuffle_window_shards
     orders = [Order(split, kind, spec.seed, window) for split in having]
     if len(having) == 1:

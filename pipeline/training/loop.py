@@ -41,11 +41,11 @@ from pipeline.training.feed.device_feed import device_feed
 from pipeline.training.feed.micro_batch import MicroBatch
 from pipeline.training.lease import IsLost, only_writer
 from pipeline.training.spec import Environment, TrainingResult, TrainingSpec, training_key
+from pipeline.training.stop_request import StopRequest
 from pipeline.training.tracking.metrics_log import MetricsLog, Stretch, last_loss
 
 CHECKPOINTS = "checkpoints"
 RESULT = "result.json"
-STOP = ".stop"
 
 # With another value of one of these, evaluations are no longer of the same thing.
 _EVALUATED = {
@@ -55,8 +55,6 @@ _EVALUATED = {
     "evaluation.best_is",
     "model_weights",
 }
-
-SECONDS_BETWEEN_LOOKS = 5.0  # for a request to stop in an object store; on a disk, every step
 
 
 def train(
@@ -107,16 +105,6 @@ def finished_result(spec: TrainingSpec) -> TrainingResult | None:
     return result
 
 
-def request_stop(folder: str) -> None:
-    """Asks a run, from any process, to write a checkpoint after the step it is in and leave."""
-    storage.write_bytes(storage.join(folder, STOP), b"")
-
-
-def clear_stop(folder: str) -> None:
-    """Takes such a request back."""
-    storage.remove(storage.join(folder, STOP))
-
-
 def _never() -> bool:
     """What ranks after the first know of the folder being lost: the first tells them."""
     return False
@@ -162,7 +150,7 @@ class _Run:
         self.environment = environment
         self.is_first = environment.rank == 0
         self.is_lost = is_lost
-        self.next_look = 0.0
+        self.stop = StopRequest(spec.folder)
         self.assembled = assembled
         self.assembly = assembled(spec)
         self.evaluate = self.assembly.evaluate
@@ -371,7 +359,7 @@ class _Run:
             sum(batch.num_tokens_with_padding for batch in micro_batches),
             self._flops(micro_batches),
             wait_seconds,
-            self._is_stop_requested(),
+            self.is_first and self.stop.is_requested(),
             self.is_lost(),
             self.manager.is_written(),
         ]
@@ -411,14 +399,6 @@ class _Run:
         if self.device_flops is None or self.assembly.flops is None:
             return 0.0
         return float(sum(map(self.assembly.flops, micro_batches)))
-
-    def _is_stop_requested(self) -> bool:
-        now = time.monotonic()
-        if not self.is_first or now < self.next_look:
-            return False
-        if not storage.is_local(self.spec.folder):
-            self.next_look = now + SECONDS_BETWEEN_LOOKS
-        return storage.exists(storage.join(self.spec.folder, STOP))
 
     def _fault(self, names: Sequence[str], table: NDArray[np.float64], norm: float) -> str | None:
         for rank, row in enumerate(table):

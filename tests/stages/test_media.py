@@ -79,7 +79,7 @@ def test_every_kind_of_file_is_ingested_extracted_and_trained_on(tmp_path: Path)
     assert {"mp4", "webm", "zip", "dcm", "jpg"} == set(suffixes.values())
     stage = json.loads((tmp_path / "run" / "stages" / "extract.json").read_text())
     split = Dataset.open(url).split("train", stage["outputs"]["features"])
-    rows = {str(key): row for row, key in enumerate(split.keys)}
+    rows = {key: row for row, key in enumerate(split.each_key())}
     assert split.image(rows["clip"]) == (tmp_path / "album" / "train" / "clip.mp4").read_bytes()
     batch = split.features(list(rows.values()))
     assert batch.times is not None

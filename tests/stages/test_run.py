@@ -19,7 +19,7 @@ from pipeline.recipe import Recipe
 from pipeline.stages.changed import OnChange
 from pipeline.stages.run import STAGES, run_stages
 from pipeline.stages.state import Record
-from pipeline.training.launch.launch import read_spec
+from pipeline.training.launch.recorded_spec import read_spec
 from pipeline.training.tracking.metrics_log import read_metrics
 from tests.stages.small_recipe import QUICKSTART, SMALL, small
 

@@ -28,6 +28,7 @@ from pipeline.training.config import TrainingConfig
 from pipeline.training.evaluation import Evaluate, held_out_losses
 from pipeline.training.loop import train
 from pipeline.training.spec import Environment, TrainingSpec
+from pipeline.training.tracking.metrics_log import read_metrics
 
 OnStep = Callable[[int, int], None]
 Sizes = Callable[[int, int], list[int]]
@@ -340,3 +341,16 @@ def unhurried(spec: TrainingSpec) -> Assembly:
             raise FeatureError("shard 7 has no features")
 
     return stand_in(spec, on_step)
+
+
+def wait_until(reached: Callable[[], bool], seconds: float = 600) -> None:
+    """Returns once something is so, within a generous time."""
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def steps_logged(spec: TrainingSpec) -> int:
+    """Returns the number of lines that a run has logged."""
+    return len(read_metrics(spec.folder))

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.errors import CheckpointError, ConfigError, LostError, TrainingError
-from pipeline.training import lease, loop
+from pipeline.training import lease
 from pipeline.training.assembly import Assembly
 from pipeline.training.checkpoints import checkpoint
 from pipeline.training.engine.engine import Engine
 from pipeline.training.engine.schedule import rate_factor
-from pipeline.training.loop import finished_result, request_stop, step_seed, train
+from pipeline.training.loop import finished_result, step_seed, train
 from pipeline.training.spec import Environment, TrainingSpec
+from pipeline.training.stop_request import clear_stop, request_stop
 from pipeline.training.tracking.metrics_log import read_metrics, read_stretches
 from tests.training.stand_in import (
     Poisoned,
@@ -333,7 +334,7 @@ class TestAlone:
         request_stop(spec.folder)
         result = train(spec, HERE, stand_in)
         assert (result.state, result.step, result.model_folder) == ("stopped", 1, None)
-        loop.clear_stop(spec.folder)
+        clear_stop(spec.folder)
         assert train(spec, HERE, stand_in).state == "finished"
         assert curve(spec) == curve(whole)
 
@@ -623,7 +624,7 @@ class TestAlone:
             train(spec, HERE, partial(Poisoned((5,)), on_step=interrupt_at(8)))
         request_stop(spec.folder)
         assert train(spec, HERE, Poisoned((5,))).step == 7
-        loop.clear_stop(spec.folder)
+        clear_stop(spec.folder)
         result = train(spec, HERE, Poisoned((5,)))
         assert (result.state, result.step) == ("finished", 8)
         assert [event["step"] for event in events(spec, "resumed")] == [6, 7]

@@ -9,7 +9,7 @@ after, never between, and an old version stays readable until `compact` drops it
 
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -17,10 +17,13 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 from deltalake import CommitProperties, DeltaTable, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from pipeline import storage
+from pipeline.data.manifest import schema
+from pipeline.data.manifest.earlier_form import earlier_features
 from pipeline.data.manifest.engine import Engine, Scan
 from pipeline.errors import ManifestError, StorageError
 
@@ -168,6 +171,10 @@ class Manifest:
         """Makes `rows` of these columns a view of the engine, which reads them as a stream."""
         self._table.register(engine, name, ("key",), columns)
 
+    def digest(self) -> str:
+        """Returns what is the same of two versions only if they have the same rows."""
+        return self._table.digest()
+
     def rows_after(self, version: int, columns: Sequence[str]) -> pa.Table:
         """Returns all rows that were committed after a version, superseded ones included."""
         return self._table.raw(columns, version)
@@ -254,12 +261,31 @@ class FeatureManifest:
         return _Table.open(location, FEATURES).newest(("key", "shard"), columns)
 
     def register(self, engine: Engine, name: str, columns: Sequence[str]) -> None:
-        """Makes `rows` of these columns a view of the engine, which reads them as a stream."""
+        """Makes `rows` a view of the engine, with these of the columns that features have."""
         location = self._location()
-        if _Table.exists(location):
-            _Table.open(location, FEATURES).register(engine, name, ("key", "shard"), columns)
-        else:
-            engine.register(name, FEATURES.empty_table().select(list(columns)))
+        if not _Table.exists(location):
+            engine.register(name, schema.FEATURES.empty_table().select(list(columns)))
+            return
+        table = _Table.open(location, FEATURES)
+        form = earlier_features(self.url, self.extractor)
+
+        def scan(names: Sequence[str]) -> Scan:
+            fields = pa.schema([schema.FEATURES.field(name) for name in names])
+
+            def batches() -> Iterator[pa.RecordBatch]:
+                for batch in table._scan(sorted(form.columns_of(names))):
+                    yield from form.converted(pa.table(batch), fields).to_batches()
+
+            return Scan(lambda: pa.RecordBatchReader.from_batches(fields, batches()))
+
+        engine.register_newest(name, scan, ("key", "shard"), columns)
+
+    def digest(self) -> str:
+        """Returns what is the same at two times only if the rows are the same."""
+        location = self._location()
+        if not _Table.exists(location):
+            return "none"
+        return _Table.open(location, FEATURES).digest()
 
     def rejects(self) -> pa.Table:
         """Returns key, shard, reason and detail of the images without a feature."""
@@ -391,6 +417,11 @@ class _Table:
         names = self.schema.names if columns is None else list(columns)
         rows = self._read(sorted({*names, *identity, "sequence"}))
         return _newest(rows, identity).select(names)
+
+    def digest(self) -> str:
+        # A file has a name that no other ever had, and is never written again.
+        names = sorted(uri.rsplit("/", 1)[-1] for uri in self._delta.file_uris())
+        return xxhash.xxh3_64_hexdigest("\n".join(names).encode())
 
     def register(
         self, engine: Engine, name: str, identity: Sequence[str], columns: Sequence[str]

@@ -81,14 +81,6 @@ class FeaturePart(msgspec.Struct, frozen=True):
     offset: int
     size: int
 
-    @property
-    def suffix(self) -> str:
-        """The suffix of the sidecar's member."""
-        return PART_SUFFIXES.get(self.name, f"{self.name}.npy")
-
-
-PART_SUFFIXES = {"values": "npy", "segments": "segments.json"}  # the others': `boxes.npy`
-
 
 class FeatureRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What an extractor has made of a sample's image, or why it could make nothing."""
@@ -100,6 +92,11 @@ class FeatureRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: Reason | None = None  # of an image that the extractor could make nothing of
     detail: str = ""
     sequence: int = -1
+
+
+def part_suffix(name: str) -> str:
+    """Returns the suffix that a part's member has in the sidecar."""
+    return {"values": "npy", "segments": "segments.json"}.get(name, f"{name}.npy")
 
 
 def arrow_schema(struct: type[msgspec.Struct]) -> pa.Schema:
@@ -181,6 +178,12 @@ def part_places(parts: pa.ChunkedArray, name: str) -> tuple[Int64Array, Int64Arr
     return offsets, sizes
 
 
+def part_names(parts: pa.ChunkedArray) -> set[str]:
+    """Returns the names of the parts that any row has."""
+    each = pc.list_flatten(parts.combine_chunks())
+    return set(pc.unique(pc.struct_field(each, "name")).to_pylist())
+
+
 def foreign_tars(column: pa.ChunkedArray) -> tuple[list[ForeignTar], Int64Array]:
     """Returns the different tars of a column, sorted, and for each row the number of its tar.
 
@@ -201,6 +204,19 @@ def foreign_tars(column: pa.ChunkedArray) -> tuple[list[ForeignTar], Int64Array]
     place[order] = np.arange(len(tars))
     number[rows] = place[codes]
     return [tars[i] for i in order], number
+
+
+def matching_rows(rows: pa.Table, among: pa.Table, columns: Sequence[str]) -> Int64Array:
+    """Returns for each row the number of one that is alike in these columns, or -1.
+
+    Arrow's own join takes no columns of lists or structs along.
+    """
+    names = list(columns)
+    both = pa.concat_tables([among.select(names), rows.select(names)])
+    codes = row_codes(both, names)
+    place = np.full(int(codes.max(initial=-1)) + 1, -1)
+    place[codes[: among.num_rows]] = np.arange(among.num_rows)
+    return place[codes[among.num_rows :]]
 
 
 def row_codes(rows: pa.Table, columns: Sequence[str]) -> Int64Array:

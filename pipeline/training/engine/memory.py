@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pipeline.training.config import TrainingConfig
 from pipeline.training.engine.async_io import is_swapped
-from pipeline.training.engine.engine import engine_config
+from pipeline.training.engine.deepspeed_config import engine_config
 from pipeline.training.spec import Environment
 
 FP32_BYTES = 4

@@ -16,8 +16,9 @@ from torch import nn
 
 from pipeline.errors import ConfigError
 from pipeline.training.assembly import Assembly
-from pipeline.training.engine.engine import Engine, require_swapping
+from pipeline.training.engine.engine import Engine
 from pipeline.training.engine.memory import state_bytes
+from pipeline.training.engine.requirements import require_swapping
 from pipeline.training.spec import Environment, TrainingSpec
 from pipeline.training.tracking.metrics_log import read_metrics
 from tests.training.engine.test_engine import advance

@@ -43,7 +43,7 @@ from pipeline.training.engine.optimizer import freeze
 from pipeline.training.engine.requirements import require_swapping
 from pipeline.training.feed.micro_batch import MicroBatch
 from pipeline.training.launch.launch import launch_all
-from pipeline.training.spec import Environment, TrainingSpec
+from pipeline.training.spec import RankContext, TrainingSpec
 from pipeline.vision.extractors.live import backbone_config
 
 FOLDER = "check"  # RUN/check, while it lasts
@@ -64,9 +64,9 @@ class Machine:
     workers: int
 
     @property
-    def rank(self) -> Environment:
+    def rank(self) -> RankContext:
         """One of its ranks."""
-        return Environment(0, self.workers, 0, self.device)
+        return RankContext(0, self.workers, 0, self.device)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from pipeline.training.feed.device_feed import device_feed
 from pipeline.training.feed.micro_batch import MicroBatch
 from pipeline.training.lease import IsLost, only_writer
 from pipeline.training.result import finished_result, write_result
-from pipeline.training.spec import Environment, TrainingResult, TrainingSpec, training_key
+from pipeline.training.spec import RankContext, TrainingResult, TrainingSpec, training_key
 from pipeline.training.stop_request import StopRequest
 from pipeline.training.tracking.meter import Meter
 from pipeline.training.tracking.metrics_log import MetricsLog, Stretch, last_loss
@@ -57,7 +57,7 @@ _EVALUATED = {
 
 def train(
     spec: TrainingSpec,
-    environment: Environment,
+    rank_context: RankContext,
     assembled: Callable[[TrainingSpec], Assembly] = assemble,
 ) -> TrainingResult:
     """Trains to the end, or to a requested stop, from the newest checkpoint if there is one.
@@ -73,10 +73,10 @@ def train(
     if finished is not None:
         return finished
     with contextlib.ExitStack() as stack:
-        is_first = environment.rank == 0
+        is_first = rank_context.rank == 0
         is_lost = stack.enter_context(only_writer(spec.folder)) if is_first else _never
         dist.barrier()  # the others touch nothing before the folder is ours
-        return _Run(spec, environment, assembled, is_lost).run()
+        return _Run(spec, rank_context, assembled, is_lost).run()
 
 
 def _never() -> bool:
@@ -97,14 +97,14 @@ class _Run:
     def __init__(
         self,
         spec: TrainingSpec,
-        environment: Environment,
+        rank_context: RankContext,
         assembled: Callable[[TrainingSpec], Assembly],
         is_lost: IsLost,
     ) -> None:
         self.spec = spec
         self.config = spec.training
-        self.environment = environment
-        self.is_first = environment.rank == 0
+        self.rank_context = rank_context
+        self.is_first = rank_context.rank == 0
         self.is_lost = is_lost
         self.stop = StopRequest(spec.folder)
         self.assembled = assembled
@@ -117,7 +117,7 @@ class _Run:
         writer = checkpoint.Writer(
             reproducibility_key=spec.reproducibility_key(),
             zero_stage=self.config.zero_stage,
-            precision=self.config.resolved_precision(environment.device),
+            precision=self.config.resolved_precision(rank_context.device),
         )
         self.manager = CheckpointManager(self.checkpoints, self.config, writer, self._event)
 
@@ -145,7 +145,7 @@ class _Run:
                 loss = last_loss(self.spec.folder) if self.is_first else math.nan
                 return TrainingResult("stopped", step, config.steps, loss, None)
             result = write_result(
-                self.spec, self.environment, self.assembly, self.engine, self.run_state, step
+                self.spec, self.rank_context, self.assembly, self.engine, self.run_state, step
             )
             self._event("finished", step=step, best_step=self.run_state.best_step)
             return result
@@ -208,7 +208,7 @@ class _Run:
         self.engine = Engine(
             self.assembly.module,
             self.config,
-            self.environment,
+            self.rank_context,
             step,
             read,
             skipped=self.run_state.skipped,
@@ -217,9 +217,9 @@ class _Run:
 
     def _steps(self, start: int) -> tuple[int, bool]:
         """Trains from `start` on; returns the last step, and whether a stop was requested."""
-        config, environment = self.config, self.environment
-        source = self.assembly.batches(start, environment.rank, environment.world_size)
-        meter = Meter(self.device_flops and self.device_flops * environment.world_size)
+        config, rank_context = self.config, self.rank_context
+        source = self.assembly.batches(start, rank_context.rank, rank_context.world_size)
+        meter = Meter(self.device_flops and self.device_flops * rank_context.world_size)
         step = start
         device, dtype = self.engine.device, self.engine.dtype
         with device_feed(source, config.loading.prefetch_steps, device, dtype) as take:
@@ -228,7 +228,7 @@ class _Run:
                 began = time.perf_counter()
                 batches = take()
                 wait_seconds = time.perf_counter() - began
-                torch.manual_seed(step_seed(self.spec.seed, step, environment.rank))
+                torch.manual_seed(step_seed(self.spec.seed, step, rank_context.rank))
                 engine = self.engine
                 rate = engine.learning_rate()
                 shares = self._shares(batches.on_host)
@@ -272,8 +272,8 @@ class _Run:
 
         A rank whose share of the global batch is larger than another's counts for more than one.
         """
-        world_size, whole = self.environment.world_size, self.config.global_batch_size
-        share = len(self.config.share(self.environment.rank, world_size)) * world_size / whole
+        world_size, whole = self.rank_context.world_size, self.config.global_batch_size
+        share = len(self.config.share(self.rank_context.rank, world_size)) * world_size / whole
         counts = [batch.num_samples for batch in micro_batches]
         return [share * count / sum(counts) for count in counts]
 
@@ -303,7 +303,7 @@ class _Run:
         """Returns what rank 0 found, on every rank."""
         assert self.evaluate is not None
         with self.engine.evaluating(self.config.model_weights == "average") as module:
-            found = [self.evaluate(module, self.environment)]
+            found = [self.evaluate(module, self.rank_context)]
         dist.broadcast_object_list(found)
         return dict(found[0])
 
@@ -313,10 +313,10 @@ class _Run:
             return None
         if self.spec.device_flops is not None:
             return self.spec.device_flops
-        if not self.environment.device.startswith("cuda"):
+        if not self.rank_context.device.startswith("cuda"):
             return None
-        precision = self.config.resolved_precision(self.environment.device)
-        return peak_flops(torch.cuda.get_device_name(self.environment.device), precision)
+        precision = self.config.resolved_precision(self.rank_context.device)
+        return peak_flops(torch.cuda.get_device_name(self.rank_context.device), precision)
 
     def _flops(self, micro_batches: Sequence[MicroBatch]) -> float:
         if self.device_flops is None or self.assembly.flops is None:
@@ -335,7 +335,7 @@ class _Run:
         else:
             self.manager.finish()  # what came before is whole
             steps = checkpoint.steps_in(self.checkpoints)
-            advice = non_finite.advice(self.spec, self.environment.device, steps)
+            advice = non_finite.advice(self.spec, self.rank_context.device, steps)
             raise TrainingError(
                 f"{self.spec.phase}, step {step}, {fault}{reaction.because}; {advice}"
             )
@@ -374,11 +374,11 @@ class _Run:
             "resumed" if start else "started",
             step=start,
             steps=self.config.steps,
-            world_size=self.environment.world_size,
-            device=self.environment.device,
+            world_size=self.rank_context.world_size,
+            device=self.rank_context.device,
             engine=self.engine.config,
         )
-        before, now = self.ranks_before, self.environment.world_size
+        before, now = self.ranks_before, self.rank_context.world_size
         if before not in (None, now):
             self._event(
                 "ranks-changed",

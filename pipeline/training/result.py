@@ -16,7 +16,7 @@ from pipeline.training.checkpoints import checkpoint
 from pipeline.training.checkpoints.run_state import RunState
 from pipeline.training.continuation import changed
 from pipeline.training.engine.engine import Engine
-from pipeline.training.spec import Environment, TrainingResult, TrainingSpec, training_key
+from pipeline.training.spec import RankContext, TrainingResult, TrainingSpec, training_key
 from pipeline.training.tracking.metrics_log import last_loss
 
 RESULT = "result.json"
@@ -48,7 +48,7 @@ def finished_result(spec: TrainingSpec) -> TrainingResult | None:
 
 def write_result(
     spec: TrainingSpec,
-    environment: Environment,
+    rank_context: RankContext,
     assembly: Assembly,
     engine: Engine,
     run_state: RunState,
@@ -62,7 +62,7 @@ def write_result(
     best = run_state.best_step
     chosen = best if spec.training.evaluation.restore_best and best is not None else step
     ema = spec.training.model_weights == "average"
-    is_first = environment.rank == 0
+    is_first = rank_context.rank == 0
     if chosen == step:
         weights = engine.weights(ema)
     else:

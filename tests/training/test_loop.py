@@ -22,7 +22,7 @@ from pipeline.training.engine.engine import Engine
 from pipeline.training.engine.schedule import rate_factor
 from pipeline.training.loop import step_seed, train
 from pipeline.training.result import finished_result
-from pipeline.training.spec import Environment, TrainingSpec
+from pipeline.training.spec import RankContext, TrainingSpec
 from pipeline.training.stop_request import clear_stop, request_stop
 from pipeline.training.tracking.metrics_log import read_metrics, read_stretches
 from tests.training.stand_in import (
@@ -40,7 +40,7 @@ from tests.training.stand_in import (
     without_dropout,
 )
 
-HERE = Environment(rank=0, world_size=1, local_rank=0, device="cpu")
+HERE = RankContext(rank=0, world_size=1, local_rank=0, device="cpu")
 CLOCKS = ("samples_per_second", "tokens_per_second", "data_wait_fraction", "time")
 
 
@@ -219,7 +219,7 @@ def test_an_averaged_and_evaluated_run_resumes_bit_by_bit(
 
 
 def refused(rank: int, spec: TrainingSpec, match: str) -> None:
-    here = Environment(rank, torch.distributed.get_world_size(), rank, "cpu")
+    here = RankContext(rank, torch.distributed.get_world_size(), rank, "cpu")
     with pytest.raises(CheckpointError, match=match):
         train(spec, here, stand_in)
 

@@ -21,7 +21,7 @@ from pipeline.scratch import scratch_folder
 from pipeline.training.launch.failures import in_one_sentence, refusal
 from pipeline.training.launch.phases import Assembled, results_of, timeout_seconds, train_each
 from pipeline.training.launch.process_group import join_group, open_store
-from pipeline.training.spec import Environment, TrainingResult, TrainingSpec
+from pipeline.training.spec import RankContext, TrainingResult, TrainingSpec
 from pipeline.training.stop_request import asked_to_leave
 
 SECONDS_BETWEEN_POLLS = 0.2  # of ranks that were asked to leave
@@ -160,11 +160,11 @@ def _on_ray_worker(config: dict[str, Any]) -> None:
     import ray.train.torch
 
     context = ray.train.get_context()
-    environment = Environment(
+    rank_context = RankContext(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         local_rank=context.get_local_rank(),
         device=str(ray.train.torch.get_device()),
     )
     specs = [TrainingSpec.model_validate(spec) for spec in config["specs"]]
-    train_each(specs, environment, config["assembled"])
+    train_each(specs, rank_context, config["assembled"])

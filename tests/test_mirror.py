@@ -13,6 +13,8 @@ THROUGH_OTHERS = {
     "data/manifest/earlier_form.py": "datasets of earlier releases: manifest",
     "data/manifest/index.py": "the index of a split: dataset",
     "data/manifest/schema.py": "the columns of the manifest: manifest",
+    "data/manifest/table.py": "a table of the manifest: manifest",
+    "data/manifest/versions.py": "the versions of a manifest: manifest, retention",
     "data/media/unpacking.py": "one limit: frame_zip, dicom_file",
     "data/read/features.py": "the arrays of a split: dataset, sidecar_layout",
     "data/read/rows.py": "the rows of a split: dataset",

@@ -9,6 +9,7 @@ THROUGH_OTHERS = {
     "benchmarks/base.py": "an interface: its implementations",
     "data/ingest/comparison.py": "the comparison of a listing with a manifest: ingest",
     "data/ingest/ingest_plan.py": "the plan that ingest carries out: ingest",
+    "data/ingest/listing_spool.py": "the listing on its way to the disk: listing",
     "data/ingest/outcome.py": "a type without code: ingest",
     "data/manifest/earlier_form.py": "datasets of earlier releases: manifest",
     "data/manifest/index.py": "the index of a split: dataset",

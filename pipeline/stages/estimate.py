@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.training.spec import Environment
+from pipeline.training.spec import RankContext
 
 STAGES = (0, 1, 2, 3)
 GB = 1e9
@@ -24,9 +24,9 @@ class Machine:
     workers: int
 
     @property
-    def rank(self) -> Environment:
+    def rank(self) -> RankContext:
         """One of its ranks."""
-        return Environment(0, self.workers, 0, self.device)
+        return RankContext(0, self.workers, 0, self.device)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pipeline.stages.estimate import Report
 from pipeline.stages.preflight import small_validation
 from pipeline.stages.run import run_stages
 from pipeline.stages.train import DataInputs
-from tests.stages.test_run import small
+from tests.stages.small_recipe import small
 
 QUIET = Console(stderr=True, quiet=True)
 

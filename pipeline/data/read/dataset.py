@@ -70,17 +70,14 @@ class Dataset:
 
         Two versions have the same if they have the same keys, splits, images to the byte, and
         texts. Where samples lie is no part of it, so that `compact` does not change it, but does
-        change the order of training: a run that goes on needs its version. Of a source whose
-        fingerprints do not tell texts from images, an image's new date counts as new texts.
+        change the order of training: a run that goes on needs its version.
         """
-        samples = self._manifest.samples(("key", "split", "digest", "fingerprint"))
+        samples = self._manifest.samples(("key", "split", "digest", "texts_fingerprint"))
         if split is not None:
             samples = samples.filter(pc.equal(samples["split"], split))
         samples = samples.sort_by("key")
-        texts = pc.replace_substring_regex(samples["fingerprint"], "^[^-]*-", "")
-        lines = pc.binary_join_element_wise(
-            samples["key"], samples["split"], samples["digest"], texts, "\n", "\t"
-        )
+        columns = (samples[name] for name in ("key", "split", "digest", "texts_fingerprint"))
+        lines = pc.binary_join_element_wise(*columns, "\n", "\t")
         digest = xxhash.xxh3_128()
         for start in range(0, len(lines), _KEYS_AT_ONCE):
             digest.update("".join(lines.slice(start, _KEYS_AT_ONCE).to_pylist()).encode())

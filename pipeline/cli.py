@@ -664,6 +664,7 @@ BENCH_VERBS = {
     "loader": "Read features and images beside the machine's limit, webdataset and litdata.",
     "extract": "Compute features beside the network's bare forward pass and Ray Data.",
     "model": "Train and write beside transformers' models: times, ratios, and what makes them.",
+    "scale": "Open and re-ingest datasets of two sizes: what follows shards, what samples.",
     "train": "Train beside a bare torch loop: steps, start-up, two workers, a checkpoint's cost.",
 }
 
@@ -690,7 +691,7 @@ def _add_bench_verb(name: str, description: str) -> None:
             typer.echo(config.to_yaml(resolved), nl=False)
             return
         output = console if as_json else Console(markup=False)
-        result = bench.run(resolved, lambda comparison: comparison.print(output))
+        result = bench.run(resolved, lambda table: table.print(output))
         if as_json:
             typer.echo(json.dumps(result.to_json(), ensure_ascii=False))
         else:

@@ -18,8 +18,8 @@ from pipeline.report.colours import colour_layer, principal_colours
 from pipeline.report.curves import spread
 from pipeline.report.detections import Found, found
 from pipeline.report.heat import Heat, heat
+from pipeline.report.inline_image import InlineImage, inline_image, shared_ratio, shrink, still
 from pipeline.report.page import render
-from pipeline.report.picture import Picture, picture, shared_ratio, shrink, still
 from pipeline.vision.extractors.network import NetworkConfig
 from pipeline.vision.extractors.registry import settings_of
 from pipeline.vision.preprocess.video import has_frames, read_frames
@@ -62,7 +62,7 @@ class Shown:
     key: str
     split: str
     row: int
-    picture: Picture
+    picture: InlineImage
     texts: Texts
     questions: tuple[tuple[str, str], ...]  # question, and its answers with their counts
     heat: Heat | None
@@ -158,7 +158,7 @@ def _shown(
 class Still:
     """What is shown of a sample, and, of a video, which of its extractor's frames that is."""
 
-    picture: Picture
+    picture: InlineImage
     frame: int | None = None
 
 
@@ -180,8 +180,8 @@ def _still(image: bytes, card: ExtractorCard | None) -> Still:
         window = settings.window if isinstance(settings.window, Window) else None
     if rule and has_frames(image):
         frames = read_frames(image, rule, window or "stored")
-        return Still(picture(shrink(frames[len(frames) // 2][1])), len(frames) // 2)
-    return Still(picture(shrink(still(image, window or "stored"))))
+        return Still(inline_image(shrink(frames[len(frames) // 2][1])), len(frames) // 2)
+    return Still(inline_image(shrink(still(image, window or "stored"))))
 
 
 def _seen(split: Split, row: int, shown: Still) -> Seen:

@@ -22,7 +22,7 @@ from pipeline.report.examples import (
     attention_over_regions,
     write_gallery,
 )
-from pipeline.report.picture import thumbnail
+from pipeline.report.inline_image import thumbnail
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, once
 from pipeline.stages.train import DataInputs

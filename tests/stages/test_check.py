@@ -120,7 +120,7 @@ def test_what_the_device_cannot_hold_is_refused_with_what_would_fit(
 
 
 def test_checkpoints_that_would_fill_the_disk_are_refused(extracted: Path) -> None:
-    with pytest.raises(ConfigError, match="smaller keep_checkpoints"):
+    with pytest.raises(ConfigError, match=r"smaller checkpoints\.keep_last"):
         looked_at(extracted, "training.finetune.checkpoints.keep_last=1000000000")
 
 

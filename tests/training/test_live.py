@@ -141,7 +141,7 @@ def test_a_saved_model_holds_its_backbone_and_is_fine_tuned_with_it(
     (stored,) = extractor.extract([extractor.prepare(jpeg(0))])
     live = LiveConfig(images=ImageConfig(size=32), grid=spec.live.grid, patches=False)  # type: ignore[union-attr]
     with torch.no_grad():
-        pixels = torch.from_numpy(live_features(jpeg(0), live).values)
+        pixels = torch.from_numpy(live_features(jpeg(0), live).pixels)
         found = folder.model.get_submodule("backbone")(pixels)[0].numpy()
     np.testing.assert_allclose(found, stored.values, atol=0.03 * np.abs(stored.values).max())
 
@@ -199,9 +199,10 @@ def test_pictures_are_varied_in_training_and_not_where_they_are_held_out(
     (batch, *_), *_ = assemble(spec).batches(0, 0, 1)
     again: Any
     (again, *_), *_ = assemble(spec).batches(0, 0, 1)
-    seen = batch.streams["captions-full"].inputs.features
-    assert torch.equal(seen, again.streams["captions-full"].inputs.features)
-    pictures = whole.features(np.arange(whole.num_samples)).values
+    seen = batch.streams["captions-full"].inputs.pixels
+    assert torch.equal(seen, again.streams["captions-full"].inputs.pixels)
+    pictures = whole.features(np.arange(whole.num_samples)).pixels
+    assert pictures is not None
     assert not any(np.array_equal(seen[0], picture) for picture in pictures)
     steps = {}
     for name, live in (("varied", spec.live), ("whole", spec.live.whole())):

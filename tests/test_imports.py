@@ -55,6 +55,7 @@ ORDER: dict[str, list[str]] = {
         "table",
         "features",
         "manifest",
+        "content",
         "index",
         "index_build",
         "retention",

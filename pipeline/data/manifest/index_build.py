@@ -2,7 +2,10 @@
 
 import contextlib
 import fcntl
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,6 +31,7 @@ from pipeline.data.manifest.index import (
 )
 from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.manifest.schema import State
+from pipeline.data.manifest.versions import Kept
 from pipeline.errors import StorageError
 
 _COLUMNS = (
@@ -204,11 +208,61 @@ def _published(folder: str, name: str) -> Iterator[BinaryIO]:
         yield file
 
 
+@dataclass(frozen=True)
+class IndexName:
+    """What an index was made of, as its folder has it."""
+
+    version: int
+    rows: str  # digest of the table's files
+    extractor: str = ""
+    features: str = ""  # digest of its table's files
+
+    @classmethod
+    def of(cls, manifest: Manifest, extractor: str | None) -> "IndexName":
+        """Returns the name of a version's index."""
+        if extractor is None:
+            return cls(manifest.version, manifest.digest())
+        features = manifest.features(extractor).digest()
+        return cls(manifest.version, manifest.digest(), extractor, features)
+
+    @classmethod
+    def parse(cls, folder: str) -> "IndexName | None":
+        """Returns the name that a folder has, or None of something else."""
+        found = _NAME.fullmatch(folder)
+        if found is None:
+            return None
+        version, rows, features, extractor = found.groups()
+        return cls(int(version), rows, extractor or "", features or "")
+
+    def __str__(self) -> str:
+        name = f"{self.version:08d}-{self.rows}"
+        return f"{name}-{self.features}-{self.extractor}" if self.extractor else name
+
+
+_NAME = re.compile(r"(\d{8,})-([0-9a-f]{16})(?:-([0-9a-f]{16}|none)-(.+))?")
+
+
+def remove_unused_indexes(manifest: Manifest, kept: Kept, since: datetime) -> None:
+    """Removes indexes of versions that are not kept, and of features as they no longer are.
+
+    Those that were made `since` a time stay. What is removed and asked for again is made again.
+    """
+    folder = index_folder(manifest.url)
+    features = {name: manifest.features(name).digest() for name in manifest.extractors()}
+    for entry in storage.list_names(folder):
+        name = IndexName.parse(entry)
+        if name is None:
+            continue
+        if name.version in kept and features.get(name.extractor, "") == name.features:
+            continue
+        status = storage.file_status(storage.join(folder, entry, "index.json"))
+        if status is None or status.modified < since.timestamp():
+            storage.remove(storage.join(folder, entry))
+
+
 def _folders(manifest: Manifest, extractor: str | None, cache: Path) -> tuple[str, str]:
     """Returns where an index may lie: beside the table, and on this machine."""
-    name = f"{manifest.version:08d}-{manifest.digest()}"
-    if extractor is not None:
-        name += f"-{manifest.features(extractor).digest()}-{extractor}"
+    name = str(IndexName.of(manifest, extractor))
     dataset = xxhash.xxh3_64_hexdigest(storage.absolute(manifest.url).encode())
     return storage.join(index_folder(manifest.url), name), str(cache / "index" / dataset / name)
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
-import xxhash
 
 from pipeline import storage
+from pipeline.data.manifest.content import kept_content
 from pipeline.data.manifest.index import Index
 from pipeline.data.manifest.index_build import open_index, remake_index
 from pipeline.data.manifest.manifest import Manifest
@@ -26,8 +25,6 @@ from pipeline.data.sample import Texts
 from pipeline.data.tars.members import Int64Array, Members
 from pipeline.data.tars.shard_files import CACHE_SIZE_BYTES, ShardFiles, default_cache
 from pipeline.errors import FeatureError, ManifestError, ShardError
-
-_KEYS_AT_ONCE = 100_000
 
 
 class Dataset:
@@ -72,16 +69,7 @@ class Dataset:
         texts. Where samples lie is no part of it, so that `compact` does not change it, but does
         change the order of training: a run that goes on needs its version.
         """
-        samples = self._manifest.samples(("key", "split", "digest", "texts_fingerprint"))
-        if split is not None:
-            samples = samples.filter(pc.equal(samples["split"], split))
-        samples = samples.sort_by("key")
-        columns = (samples[name] for name in ("key", "split", "digest", "texts_fingerprint"))
-        lines = pc.binary_join_element_wise(*columns, "\n", "\t")
-        digest = xxhash.xxh3_128()
-        for start in range(0, len(lines), _KEYS_AT_ONCE):
-            digest.update("".join(lines.slice(start, _KEYS_AT_ONCE).to_pylist()).encode())
-        return digest.hexdigest()
+        return kept_content(self._manifest, split, self._index(None).folder)
 
     def split(self, name: str, features: str | LiveConfig | None = None) -> "Split":
         """Opens a split, with the features of an extractor if its folder is named.

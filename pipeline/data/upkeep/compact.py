@@ -16,6 +16,7 @@ from itertools import islice
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.data.manifest.index_build import remove_unused_indexes
 from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.manifest.retention import DEFAULT_RETENTION, Retention, needed_by
 from pipeline.data.tars.shard import shard_location, sidecar_location
@@ -135,6 +136,7 @@ def _remove_unused(manifest: Manifest, retention: Retention) -> list[int]:
             removed.append(status.size_bytes)
     for extractor in manifest.extractors():
         manifest.features(extractor).remove_unused_files(retention.min_age_hours)
+    remove_unused_indexes(manifest, kept, since)
     return removed
 
 

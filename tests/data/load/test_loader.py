@@ -12,6 +12,7 @@ from pipeline.data.load.loader import Batch, BatchConfig, Loader, eval_batches
 from pipeline.data.load.order import Order
 from pipeline.data.media.augmentation import AugmentConfig
 from pipeline.data.read.dataset import Dataset, Reading, Split, TextKind
+from pipeline.data.read.features import FeatureBatch
 from pipeline.data.read.images import ImageConfig, LiveConfig, live_features
 from pipeline.data.read.rows import Rows
 from pipeline.errors import ConfigError, ShardError
@@ -54,12 +55,17 @@ def fingerprints(batch: Batch) -> list[tuple[object, ...]]:
             batch.texts[i],
             int(batch.text_index[i]),
             batch.distractors[i] if batch.distractors else None,
-            batch.features.values[i].tobytes(),
+            seen_of(batch.features)[i].tobytes(),
             batch.features.boxes[i].tobytes(),
             float(batch.rng(i, 3).random()),
         )
         for i in range(len(batch.keys))
     ]
+
+
+def seen_of(features: FeatureBatch) -> np.ndarray:
+    """What a model sees of the images: their features, or their pixels."""
+    return features.values if features.pixels is None else features.pixels
 
 
 def seen(loader: Loader, start: int, stop: int, world_size: int, micro: int) -> list[object]:
@@ -354,7 +360,7 @@ def pictures(
     loader = Loader(split, order, global_batch_size=12, seed=seed, threads=threads)
     ranks = [loader.batches(start, stop, rank, world_size, micro) for rank in range(world_size)]
     return [
-        (batch.keys[i].encode(), batch.features.values[i].tobytes())
+        (batch.keys[i].encode(), seen_of(batch.features)[i].tobytes())
         for shares in zip(*ranks, strict=True)
         for share in shares
         for batch in share
@@ -386,9 +392,9 @@ def test_an_evaluation_of_a_live_split_sees_whole_pictures(photographs: Split) -
     whole = Dataset.open(photographs.url).split("train", AUGMENTED.whole())
     for batch in eval_batches(whole, "captions", 5):
         assert batch.features is not None
-        for row, values in zip(batch.rows.tolist(), batch.features.values, strict=True):
+        for row, pixels in zip(batch.rows.tolist(), seen_of(batch.features), strict=True):
             expected = live_features(whole.image(row), AUGMENTED)
-            np.testing.assert_array_equal(values, expected.values[0])
+            np.testing.assert_array_equal(pixels, seen_of(expected)[0])
 
 
 def test_shards_of_images_are_fetched_where_pictures_are_read(
@@ -401,7 +407,7 @@ def test_shards_of_images_are_fetched_where_pictures_are_read(
     loader = Loader(split, order, global_batch_size=4, seed=SEED)
     ((batch,),) = loader.batches(0, 1, 0, 1, 4)
     assert batch.features is not None
-    assert batch.features.values.shape == (4, 2 * 3, 12 * 12 * 3 // (2 * 3))
+    assert seen_of(batch.features).shape == (4, 12, 12, 3)
     assert len(cached(tmp_path)) == 1
 
 

@@ -12,10 +12,12 @@ from pipeline import storage
 from pipeline.data.manifest import index_build
 from pipeline.data.manifest.engine import Engine
 from pipeline.data.manifest.index import ROW_NUMBERS, DamagedIndexError, Index
-from pipeline.data.manifest.index_build import build_index, open_index
+from pipeline.data.manifest.index_build import IndexName, build_index, open_index
 from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.retention import Retention
 from pipeline.data.read.dataset import Dataset
-from tests.data.tiny_dataset import EXTRACTOR, make_dataset, make_texts
+from pipeline.data.upkeep.compact import compact
+from tests.data.tiny_dataset import EXTRACTOR, grid_values, make_dataset, make_texts
 
 FILES = ("files.arrow", "index.json", "rows.arrow", "shards.arrow")
 
@@ -207,3 +209,24 @@ def test_an_empty_dataset_has_an_index_without_shards(tmp_path: Path) -> None:
     index = open_index(Manifest.create(str(tmp_path)), None, tmp_path / "cache")
     assert index.split_sizes() == {}
     shutil.rmtree(index.folder)
+
+
+def test_compact_removes_the_indexes_of_dropped_versions_and_of_features_that_were(
+    tmp_path: Path,
+) -> None:
+    url = str(tmp_path)
+    written = make_dataset(url)
+    old = Dataset.open(url)
+    old.split("train", EXTRACTOR)
+    old.content("train")
+    shard = written.add_shard("train", [50, 51])
+    Dataset.open(url).split("train")
+    written.add_features(shard, grid_values)
+    Dataset.open(url).split("train", EXTRACTOR)
+    assert len(indexes(tmp_path)) == 4
+    compact(url)  # all are recent
+    assert len(indexes(tmp_path)) == 4
+    compact(url, Retention(last_versions=1, min_age_hours=0))
+    names = [IndexName.parse(path.name) for path in indexes(tmp_path)]
+    assert [(name.version, name.extractor) for name in names if name] == [(8, ""), (8, EXTRACTOR)]
+    assert Dataset.open(url).split("train", EXTRACTOR).num_samples == 25

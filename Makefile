@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart fast test lint clean
+.PHONY: quickstart fast test lint reference clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/sightline run jobs/recipes/quickstart.yaml
@@ -29,6 +29,9 @@ $(VENV)/installed: pyproject.toml
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
+
+reference: $(VENV)/installed
+	$(BIN)/python -c 'from pipeline.reference import page; print(page(), end="")' > docs/recipe.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -67,6 +67,12 @@ Overrides = Annotated[
 PrintRecipe = Annotated[
     bool, typer.Option("--print-recipe", help="Print the resolved recipe and do nothing.")
 ]
+Explain = Annotated[
+    bool,
+    typer.Option(
+        "--explain", help="With --print-recipe: what each key means and may be, as comments."
+    ),
+]
 FromCheckpoint = Annotated[
     bool,
     typer.Option(
@@ -164,9 +170,10 @@ def _add_stage_verb(name: str, description: str) -> None:
         recipe: RecipePath,
         overrides: Overrides = None,
         print_recipe: PrintRecipe = False,
+        explain: Explain = False,
         as_json: AsJson = False,
     ) -> None:
-        _run_stages(name, recipe, overrides or [], print_recipe, as_json)
+        _run_stages(name, recipe, overrides or [], _printed(print_recipe, explain), as_json)
 
     @reported
     def ingest(
@@ -174,11 +181,11 @@ def _add_stage_verb(name: str, description: str) -> None:
         overrides: Overrides = None,
         allow_removals: AllowRemovals = False,
         print_recipe: PrintRecipe = False,
+        explain: Explain = False,
         as_json: AsJson = False,
     ) -> None:
-        _run_stages(
-            name, recipe, overrides or [], print_recipe, as_json, allow_removals=allow_removals
-        )
+        printed = _printed(print_recipe, explain)
+        _run_stages(name, recipe, overrides or [], printed, as_json, allow_removals=allow_removals)
 
     @reported
     def train(
@@ -187,10 +194,11 @@ def _add_stage_verb(name: str, description: str) -> None:
         from_checkpoint: FromCheckpoint = False,
         restart: Restart = False,
         print_recipe: PrintRecipe = False,
+        explain: Explain = False,
         as_json: AsJson = False,
     ) -> None:
-        decision = _decision(from_checkpoint, restart)
-        _run_stages(name, recipe, overrides or [], print_recipe, as_json, decision)
+        decision, printed = _decision(from_checkpoint, restart), _printed(print_recipe, explain)
+        _run_stages(name, recipe, overrides or [], printed, as_json, decision)
 
     @reported
     def run(
@@ -200,10 +208,11 @@ def _add_stage_verb(name: str, description: str) -> None:
         restart: Restart = False,
         allow_removals: AllowRemovals = False,
         print_recipe: PrintRecipe = False,
+        explain: Explain = False,
         as_json: AsJson = False,
     ) -> None:
-        decision = _decision(from_checkpoint, restart)
-        _run_stages(name, recipe, overrides or [], print_recipe, as_json, decision, allow_removals)
+        decision, printed = _decision(from_checkpoint, restart), _printed(print_recipe, explain)
+        _run_stages(name, recipe, overrides or [], printed, as_json, decision, allow_removals)
 
     of_its_own: dict[str, Callable[..., None]] = {
         "run": run,
@@ -222,21 +231,32 @@ def _decision(from_checkpoint: bool, restart: bool) -> Decision:
     return "continue" if from_checkpoint else "restart" if restart else "refuse"
 
 
+def _printed(print_recipe: bool, explain: bool) -> Literal["no", "plain", "explained"]:
+    if explain and not print_recipe:
+        raise ConfigError("--explain says what --print-recipe prints: give both")
+    return "explained" if explain else "plain" if print_recipe else "no"
+
+
 def _run_stages(
     name: str,
     recipe: str,
     overrides: Sequence[str],
-    print_recipe: bool,
+    printed: Literal["no", "plain", "explained"],
     as_json: bool,
     decision: Decision = "refuse",
     allow_removals: bool = False,
 ) -> None:
     from pipeline import config
-    from pipeline.recipe import Recipe
+    from pipeline.recipe import load
 
-    resolved = config.load(Recipe, recipe, overrides)
-    if print_recipe:
+    resolved = load(recipe, overrides)
+    if printed == "explained":
+        from pipeline.reference import explained
+
+        typer.echo(explained(resolved), nl=False)
+    if printed == "plain":
         typer.echo(config.to_yaml(resolved), nl=False)
+    if printed != "no":
         return
     from pipeline.stages.changed import OnChange
     from pipeline.stages.run import STAGES, run_stages
@@ -306,11 +326,10 @@ def check(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fal
     Where the dataset and its features are there, a few real steps of each phase are timed on this
     machine. Settings that cannot work are refused.
     """
-    from pipeline import config
-    from pipeline.recipe import Recipe
+    from pipeline.recipe import load
     from pipeline.stages.check import check as check_recipe
 
-    report = check_recipe(config.load(Recipe, recipe, overrides or []), console)
+    report = check_recipe(load(recipe, overrides or []), console)
     if as_json:
         typer.echo(json.dumps(report.to_json(), ensure_ascii=False))
     else:
@@ -358,11 +377,10 @@ def submit(
     goes on. The cluster needs Sightline installed. Relative paths in the recipe are those of this
     folder, where the cluster's head is this machine; elsewhere use URLs.
     """
-    from pipeline import config
-    from pipeline.recipe import Recipe
+    from pipeline.recipe import load
     from pipeline.stages.submit import JobClient
 
-    resolved = config.load(Recipe, recipe, overrides or [])
+    resolved = load(recipe, overrides or [])
     client = JobClient(address)
     flag = {"continue": ["--from-checkpoint"], "restart": ["--restart"], "refuse": []}
     flags = flag[_decision(from_checkpoint, restart)]
@@ -646,6 +664,7 @@ BENCH_VERBS = {
     "loader": "Read features and images beside the machine's limit, webdataset and litdata.",
     "extract": "Compute features beside the network's bare forward pass and Ray Data.",
     "model": "Train and write beside transformers' models: times, ratios, and what makes them.",
+    "scale": "Open and re-ingest datasets of two sizes: what follows shards, what samples.",
     "train": "Train beside a bare torch loop: steps, start-up, two workers, a checkpoint's cost.",
 }
 
@@ -672,7 +691,7 @@ def _add_bench_verb(name: str, description: str) -> None:
             typer.echo(config.to_yaml(resolved), nl=False)
             return
         output = console if as_json else Console(markup=False)
-        result = bench.run(resolved, lambda comparison: comparison.print(output))
+        result = bench.run(resolved, lambda table: table.print(output))
         if as_json:
             typer.echo(json.dumps(result.to_json(), ensure_ascii=False))
         else:

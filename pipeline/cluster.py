@@ -7,13 +7,14 @@ import secrets
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from pipeline import ray_2_60
 from pipeline.config import Config
 from pipeline.errors import ClusterError
 from pipeline.scratch import scratch_folder
@@ -193,7 +194,7 @@ def search_path() -> list[str]:
 
 _RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray looks at its ranks every two seconds; a start and an end wait for a few such looks.
+    # Ray polls its ranks every two seconds; a start and an end wait for a few such polls.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
@@ -217,22 +218,19 @@ def _start(num_cpus: int) -> None:
         token()
         use_token()
     import ray
-    from ray._private import ray_constants
 
-    # Ray read the environment when it was imported, which may have been before us.
     _tell_in_a_sentence()
-    ray_constants.ENABLE_RAY_CLUSTER = os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] != "0"
     try:
-        ray.init(
+        ray_2_60.init_on_loopback(
+            folder,
+            only_here=os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0",
             # Without it, init joins any cluster that happens to run on this machine.
             address="local",
             num_cpus=max(os.cpu_count() or 1, num_cpus),
             include_dashboard=False,
             logging_level="error",
             log_to_driver=False,
-            job_config=_job_config(),
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(folder),
+            job_config=ray_2_60.job_config(search_path()),
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise ClusterError(
@@ -256,43 +254,23 @@ def _make_token(folder: Path) -> None:
 def use_token() -> None:
     """Makes this process and those that it starts send the token."""
     os.environ["RAY_AUTH_MODE"] = "token"
-    if "ray" in sys.modules:  # which has read the environment by now
-        from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
-
-        RayConfig.initialize("")
-
-
-def _job_config() -> Any:
-    """Returns Ray's settings of this process as a driver, with the workers' search path."""
-    import ray
-
-    class SearchPath(list[str]):
-        def extend(self, _folders: object) -> None:
-            """Leaves out what Ray 2.60 adds: the working folder, and that of the script."""
-
-    settings = ray.job_config.JobConfig()
-    settings._py_driver_sys_path = SearchPath(reversed(search_path()))  # each is put before all
-    return settings
+    if "ray" in sys.modules:
+        ray_2_60.read_environment_again()
 
 
 def _tell_in_a_sentence() -> None:
-    """Has what Ray 2.60 tells a driver of its nodes said shortly, and once; logs have the rest.
-
-    By itself it prints, for each node that is lost, the end of a log with tables of its state.
-    """
-    from ray._private import worker
-
+    """Has what Ray tells a driver of its nodes said shortly, and once; logs have the rest."""
     told: set[str] = set()
 
-    def tell(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:  # noqa: ARG001
-        line = next(iter("".join(data["lines"]).strip().splitlines()), "")
+    def tell(lines: Sequence[str], logs: Path) -> None:
+        line = next(iter("".join(lines).strip().splitlines()), "")
         if "Raylet is terminated" in line:
             line = "a node of the cluster was lost; work of its processes is done again elsewhere"
         if line and line not in told:
             told.add(line)
-            connection.tell(f"{line} (Ray's logs: {worker._global_node.get_logs_dir_path()})")
+            connection.tell(f"{line} (Ray's logs: {logs})")
 
-    worker.print_to_stdstream = tell
+    ray_2_60.print_through(tell)
 
 
 def _join(address: str) -> str:
@@ -316,7 +294,10 @@ def _join(address: str) -> str:
     _tell_in_a_sentence()
     try:
         ray.init(
-            address=where, logging_level="error", log_to_driver=False, job_config=_job_config()
+            address=where,
+            logging_level="error",
+            log_to_driver=False,
+            job_config=ray_2_60.job_config(search_path()),
         )
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(f"cluster.address: cannot join {where}: {_first_line(error)}") from error
@@ -330,11 +311,7 @@ def _address_of_auto() -> str:
         if not _HOST_AND_PORT.fullmatch(found):
             raise ClusterError(f"cluster.address=auto takes RAY_ADDRESS={found!r}; {_ADDRESSES}")
         return found
-    from ray._private import services
-
-    services.find_gcs_addresses.cache_clear()
-    running = sorted(services.find_gcs_addresses())
-    current = services.find_bootstrap_address(None)
+    running, current = ray_2_60.addresses_on_this_machine()
     if current in running:
         return str(current)
     if len(running) > 1:
@@ -347,57 +324,46 @@ def _address_of_auto() -> str:
             "cluster.address=auto: no Ray runs on this machine; start one with `ray start --head`, "
             "or leave the address out for one of this command's own"
         )
-    return str(running[0])
+    return running[0]
 
 
 def _is_node(where: str) -> bool:
     """Tells whether this machine is a node of the cluster at an address."""
-    from ray._private.services import find_node_ids
-
-    return bool(probe(where) & set(find_node_ids()))
+    return bool(probe(where) & ray_2_60.nodes_on_this_machine())
 
 
 def probe(where: str) -> set[str]:
     """Returns the ids of the living nodes of the cluster at an address.
 
-    Ray itself waits ten minutes for a dead address, and prints a line a second for a wrong token.
+    Raises ClusterError, in seconds, if there is none that lets this process in.
     """
     import grpc
     import ray
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-    with init_grpc_channel(where, [("grpc.enable_http_proxy", 0)]) as channel:
-        nodes = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-        try:
-            alive = nodes.CheckAlive(
-                gcs_service_pb2.CheckAliveRequest(), timeout=SECONDS_TO_CONNECT
-            )
-            known = nodes.GetAllNodeInfo(
-                gcs_service_pb2.GetAllNodeInfoRequest(), timeout=SECONDS_TO_CONNECT
-            )
-        except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-                sent = "does not take the token it was given" if token() else "wants a token"
-                raise ClusterError(
-                    f"cluster.address: the Ray at {where} {sent}; {TOKEN_ADVICE}"
-                ) from error
-            reason = str(error.details()).rpartition("last error: ")[2]
-            if "http1" in reason:
-                raise ClusterError(
-                    f"cluster.address: what answers at {where} is a web page, as a dashboard's; "
-                    "give the port that `ray start --head` prints, which is 6379 unless chosen"
-                ) from error
+    try:
+        version, nodes = ray_2_60.ask_head(where, SECONDS_TO_CONNECT)
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            sent = "does not take the token it was given" if token() else "wants a token"
             raise ClusterError(
-                f"cluster.address: no Ray answers at {where} ({reason}); start one with "
-                "`ray start --head`, or leave the address out"
+                f"cluster.address: the Ray at {where} {sent}; {TOKEN_ADVICE}"
             ) from error
-    if alive.ray_version != ray.__version__:
+        reason = str(error.details()).rpartition("last error: ")[2]
+        if "http1" in reason:
+            raise ClusterError(
+                f"cluster.address: what answers at {where} is a web page, as a dashboard's; "
+                "give the port that `ray start --head` prints, which is 6379 unless chosen"
+            ) from error
         raise ClusterError(
-            f"cluster.address: the cluster at {where} has Ray {alive.ray_version}, and this "
+            f"cluster.address: no Ray answers at {where} ({reason}); start one with "
+            "`ray start --head`, or leave the address out"
+        ) from error
+    if version != ray.__version__:
+        raise ClusterError(
+            f"cluster.address: the cluster at {where} has Ray {version}, and this "
             f"process has {ray.__version__}; they must be equal"
         )
-    return {node.node_id.hex() for node in known.node_info_list if node.state == 0}
+    return nodes
 
 
 def _first_line(error: Exception) -> str:

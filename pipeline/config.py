@@ -116,12 +116,17 @@ def _group(config: type[Config], name: str) -> type[Config] | None:
 
 def load(config: type[ConfigT], location: str, overrides: Sequence[str] = ()) -> ConfigT:
     """Reads a YAML file, applies `dotted.key=value` overrides, and checks the result."""
+    return check(config, overridden(read(location), overrides), location)
+
+
+def read(location: str) -> dict[str, Any]:
+    """Returns the keys of a YAML file as plain data, or raises ConfigError."""
     document = _parsed(storage.read_bytes(location), location)
     if not isinstance(document, dict):
         raise ConfigError(
             f"{location}: expected a mapping of keys, found {type(document).__name__}"
         )
-    return check(config, overridden(document, overrides), location)
+    return document
 
 
 def check(config: type[ConfigT], document: Mapping[str, Any], where: str) -> ConfigT:

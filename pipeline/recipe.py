@@ -4,6 +4,7 @@ It is made of the small configs that live beside the code they steer; `--print-r
 every key with its default filled in.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
@@ -11,7 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_v
 from pipeline import storage
 from pipeline.benchmarks.benchmark import BenchmarksConfig
 from pipeline.cluster import ClusterConfig
-from pipeline.config import Config
+from pipeline.config import Config, as_now, check, overridden, read
 from pipeline.data.ingest.ingest import IngestConfig
 from pipeline.data.media.augmentation import AugmentConfig
 from pipeline.data.read.extractor_card import ExtractorCard
@@ -26,6 +27,7 @@ from pipeline.vision.extract import ExtractConfig
 from pipeline.vision.extractors.live import live_card, refusal
 from pipeline.vision.extractors.registry import AnyExtractor
 
+RECORD = "recipe.yaml"  # in the run's folder: the recipe as it was resolved
 # What the data decides; a recipe that sets them could only contradict it.
 _DERIVED_SIZES = ("vocab_size", "feature_dim", "num_answers")
 
@@ -161,7 +163,7 @@ class ModelPart(Config):
 
 
 class TrainingPart(Config):
-    """How the phases are trained. `blind_twin` trains the fine-tuned model again without images."""
+    """How the phases are trained."""
 
     pretrain: TrainingConfig | None = Field(
         default=None,
@@ -345,3 +347,21 @@ class Recipe(Config):
         return self.model_copy(
             update={"cluster": self.cluster.model_copy(update={"address": "auto", "runner": "ray"})}
         )
+
+
+def load(location: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe with overrides, or raises ConfigError.
+
+    RUN/recipe.yaml, which an earlier release may have written, is read by the keys it had.
+    """
+    document = read(location)
+    run = document.get("run")
+    is_record = isinstance(run, str) and storage.absolute(location) == storage.join(
+        storage.absolute(run), RECORD
+    )
+    if is_record and isinstance(document.get("training"), dict):
+        document["training"] = {
+            name: as_now(TrainingConfig, part) if isinstance(part, dict) else part
+            for name, part in document["training"].items()
+        }
+    return check(Recipe, overridden(document, overrides), location)

@@ -4,6 +4,7 @@ Tests have a home of their own, empty at the start, so that none depends on what
 user's or leaves something there.
 """
 
+import fcntl
 import os
 import shutil
 import socket
@@ -13,7 +14,9 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import IO
 
 import boto3
 import pytest
@@ -25,13 +28,36 @@ from tests.ray_head import RayHead
 pytest_plugins = ["tests.order", "tests.processes"]
 
 _home = pytest.StashKey[str]()
+_compiled = pytest.StashKey[IO[bytes]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_home] = home = tempfile.mkdtemp(prefix="sightline-home-")
-    os.environ["HOME"] = home
-    if not hasattr(config, "workerinput"):  # the processes of pytest-xdist compile what they share
-        os.environ["TORCH_EXTENSIONS_DIR"] = f"{home}/torch_extensions"
+    config.stash[_home] = os.environ["HOME"] = tempfile.mkdtemp(prefix="sightline-home-")
+    if not hasattr(config, "workerinput"):  # those of pytest-xdist take the folder from here
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(compiled_folder(config))
+
+
+def compiled_folder(config: pytest.Config) -> Path:
+    """Where DeepSpeed compiles what it swaps with, which takes minutes: a folder of pytest's cache.
+
+    One of this session's own if there is no cache, or another session is using it.
+    """
+    own = Path(config.stash[_home]) / "compiled"
+    cache: pytest.Cache | None = getattr(config, "cache", None)
+    if cache is None:
+        return own
+    with_what = "-".join(version(name) for name in ("torch", "deepspeed"))
+    folder = cache.mkdir(f"compiled-{sys.implementation.cache_tag}-{with_what}")
+    lock = (folder / "in-use").open("wb")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return own
+    config.stash[_compiled] = lock  # until this process ends, however it does
+    for left in folder.glob("*/lock"):  # of a session that was killed: torch would wait for it
+        left.unlink()
+    return folder
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -22,7 +22,7 @@ DISK_AND_OBJECT_STORE = ("disk", pytest.param("object store", marks=pytest.mark.
 EVENTS = frozenset(
     {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system"}
 )
-TOOLS = frozenset({"git", "rm", "tar", "uname"})  # of the system: they come back at once
+TOOLS = frozenset({"git", "numactl", "rm", "tar", "uname"})  # of the system: they come back at once
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

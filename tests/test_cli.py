@@ -54,7 +54,10 @@ def test_print_recipe_prints_the_resolved_recipe_and_does_nothing(
     monkeypatch.chdir(tmp_path)
     assert run_job(["run", QUICKSTART, "--print-recipe", "training.seed=7"]) == 0
     assert "seed: 7" in capsys.readouterr().out
+    assert run_job(["pretrain", QUICKSTART, "--print-recipe", "--explain", "training.seed=7"]) == 0
+    assert "whole number at least 0; default: 0; another value" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+    assert run_job(["run", QUICKSTART, "--explain"]) == 64
 
 
 def test_a_stage_whose_input_is_missing_says_what_to_run(

@@ -1,11 +1,12 @@
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 from pydantic import Field, model_validator
 
 from pipeline import config
-from pipeline.config import Config
+from pipeline.config import Change, Config, Fixed, Free
 from pipeline.errors import ConfigError
 
 
@@ -156,3 +157,44 @@ def test_an_override_that_cannot_be_read_is_one_short_sentence(recipe: str, over
     with pytest.raises(ConfigError, match="override 'name=") as found:
         config.load(Whole, recipe, [override])
     assert len(str(found.value)) < 700
+
+
+class Rate(Config):
+    peak: Fixed[float] = 1.0
+    decay: Free[str] = "linear"
+
+
+class Run(Config):
+    moved: ClassVar[Mapping[str, str]] = {"peak_rate": "rate.peak", "rate_decay": "rate.decay"}
+
+    steps: Free[int] = 3
+    rate: Rate = Rate()
+    shape: Fixed[Rate] = Rate()  # one setting, not a group: it has a word on change
+
+
+def test_settings_of_groups_have_dotted_keys_and_their_own_change() -> None:
+    assert list(config.settings(Run)) == ["steps", "rate.peak", "rate.decay", "shape"]
+    assert config.change_of(Run, "rate.peak") is Change.NEVER
+    assert config.change_of(Run, "rate.decay") is Change.FREELY
+    assert config.change_of(Run, "shape") is Change.NEVER
+
+
+def test_settings_are_selected_by_key_and_those_that_are_absent_left_out() -> None:
+    document = {"rate": {"peak": 2.0, "other": 1}, "steps": 4}
+    assert config.value_at(document, "rate.peak") == 2.0
+    for absent in ("rate.decay", "steps.more", "gone"):
+        with pytest.raises(KeyError):
+            config.value_at(document, absent)
+    assert config.selected(document, ["rate.peak", "rate.decay"]) == {"rate": {"peak": 2.0}}
+
+
+def test_data_of_an_earlier_release_is_read_by_the_keys_of_now() -> None:
+    flat = {"steps": 4, "peak_rate": 2.0, "rate_decay": "cosine"}
+    now = {"steps": 4, "rate": {"peak": 2.0, "decay": "cosine"}}
+    assert config.as_now(Run, flat) == now
+    assert config.as_now(Run, now) == now
+
+
+def test_a_key_of_an_earlier_release_is_refused_with_the_key_that_it_is_now() -> None:
+    with pytest.raises(ConfigError, match=r"peak_rate: .* it is rate\.peak now"):
+        config.check(Run, {"peak_rate": 2.0}, "recipe.yaml")

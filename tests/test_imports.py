@@ -17,6 +17,7 @@ ORDER: dict[str, list[str]] = {
         "config",
         "scratch",
         "look_ahead",
+        "ray_2_60",
         "cluster",
         "resources",
         "data",
@@ -29,6 +30,7 @@ ORDER: dict[str, list[str]] = {
         "training",
         "report",
         "recipe",
+        "reference",
         "stages",
         "perf",
         "cli",
@@ -53,6 +55,8 @@ ORDER: dict[str, list[str]] = {
         "table",
         "features",
         "manifest",
+        "index",
+        "index_build",
         "retention",
         "diff",
         "info",
@@ -99,6 +103,7 @@ ORDER: dict[str, list[str]] = {
         "config",
         "spec",
         "lease",
+        "stop_request",
         "continuation",
         "feed",
         "engine",
@@ -107,7 +112,35 @@ ORDER: dict[str, list[str]] = {
         "evaluation",
         "held_out",
         "assembly",
+        "non_finite",
+        "result",
         "loop",
+        "launch",
+    ],
+    "pipeline.training.engine": [
+        "swap_folder",
+        "async_io",
+        "known_keys",
+        "schedule",
+        "peak",
+        "optimizer",
+        "deepspeed_0_19",
+        "deepspeed_config",
+        "memory",
+        "requirements",
+        "swapped_state",
+        "state",
+        "engine",
+    ],
+    "pipeline.training.launch": [
+        "process_group",
+        "followers",
+        "gauges",
+        "failures",
+        "recorded_spec",
+        "phases",
+        "in_process",
+        "ray_train",
         "launch",
     ],
 }
@@ -115,16 +148,39 @@ ORDER: dict[str, list[str]] = {
 # What may meet a heavy or stateful library; everything else stays plain functions.
 ONLY_IN = {
     "duckdb": {"pipeline/data/manifest/engine.py"},
-    "deepspeed": {"pipeline/training/engine/engine.py"},
+    "deepspeed": {
+        "pipeline/training/engine/deepspeed_0_19.py",
+        "pipeline/training/engine/requirements.py",
+        "pipeline/training/engine/state.py",
+    },
     "ray": {
         "pipeline/perf/extract.py",
         "pipeline/cluster.py",
         "pipeline/resources.py",
         "pipeline/data/ingest/shard_tasks.py",
         "pipeline/stages/submit.py",
-        "pipeline/training/launch/launch.py",
+        "pipeline/ray_2_60.py",
+        "pipeline/training/launch/failures.py",
+        "pipeline/training/launch/gauges.py",
+        "pipeline/training/launch/process_group.py",
+        "pipeline/training/launch/ray_train.py",
         "pipeline/vision/extract.py",
     },
+}
+
+# What reaches into the private parts of a library stands in one module, named for the version.
+PRIVATE_ONLY_IN = {
+    "deepspeed": "pipeline/training/engine/deepspeed_0_19.py",
+    "ray": "pipeline/ray_2_60.py",
+}
+# What is given DeepSpeed's or Ray's objects beside those that import them.
+GIVEN = {
+    "pipeline/training/engine/async_io.py",
+    "pipeline/training/engine/engine.py",
+    "pipeline/training/engine/memory.py",
+    "pipeline/training/engine/optimizer.py",
+    "pipeline/training/engine/swapped_state.py",
+    "pipeline/training/loop.py",
 }
 
 
@@ -231,3 +287,35 @@ def test_data_knows_no_torch() -> None:
 def test_jobs_are_imported_by_nothing_but_tests() -> None:
     for path in python_files("pipeline"):
         assert not any(module.split(".")[0] == "jobs" for module in imported_modules(path)), path
+
+
+def is_private(module: str) -> bool:
+    """Whether a module of Ray's or DeepSpeed's is not for its users."""
+    parts = module.split(".")
+    return any(part.startswith("_") for part in parts) or module.startswith(
+        ("ray.core.generated", "deepspeed.ops", "deepspeed.runtime.compiler")
+    )
+
+
+@pytest.mark.parametrize("library", PRIVATE_ONLY_IN)
+def test_private_parts_of_a_library_are_imported_in_the_module_named_for_its_version(
+    library: str,
+) -> None:
+    reaching = {
+        str(path.relative_to(ROOT))
+        for path in python_files("pipeline") + python_files("jobs")
+        for module in imported_modules(path)
+        if module.split(".")[0] == library and is_private(module)
+    }
+    assert reaching == {PRIVATE_ONLY_IN[library]}
+
+
+def test_nobody_else_reaches_into_a_private_attribute_of_a_library() -> None:
+    """In what meets Ray or DeepSpeed, `x._y` is of an object of our own: of self or cls."""
+    for name in set.union(GIVEN, *ONLY_IN.values()) - set(PRIVATE_ONLY_IN.values()):
+        for node in ast.walk(ast.parse((ROOT / name).read_text())):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+                is_own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                assert is_own or node.attr.startswith("__"), f"{name}:{node.lineno}"
+            if isinstance(node, ast.keyword) and node.arg is not None:
+                assert not node.arg.startswith("_"), f"{name}:{node.lineno}"

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline import config
 from pipeline.errors import ConfigError
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, load
 from pipeline.stages.preflight import preflight
 
 RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
@@ -135,3 +135,17 @@ def test_a_misspelt_key_of_deepspeed_is_refused_before_work_in_each_phase() -> N
     )
     with pytest.raises(ConfigError, match=expected):
         preflight(config.load(Recipe, QUICKSTART, given))
+
+
+def test_the_recipe_that_a_run_left_before_settings_had_groups_is_read_as_it_was(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    text = (Path(__file__).parent / "flat_recipe.yaml").read_text().replace("FOLDER", str(run))
+    (run / "recipe.yaml").write_text(text)
+    assert load(str(run / "recipe.yaml")) == load(QUICKSTART, [f"run={run}"])
+    (tmp_path / "mine.yaml").write_text(text)
+    expected = r"finetune\.decay: .* it is training\.finetune\.schedule\.decay now"
+    with pytest.raises(ConfigError, match=expected):
+        load(str(tmp_path / "mine.yaml"))

@@ -12,6 +12,7 @@ from pipeline.benchmarks.base import Benchmark, Evaluation, ResultRow, dtype_of,
 from pipeline.benchmarks.caption_metrics import MetricName, caption_scores, unavailable
 from pipeline.config import Config
 from pipeline.data.load.loader import Batch
+from pipeline.data.load.order import RowsWithTexts
 from pipeline.data.read.dataset import Split
 from pipeline.errors import MetricError, ModelError
 from pipeline.models.base import Decoder, VisionLanguageModel
@@ -81,18 +82,20 @@ class Caption(Benchmark[CaptionReferences]):
         self, split: Split, batch_size: int, rank: int = 0, world_size: int = 1
     ) -> Iterator[Batch]:
         """Yields each captioned image once, whatever the number of its captions."""
-        rows = np.flatnonzero(split.counts("captions"))
+        rows = RowsWithTexts(split, "captions")
         first, stop = (part * len(rows) // world_size for part in (rank, rank + 1))
         for start in range(first, stop, batch_size):
-            some = rows[start : min(start + batch_size, stop)]
+            positions = np.arange(start, min(start + batch_size, stop))
+            some = rows[positions]
+            found = split.read(some)
             yield Batch(
-                keys=split.keys[some].tolist(),
+                keys=found.keys,
                 rows=some,
-                positions=np.arange(start, start + len(some)),
-                texts=split.texts(some),
+                positions=positions,
+                texts=found.texts,
                 text_index=np.zeros(len(some), dtype=np.int64),
                 distractors=[],
-                features=split.features(some) if split.has_features else None,
+                features=found.features,
                 step=0,
                 seed=0,
             )

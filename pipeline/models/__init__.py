@@ -1,1 +1,1 @@
-"""Features plus tokens to logits: torch modules that know neither Ray, DeepSpeed nor files."""
+"""Model families: torch modules from tokens and regions to logits, without Ray or files."""

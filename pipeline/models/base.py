@@ -17,6 +17,9 @@ MaskKind = Literal["full", "prefix"]
 Size = Annotated[int, Field(gt=0)]
 
 
+BACKBONE = "backbone"  # a module's name, before that of each of its parameters
+
+
 class ModelConfig(Config):
     """The sizes that every family has; the defaults are BERT-base with 2048-d regions."""
 
@@ -64,6 +67,12 @@ class VisionLanguageModel(nn.Module, ABC):
     masks: ClassVar[tuple[MaskKind, ...]] = ("full",)  # what encode can be asked for
     checkpoint_layers: bool = False  # recompute each layer's activations in the backward pass
 
+    def __init__(self) -> None:
+        super().__init__()
+        # What makes the features of pictures (B, S, S, 3) uint8, or of None, which is none of
+        # them: (B, R, F). None: features come with the batch.
+        self.backbone: nn.Module | None = None
+
     @abstractmethod
     def encode(
         self, inputs: Inputs, *, mask: MaskKind = "full", attention: bool = False
@@ -94,6 +103,14 @@ class VisionLanguageModel(nn.Module, ABC):
         such heads raises ModelError.
         """
         raise ModelError(f"region_predictions: {type(self).__name__} has no heads for regions")
+
+    def region_features(self, inputs: Inputs) -> Tensor:
+        """Returns the features of regions (B, R, F), which the backbone makes if there is one."""
+        if self.backbone is None:
+            return inputs.features
+        made: Tensor = self.backbone(inputs.pixels)
+        # A blind model is given no picture and no region; its backbone has a part in the graph.
+        return made.reshape(*inputs.features.shape[:2], made.shape[2])
 
     def run_layer(self, layer: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a layer, or, if so set, a version of it that keeps only its inputs."""

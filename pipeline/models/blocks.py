@@ -66,7 +66,7 @@ def joint_map(
     return torch.cat([text, torch.cat([regions_text, regions_regions], dim=-1)], dim=-2)
 
 
-def read_each_other(
+def co_attend(
     text: Heads,
     regions: Heads,
     text_layout: PackedLayout,
@@ -129,7 +129,7 @@ class CrossAttention(nn.Module):
         """
         text_heads = split_heads(text_layout.pad(self.qkv(text)), self.num_heads)
         region_heads = split_heads(region_layout.pad(self.qkv(regions)), self.num_heads)
-        read, seen = read_each_other(
+        read, seen = co_attend(
             text_heads,
             region_heads,
             text_layout,
@@ -169,7 +169,7 @@ class CoAttention(nn.Module):
         """As CrossAttention.forward, with regions of a width of their own."""
         text_heads = split_heads(text_layout.pad(self.text_qkv(text)), self.num_heads)
         region_heads = split_heads(region_layout.pad(self.region_qkv(regions)), self.num_heads)
-        read, seen = read_each_other(
+        read, seen = co_attend(
             text_heads,
             region_heads,
             text_layout,

@@ -19,9 +19,8 @@ from pipeline.models import (
     visual_prefix,
     visualbert,
 )
-from pipeline.models.base import ModelConfig, VisionLanguageModel
+from pipeline.models.base import BACKBONE, ModelConfig, VisionLanguageModel
 from pipeline.models.layouts import Layout, LoadReport
-from pipeline.models.live import BACKBONE, live
 
 
 @dataclass(frozen=True)
@@ -150,13 +149,8 @@ def build(config: ModelConfig, backbone: nn.Module | None = None) -> VisionLangu
 
     With a backbone, which is left as it is, the model is given pixels instead of features.
     """
-    family = family_of(config)
-    model: VisionLanguageModel
-    if backbone is None:
-        model = family.model(config)
-    else:
-        model = live(family.model)(config)
-        model.add_module(BACKBONE, backbone)
+    model: VisionLanguageModel = family_of(config).model(config)
+    model.backbone = backbone
     return model
 
 

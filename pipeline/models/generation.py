@@ -112,11 +112,11 @@ class _Row:
                 self.ended.append((score / length**penalty, text))
             self.ended.sort(key=lambda one: -one[0])
             del self.ended[decoding.beams :]
-            self.is_done = is_last or self._is_settled(going[0][0], length)
+            self.is_done = is_last or self._is_done(going[0][0], length)
         self.written = [[*self.written[beam], token] for _, beam, token in going]
         return going
 
-    def _is_settled(self, best_open: float, length: int) -> bool:
+    def _is_done(self, best_open: float, length: int) -> bool:
         """Whether no open beam, of which the best has this log-likelihood, can be of use."""
         decoding, penalty = self.decoding, self.decoding.length_penalty
         if len(self.ended) < decoding.beams:

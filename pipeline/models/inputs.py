@@ -13,8 +13,9 @@ class Inputs:
     """One batch: B samples, T tokens, R regions, F feature dimensions.
 
     Tokens are padded on the right; padded regions may stand anywhere. Padding is True where there
-    is nothing to see. Features are uint8 pixels, which the model maps to [-1, 1], or floats as the
-    extractor made them; boxes are x1, y1, x2, y2 as fractions of width and height.
+    is nothing to see. Features are floats as the extractor made them, or a patch's own uint8
+    values, which the model maps to [-1, 1]; of a model that sees by its backbone F is 0, and the
+    pictures stand beside them. Boxes are x1, y1, x2, y2 as fractions of width and height.
     """
 
     tokens: Tensor  # (B, T) int64
@@ -22,6 +23,7 @@ class Inputs:
     features: Tensor  # (B, R, F) uint8 or float
     boxes: Tensor  # (B, R, 4) float32
     region_padding: Tensor  # (B, R) bool
+    pixels: Tensor | None = None  # (B, S, S, 3) uint8: whole pictures, for a backbone
     masked_regions: Tensor | None = None  # (B, R) bool: features hidden for masked region modelling
 
     def to(self, device: torch.device | str) -> "Inputs":
@@ -35,6 +37,7 @@ class Inputs:
             features=self.features[:, :0],
             boxes=self.boxes[:, :0],
             region_padding=self.region_padding[:, :0],
+            pixels=None,
             masked_regions=None,
         )
 

@@ -76,7 +76,7 @@ class TwoStream(VisionLanguageModel):
 
     def region_states(self, inputs: Inputs, layout: PackedLayout) -> Tensor:
         """As encode_regions, packed."""
-        states: Tensor = self.region_embeddings(inputs.features, inputs.boxes)
+        states: Tensor = self.region_embeddings(self.region_features(inputs), inputs.boxes)
         states = layout.pack(F.dropout(states, self.config.dropout, self.training))
         for layer in self.region_layers:
             states, _ = self.run_layer(layer, states, layout)

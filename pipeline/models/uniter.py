@@ -92,7 +92,9 @@ class Uniter(SingleStream):
             masked = torch.zeros_like(inputs.region_padding)
         second = torch.ones_like(inputs.region_padding, dtype=torch.long)
         segment = self.text_embeddings.token_type(second)
-        embedded: Tensor = self.region_embeddings(inputs.features, inputs.boxes, masked, segment)
+        embedded: Tensor = self.region_embeddings(
+            self.region_features(inputs), inputs.boxes, masked, segment
+        )
         return embedded
 
     def answer_logits(self, encoded: Encoded, inputs: Inputs) -> Tensor:  # noqa: ARG002

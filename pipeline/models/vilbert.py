@@ -167,8 +167,8 @@ class Vilbert(VisionLanguageModel):
             self.config.region_connections,
             strict=True,
         ):
-            text = self._through(self.text_layers[text_done:text_next], text, text_layout)
-            regions = self._through(
+            text = self._run_layers(self.text_layers[text_done:text_next], text, text_layout)
+            regions = self._run_layers(
                 self.region_layers[regions_done:regions_next], regions, region_layout
             )
             text, regions, text_heads, region_heads = self.run_layer(
@@ -177,8 +177,8 @@ class Vilbert(VisionLanguageModel):
             if attention:
                 maps.append(_map(text_heads, region_heads, text_layout.mask, region_layout.mask))
             text_done, regions_done = text_next, regions_next
-        text = self._through(self.text_layers[text_done:], text, text_layout)
-        regions = self._through(self.region_layers[regions_done:], regions, region_layout)
+        text = self._run_layers(self.text_layers[text_done:], text, text_layout)
+        regions = self._run_layers(self.region_layers[regions_done:], regions, region_layout)
         text, regions = text_layout.pad(text), region_layout.pad(regions)
         pooled = self.text_pooler(text[:, 0]).relu() * self.region_pooler(regions[:, 0]).relu()
         pooled = F.dropout(pooled, self.config.dropout, self.training)
@@ -207,7 +207,7 @@ class Vilbert(VisionLanguageModel):
         return F.dropout(embedded, self.config.dropout, self.training)
 
     def _embed_regions(self, inputs: Inputs) -> Tensor:
-        features, boxes = blocks.to_float(inputs.features), inputs.boxes
+        features, boxes = blocks.to_float(self.region_features(inputs)), inputs.boxes
         hidden = inputs.region_padding
         if inputs.masked_regions is not None:  # the mean must not tell what was hidden
             hidden = hidden | inputs.masked_regions
@@ -220,7 +220,7 @@ class Vilbert(VisionLanguageModel):
         )
         return F.dropout(embedded, self.config.dropout, self.training)
 
-    def _through(self, layers: nn.ModuleList, states: Tensor, layout: PackedLayout) -> Tensor:
+    def _run_layers(self, layers: nn.ModuleList, states: Tensor, layout: PackedLayout) -> Tensor:
         for layer in layers:
             states, _ = self.run_layer(layer, states, layout)
         return states

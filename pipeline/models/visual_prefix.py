@@ -25,8 +25,7 @@ Pair = tuple[Tensor, Tensor]  # keys and values
 class VisualPrefixConfig(ModelConfig):
     """A language model and how it reads images.
 
-    `decoder` is the language model's own `config.json`, as transformers writes it, with its
-    `model_type`; `width` must be its hidden size. `num_heads`, `intermediate_size` and `dropout`
+    `width` must be the decoder's hidden size. `num_heads`, `intermediate_size` and `dropout`
     are those of what stands between image and language model, which has its own. `max_positions`
     is the longest text; the language model needs room for it and the visual tokens.
     """
@@ -270,7 +269,7 @@ class VisualPrefix(VisionLanguageModel):
 
     def _read_image(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Returns visual tokens (B, Q, D) and which of them are padding, (B, Q)."""
-        features = blocks.to_float(inputs.features)
+        features = blocks.to_float(self.region_features(inputs))
         if self.config.position_fourier:
             locations = blocks.fourier_boxes(inputs.boxes, self.config.position_fourier)
             features = torch.cat([features, locations.to(features.dtype)], dim=-1)

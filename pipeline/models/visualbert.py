@@ -18,9 +18,7 @@ class VisualBertConfig(SingleStreamConfig):
     """Sizes of a VisualBERT; the defaults are the published one for VQA and COCO.
 
     Its other checkpoints differ in `feature_dim`: 512 for VCR, 1024 for NLVR2.
-    `visual_token_type` is the segment that regions belong to: transformers passes 1 if not told
-    otherwise, but the original code, and so every checkpoint by its authors, used 0; their files
-    are refused with another.
+    Checkpoints by its authors are refused with another `visual_token_type` than 0, which they had.
     """
 
     visual_token_type: int = Field(
@@ -97,7 +95,7 @@ class VisualBert(SingleStream):
         return embedded
 
     def embed_regions(self, inputs: Inputs) -> Tensor:
-        regions = self.visual_embeddings(inputs.features, inputs.boxes)
+        regions = self.visual_embeddings(self.region_features(inputs), inputs.boxes)
         embedded: Tensor = self.embedding_norm(regions)
         return embedded
 

@@ -47,11 +47,7 @@ class SoftTermConfig(TermConfig):
 class DistillConfig(Config):
     """The teacher, and what of it is learned; at least one of the last six.
 
-    words: which words stand at the positions that mlm hides from both. match, answers: the verdicts
-    of those heads. hidden: the text's last states, through a learned map if the teacher is of
-    another width. attention: where text and regions look in the last layer in which they meet.
-    next_words: which word comes next at each position, read under the prefix mask as lm reads it,
-    in a pass that is lm's if it is trained as well.
+    The pass of `next_words` is that of lm if it is trained as well.
     """
 
     weight: float = Field(
@@ -195,7 +191,7 @@ class Distillation(Objective):
             return encodings, TeacherView(mask, None, None, None)
         assert self._split is not None, "open() comes first: the teacher has its own features"
         known = batch.rows[batch.rows < self._split.num_samples]
-        if self._split.keys[known].tolist() != batch.keys:
+        if self._split.keys(known) != batch.keys:
             raise FeatureError(
                 f"objectives.distill.features: {self.config.features} has features of other "
                 "samples than the student's extractor; `sightline data rejects` lists those "

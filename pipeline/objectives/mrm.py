@@ -41,10 +41,7 @@ class FeatureTermConfig(Config):
 class ClassTermConfig(Config):
     """How far predicted classes are from a detector's.
 
-    kl: the divergence from its probabilities, summed over classes (ViLBERT; UNITER averages, which
-    is a weight of 1 / classes). label: cross-entropy with its likeliest class other than
-    background, which is class 0, times that class's probability (LXMERT); features with one label
-    and score per region will do.
+    Class 0 is background. For `label`, features with one label and score per region will do.
     """
 
     weight: float = Field(
@@ -61,9 +58,7 @@ class ClassTermConfig(Config):
 class MrmConfig(Config):
     """What is hidden, and what is predicted of it; at least one of the last three.
 
-    Of the chosen regions the share `zeroed` is set to zero, `exchanged` becomes another region of
-    the image, and the rest stays. ViLBERT zeroes 0.9; LXMERT zeroes 0.8 and exchanges 0.1; UNITER
-    zeroes all.
+    Of the chosen regions, those that are neither zeroed nor exchanged stay as they are.
     """
 
     weight: float = Field(

@@ -255,6 +255,7 @@ def make_inputs(
         features=torch.from_numpy(features.values),
         boxes=torch.from_numpy(features.boxes),
         region_padding=torch.from_numpy(columns >= features.num_regions[:, None]),
+        pixels=None if features.pixels is None else torch.from_numpy(features.pixels),
     )
 
 

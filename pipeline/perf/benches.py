@@ -4,15 +4,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pipeline.config import Config
-from pipeline.perf import extract, ingest, loader, model, train
-from pipeline.perf.result import Comparison, Result
+from pipeline.perf import extract, ingest, loader, model, scale, train
+from pipeline.perf.result import Result
 
 
 class Bench(NamedTuple):
-    """`run(config, show)` gives `show` each comparison when it is made."""
+    """`run(config, show)` gives `show` each table when it is made."""
 
     config: type[Config]
-    run: Callable[[Any, Callable[[Comparison], None]], Result]
+    run: Callable[[Any, Callable[[Any], None]], Result]
 
 
 BENCHES = {
@@ -20,5 +20,6 @@ BENCHES = {
     "loader": Bench(loader.LoaderBenchConfig, loader.run),
     "extract": Bench(extract.ExtractBenchConfig, extract.run),
     "model": Bench(model.ModelBenchConfig, model.run),
+    "scale": Bench(scale.ScaleBenchConfig, scale.run),
     "train": Bench(train.TrainBenchConfig, train.run),
 }

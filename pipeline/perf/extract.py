@@ -36,8 +36,8 @@ from pipeline.data.tars.shard_files import ShardFiles, default_cache
 from pipeline.errors import ConfigError
 from pipeline.perf import measure, photographs
 from pipeline.perf.result import Comparison, Result
-from pipeline.vision.compress.packing import compare_storage
 from pipeline.vision.compress.pca import fit
+from pipeline.vision.compress.storage_dtype import compare_storage
 from pipeline.vision.extract import ExtractConfig, extract, plan_sidecars
 from pipeline.vision.extractor import Extractor, measure_invariance
 from pipeline.vision.extractors.arithmetic import exact_arithmetic
@@ -47,7 +47,7 @@ from pipeline.vision.preprocess.image import IMAGENET_MEAN, IMAGENET_STD, Prepar
 from pipeline.vision.sidecar import shard_images, write_sidecar
 
 BARE, OURS = "the network alone, tensors ready", "JPEG shards to sidecars"
-PREPARED, DECODED = "pixels to packed features", "JPEG to pixels"
+PREPARED, DECODED = "pixels to stored features", "JPEG to pixels"
 RAY_DATA, RAY_DATA_ALL = "Ray Data map_batches", "Ray Data map_batches, all threads"
 OURS_ON_RAY = "sightline extract"
 NUM_SHARDS = 4

@@ -270,7 +270,7 @@ def _same_reads(
         row.key: (shard_location(dataset, SPLIT, row.texts_shard), row.texts_offset, row.texts_size)
         for row in from_table(manifest.samples(), SampleRow)
     }
-    keys = split.keys[rows].tolist()
+    keys = split.keys(rows)
     pool = BufferPool()  # as ours: memory that begins with a page is read into faster
     buffers = [
         pool.empty((num_batches * batch_size, max(size for _, _, size in part.values())), np.uint8)

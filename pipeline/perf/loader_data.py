@@ -82,7 +82,7 @@ def shard_paths(split: Split, folder: str, part: str) -> list[str]:
     """Returns the local tars of a dataset: `part` is `shards/<split>` or `features/<extractor>`."""
     location = storage.join(folder, part)
     names = [name for name in storage.list_names(location) if name.endswith(".tar")]
-    assert len(names) == len(split.shard_starts) - 1
+    assert len(names) == split.num_shards
     return [str(storage.local_path(storage.join(location, name))) for name in names]
 
 

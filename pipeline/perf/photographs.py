@@ -9,6 +9,7 @@ import simplejpeg
 from PIL import Image
 
 WIDTH, HEIGHT = 640, 480  # as most of COCO
+THUMBNAIL = 64, 48
 _PATCHES = (15, 20, 3)  # of colour
 _GRAIN = 3.0  # of 255
 
@@ -30,6 +31,15 @@ def draw(folder: Path, num_images: int, quality: int) -> None:
         for number in range(num_images)
     ]
     (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
+
+
+def thumbnail() -> bytes:
+    """Returns a small JPEG, for rows whose pictures are not what is measured."""
+    random = np.random.default_rng(0)
+    patches = Image.fromarray(random.integers(0, 256, _PATCHES, np.uint8))
+    small = np.asarray(patches.resize(THUMBNAIL, Image.Resampling.BICUBIC))
+    encoded: bytes = simplejpeg.encode_jpeg(small, 85, "RGB", "420")
+    return encoded
 
 
 def _photograph(seed: int, grain: npt.NDArray[np.float32], quality: int) -> bytes:

@@ -51,6 +51,52 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """One number that was measured, and the one it is to stay under."""
+
+    name: str
+    found: float
+    goal: float
+    unit: str = ""
+    smaller: float | None = None  # the same of a dataset of a tenth of the size
+
+    @property
+    def growth(self) -> float | None:
+        """How many times the smaller dataset's it is."""
+        return self.found / self.smaller if self.smaller else None
+
+
+@dataclass(frozen=True)
+class Goals:
+    """Figures, each beside its goal."""
+
+    title: str
+    figures: Sequence[Figure]
+    notes: Sequence[str] = ()
+
+    def print(self, output: Console) -> None:
+        """Draws a table, its notes below it."""
+        table = Table(title=self.title, title_justify="left")
+        table.add_column("")
+        for column in ("found", "a tenth of the size", "growth", "goal", "of the goal"):
+            table.add_column(column, justify="right")
+        for figure in self.figures:
+            smaller = "" if figure.smaller is None else f"{figure.smaller:,.2f}"
+            table.add_row(
+                figure.name,
+                f"{figure.found:,.2f} {figure.unit}",
+                smaller,
+                "" if figure.growth is None else f"{figure.growth:.2f}",
+                f"≤ {figure.goal:,g} {figure.unit}",
+                f"{figure.found / figure.goal:.0%}",
+            )
+        output.print(table)
+        for note in self.notes:
+            output.print(f"  {note}", highlight=False, soft_wrap=True)
+        output.print()
+
+
+@dataclass(frozen=True)
 class Result:
     """What one bench found."""
 
@@ -58,6 +104,7 @@ class Result:
     settings: Mapping[str, Any]
     machine: Mapping[str, Any]
     comparisons: Sequence[Comparison]
+    goals: Goals | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

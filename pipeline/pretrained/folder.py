@@ -23,10 +23,9 @@ from pipeline.data.read.extractor_card import ExtractorCard
 from pipeline.data.text.vocabulary import load_tokenizer
 from pipeline.errors import ConfigError, FeatureError, ModelError, StorageError
 from pipeline.models import families
-from pipeline.models.base import ModelConfig, VisionLanguageModel
+from pipeline.models.base import BACKBONE, ModelConfig, VisionLanguageModel
 from pipeline.models.generation import Decoding
 from pipeline.models.layouts import LoadReport
-from pipeline.models.live import BACKBONE, LiveModel
 from pipeline.pretrained.card import ModelCard
 from pipeline.pretrained.files import (
     CONFIG,
@@ -188,7 +187,7 @@ def initialise(model: VisionLanguageModel, location: str, fresh: Sequence[str] =
     """
     try:
         backbone = storage.join(location, BACKBONE_WEIGHTS)
-        if isinstance(model, LiveModel) and storage.exists(backbone):
+        if model.backbone is not None and storage.exists(backbone):
             assign(model.backbone.get_submodule(NETWORK), load(backbone), backbone)
         if is_original(location):
             return families.take_over(model, read_original(location), "original", fresh)

@@ -18,8 +18,8 @@ from pipeline.report.colours import colour_layer, principal_colours
 from pipeline.report.curves import spread
 from pipeline.report.detections import Found, found
 from pipeline.report.heat import Heat, heat
+from pipeline.report.inline_image import InlineImage, inline_image, shared_ratio, shrink, still
 from pipeline.report.page import render
-from pipeline.report.picture import Picture, picture, shared_ratio, shrink, still
 from pipeline.vision.extractors.network import NetworkConfig
 from pipeline.vision.extractors.registry import settings_of
 from pipeline.vision.preprocess.video import has_frames, read_frames
@@ -62,7 +62,7 @@ class Shown:
     key: str
     split: str
     row: int
-    picture: Picture
+    picture: InlineImage
     texts: Texts
     questions: tuple[tuple[str, str], ...]  # question, and its answers with their counts
     heat: Heat | None
@@ -139,7 +139,7 @@ def _shown(
             ratio = shown.picture.width / shown.picture.height
             layers = found(batch, 0, card.class_names, seen[number].masks, ratio)
         yield Shown(
-            key=str(split.keys[row]),
+            key=split.keys([row])[0],
             split=split.name,
             row=row,
             picture=shown.picture,
@@ -158,7 +158,7 @@ def _shown(
 class Still:
     """What is shown of a sample, and, of a video, which of its extractor's frames that is."""
 
-    picture: Picture
+    picture: InlineImage
     frame: int | None = None
 
 
@@ -180,8 +180,8 @@ def _still(image: bytes, card: ExtractorCard | None) -> Still:
         window = settings.window if isinstance(settings.window, Window) else None
     if rule and has_frames(image):
         frames = read_frames(image, rule, window or "stored")
-        return Still(picture(shrink(frames[len(frames) // 2][1])), len(frames) // 2)
-    return Still(picture(shrink(still(image, window or "stored"))))
+        return Still(inline_image(shrink(frames[len(frames) // 2][1])), len(frames) // 2)
+    return Still(inline_image(shrink(still(image, window or "stored"))))
 
 
 def _seen(split: Split, row: int, shown: Still) -> Seen:
@@ -229,9 +229,9 @@ def _counts(split: Split) -> SplitCounts:
     return SplitCounts(
         name=split.name,
         samples=split.num_samples,
-        captions=int(split.counts("captions").sum()),
-        questions=int(split.counts("questions").sum()),
-        rounds=int(split.counts("rounds").sum()),
+        captions=split.num_texts("captions"),
+        questions=split.num_texts("questions"),
+        rounds=split.num_texts("rounds"),
     )
 
 

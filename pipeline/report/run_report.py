@@ -15,8 +15,8 @@ from pipeline.report.curves import Chart, PhaseMetrics, Role, Stretch, chart, re
 from pipeline.report.examples import FILE as EXAMPLES_FILE
 from pipeline.report.examples import Example, Gallery, read_gallery
 from pipeline.report.heat import Heat, attention_heat
+from pipeline.report.inline_image import InlineImage, inline_image, shared_ratio
 from pipeline.report.page import duration, render
-from pipeline.report.picture import Picture, picture, shared_ratio
 
 PHASES = {
     "pretrain": "Pretraining",
@@ -114,7 +114,7 @@ class Card:
     """An example ready to be drawn."""
 
     example: Example
-    picture: Picture
+    picture: InlineImage
     heat: Heat | None
     num_layers: int
     first_token: int
@@ -344,7 +344,7 @@ def _card(example: Example) -> Card:
             labels.append("picture")
     return Card(
         example=example,
-        picture=picture(example.image),
+        picture=inline_image(example.image),
         heat=attention_heat(attention) if attention else None,
         num_layers=len(attention.weights) if attention else 0,
         first_token=first_token,

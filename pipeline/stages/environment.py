@@ -21,7 +21,7 @@ from pipeline import __version__, storage
 from pipeline.errors import TrainingError
 from pipeline.recipe import Recipe
 from pipeline.stages.state import Record
-from pipeline.training.launch.launch import read_spec
+from pipeline.training.launch.recorded_spec import read_spec
 from pipeline.training.tracking.metrics_log import read_stretches
 
 PHASES = ("pretrain", "finetune", "blind")

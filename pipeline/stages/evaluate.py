@@ -22,7 +22,7 @@ from pipeline.report.examples import (
     attention_over_regions,
     write_gallery,
 )
-from pipeline.report.picture import thumbnail
+from pipeline.report.inline_image import thumbnail
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, once
 from pipeline.stages.train import DataInputs
@@ -78,7 +78,7 @@ def run(recipe: Recipe, progress: StageProgress) -> Outcome:
         headlines: dict[str, float] = {}
         absent: dict[str, str] = {}
         for name, benchmark in recipe.benchmarks.build().items():
-            if not int(split.counts(benchmark.kind).sum()):
+            if not split.num_texts(benchmark.kind):
                 raise StageError(
                     f"benchmarks.{name}: split {split.name!r} has no {benchmark.kind}; leave this "
                     "benchmark out, or choose another dataset.validation_split"
@@ -181,8 +181,9 @@ def _shown(
     benchmark: Benchmark[Any], split: Any, progress: StageProgress, blind: bool
 ) -> Iterator[Batch]:
     """Yields the benchmark's batches and shows how far they are."""
-    counts = split.counts(benchmark.kind)
-    total = int((counts > 0).sum() if benchmark.name == "caption" else counts.sum())
+    totals = split.totals(benchmark.kind)
+    of_rows = benchmark.name == "caption"
+    total = int((totals.num_rows_with_texts if of_rows else totals.num_texts).sum())
     done = 0
     phase = f"{benchmark.name}{' blind' if blind else ''}"
     for batch in benchmark.batches(split, BATCH_SIZE):
@@ -206,7 +207,7 @@ def _examples(
     for batch in benchmark.batches(split, 1):
         row = int(batch.rows[0])
         # One question a picture, a different one each time so that every kind of question comes.
-        wanted = len(seen) % int(split.counts(benchmark.kind)[row])
+        wanted = len(seen) % max(len(batch.texts[0].questions), 1)
         if row in seen or (kind == "vqa" and int(batch.text_index[0]) != wanted):
             continue
         seen.add(row)

@@ -20,8 +20,8 @@ from pipeline.pretrained.files import is_model
 from pipeline.pretrained.folder import initialise, require_same_words
 from pipeline.recipe import Recipe
 from pipeline.stages.devices import missing_devices
-from pipeline.training.engine.engine import require_known_keys, require_precision
-from pipeline.training.spec import Environment
+from pipeline.training.engine.requirements import require_known_keys, require_precision
+from pipeline.training.spec import RankContext
 
 FEW_SAMPLES = 20  # of a held-out split: fewer tell little
 
@@ -65,7 +65,7 @@ def preflight(recipe: Recipe, stages: Sequence[str] = ()) -> None:
     except ConfigError as error:
         faults.append(str(error))
     device = "cuda:0" if recipe.cluster.gpus_per_worker else "cpu"
-    rank = Environment(0, recipe.cluster.workers, 0, device)
+    rank = RankContext(0, recipe.cluster.workers, 0, device)
     for name in ("pretrain", "finetune"):
         training = getattr(recipe.training, name)
         if training is not None:
@@ -180,7 +180,7 @@ def require_splits(recipe: Recipe, dataset: Dataset) -> None:
                 f"{benchmark.kind}, of which benchmarks.{name} is; choose another split, or leave "
                 "this benchmark out"
                 for name, benchmark in recipe.benchmarks.build().items()
-                if not split.counts(benchmark.kind).any()
+                if not split.num_texts(benchmark.kind)
             ]
     if faults:
         raise ConfigError("\n".join(faults))

@@ -15,7 +15,7 @@ from rich.text import Text
 from pipeline import config, storage
 from pipeline.cluster import connection
 from pipeline.errors import ConfigError, LostError
-from pipeline.recipe import Recipe
+from pipeline.recipe import RECORD, Recipe
 from pipeline.stages import evaluate, extract, ingest, report, train
 from pipeline.stages.changed import OnChange
 from pipeline.stages.environment import write_environment
@@ -114,7 +114,7 @@ def _environment_left(recipe: Recipe, is_lost: IsLost) -> Iterator[None]:
 @contextlib.contextmanager
 def _recorded(recipe: Recipe, outcomes: Mapping[str, Outcome]) -> Iterator[None]:
     """Leaves the recipe in RUN; the one before stays if this one is refused before it made any."""
-    location = storage.join(recipe.run, "recipe.yaml")
+    location = storage.join(recipe.run, RECORD)
     before = storage.read_bytes(location) if storage.exists(location) else None
     storage.write_bytes(location, config.to_yaml(recipe).encode())
     try:

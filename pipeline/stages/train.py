@@ -1,10 +1,11 @@
 """The pretrain and finetune stages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline import storage
+from pipeline.benchmarks.base import texts_of
 from pipeline.data.read.dataset import Dataset, Split
 from pipeline.data.read.extractor_card import ExtractorCard
 from pipeline.data.read.images import LiveConfig
@@ -547,7 +548,7 @@ def check_fits(spec: TrainingSpec, inputs: DataInputs, workers: int) -> None:
     for split in map(inputs.split, splits):
         for objective in ObjectivesConfig.model_validate(spec.objectives).build():
             kind = objective.stream.kind
-            num_examples = int(split.counts(kind).sum())
+            num_examples = split.num_texts(kind)
             if num_examples < workers:
                 raise ConfigError(
                     f"cluster.workers: found {workers}, but split {split.name!r} has "
@@ -578,15 +579,19 @@ def prepare_tokenizer(recipe: Recipe, inputs: DataInputs) -> None:
             tokenizer = load_tokenizer(given)
         else:
             split = inputs.split(recipe.dataset.train_split)
-            texts = split.texts(range(split.num_samples))
-            captions = (caption for text in texts for caption in text.captions)
-            questions = (question.question for text in texts for question in text.questions)
-            tokenizer = build_tokenizer([*captions, *questions], recipe.model.vocab_size)
+            tokenizer = build_tokenizer(_sentences(split), recipe.model.vocab_size)
         storage.remove(folder)  # each phase that has begun has a copy
         save_tokenizer(tokenizer, folder)
         return {"tokens": len(tokenizer)}
 
     once(recipe.run, "tokenizer", parts, work, [storage.join(folder, "tokenizer_config.json")])
+
+
+def _sentences(split: Split) -> Iterator[str]:
+    """Yields the captions and questions of all samples."""
+    for texts in texts_of(split):
+        yield from texts.captions
+        yield from (question.question for question in texts.questions)
 
 
 def _pretrained(recipe: Recipe) -> str:

@@ -32,7 +32,7 @@ from pipeline.pretrained.files import is_model, read_own
 from pipeline.training.evaluation import Evaluate
 from pipeline.training.feed.micro_batch import MicroBatch
 from pipeline.training.held_out import evaluate, held_out_parts
-from pipeline.training.spec import Environment, MixedIn, TrainingSpec
+from pipeline.training.spec import MixedIn, RankContext, TrainingSpec
 
 MODEL = "model"  # RUN/<phase>/model
 
@@ -247,7 +247,7 @@ def _ordered(
     spec: TrainingSpec, kind: TextKind, splits: Mapping[Split, float]
 ) -> tuple[AnySplit, AnyOrder]:
     """Returns the splits that have texts of a kind, as one, and the order of their examples."""
-    having = [split for split in splits if split.counts(kind).any()] or list(splits)
+    having = [split for split in splits if split.num_texts(kind)] or list(splits)
     window = spec.training.loading.shuffle_window_shards
     orders = [Order(split, kind, spec.seed, window) for split in having]
     if len(having) == 1:
@@ -289,8 +289,8 @@ def _evaluation(spec: TrainingSpec) -> Evaluate | None:
     training = spec.training
     parts = held_out_parts(feed.loaders, feed.collators, spec.seed, training.evaluation.examples)
 
-    def evaluate_held_out(module: nn.Module, environment: Environment) -> dict[str, float]:
-        return evaluate(module, parts, training, environment)
+    def evaluate_held_out(module: nn.Module, rank_context: RankContext) -> dict[str, float]:
+        return evaluate(module, parts, training, rank_context)
 
     return evaluate_held_out
 

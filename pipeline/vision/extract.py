@@ -37,7 +37,7 @@ from pipeline.data.tars.foreign_tar import ForeignTar
 from pipeline.data.tars.shard_files import ShardFiles, default_cache
 from pipeline.errors import ClusterError, ConfigError, FeatureError, PipelineError, RejectError
 from pipeline.resources import Waiting, require_cluster, wait
-from pipeline.vision.compress.packing import measure_packing
+from pipeline.vision.compress.storage_dtype import measure_storage_loss
 from pipeline.vision.extractor import Extractor, measure_invariance
 from pipeline.vision.extractors.network import NetworkConfig, fit_if_absent
 from pipeline.vision.extractors.registry import AnyExtractor, from_card
@@ -237,7 +237,7 @@ def _environment(
     exact = extractor.exact()
     measured = {
         "batch_invariance": measure_invariance(exact, prepared),
-        "storage_error": measure_packing(exact.extract(prepared), extractor.extract(prepared)),
+        "storage_error": measure_storage_loss(exact.extract(prepared), extractor.extract(prepared)),
     }
     return here.model_copy(update=measured)
 

@@ -1,4 +1,4 @@
-"""The interface of an extractor, and what must hold for the features that it computes."""
+"""The interface of an extractor: features of prepared images, each of its own image alone."""
 
 from collections.abc import Sequence
 from typing import Protocol

@@ -7,9 +7,7 @@ import contextlib
 import io
 import json
 import time
-from collections import deque
 from collections.abc import Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +20,7 @@ from pipeline.data.tars.foreign_tar import ForeignTar, ImageReference
 from pipeline.data.tars.shard import ShardWriter, list_members, read_member, shard_location
 from pipeline.data.tars.shard_files import ShardFiles
 from pipeline.errors import FeatureError, ShardError, UnusableImageError
-from pipeline.look_ahead import run_ahead
+from pipeline.look_ahead import map_ahead, run_ahead
 from pipeline.reason import Reason
 from pipeline.vision.extractor import Extractor
 from pipeline.vision.feature import Feature, Mask
@@ -148,26 +146,22 @@ def _batches(
 ) -> Generator[_Batch, None, None]:
     """Yields decoded batches in the shard's order; a pool decodes one batch beyond each."""
     batch = _Batch([], [], [])
-    waiting: deque[tuple[str, Future[Prepared]]] = deque()
 
-    def take() -> None:
-        key, future = waiting.popleft()
+    def prepare(sample: tuple[str, bytes]) -> tuple[str, Prepared | FeatureError]:
+        key, image = sample
         try:
-            batch.prepared.append(future.result())
-            batch.keys.append(key)
+            return key, extractor.prepare(image)
         except FeatureError as error:
-            batch.rejects.append((key, error))
+            return key, error
 
-    with ThreadPoolExecutor(threads) as pool:
-        for key, image in shard_images(plan, files):
-            waiting.append((key, pool.submit(extractor.prepare, image)))
-            if len(waiting) > batch_size:
-                take()
-            if len(batch.keys) == batch_size:
-                yield batch
-                batch = _Batch([], [], [])
-        while waiting:
-            take()
+    images = shard_images(plan, files)
+    with contextlib.closing(map_ahead(prepare, images, threads, batch_size)) as found:
+        for key, prepared in found:
+            if isinstance(prepared, FeatureError):
+                batch.rejects.append((key, prepared))
+            else:
+                batch.keys.append(key)
+                batch.prepared.append(prepared)
             if len(batch.keys) == batch_size:
                 yield batch
                 batch = _Batch([], [], [])

@@ -50,6 +50,7 @@ def require_equal_scores(
     assert len(per_image) == len(scores.per_image) == len(results)
 
 
+@pytest.mark.processes
 def test_scores_of_an_excerpt_equal_the_official_evaluator() -> None:
     excerpt = read_excerpt("coco-captions")
     references: dict[int | str, list[str]] = {
@@ -60,6 +61,7 @@ def test_scores_of_an_excerpt_equal_the_official_evaluator() -> None:
     )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["human", "shuffled"])
 def test_scores_equal_the_official_evaluator(shared_data: Path, name: str) -> None:
     official: Any = json.loads((shared_data / "coco/results/official_scores.json").read_text())

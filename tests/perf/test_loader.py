@@ -13,6 +13,7 @@ from pipeline.perf.loader import LoaderBenchConfig
 from pipeline.perf.result import Comparison
 
 
+@pytest.mark.processes
 def test_ratios_are_those_of_its_own_figures_and_nothing_is_left(tmp_path: Path) -> None:
     config = LoaderBenchConfig(
         samples=300,

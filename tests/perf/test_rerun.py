@@ -10,6 +10,7 @@ from pipeline.errors import PipelineError
 from pipeline.perf.rerun import SyntheticListing, measure_rerun
 
 
+@pytest.mark.processes
 def test_a_run_over_what_is_there_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     took = measure_rerun(2500, tmp_path)
     assert 0 < took.listing_seconds < took.seconds
@@ -19,12 +20,14 @@ def test_a_run_over_what_is_there_is_measured_in_a_process_of_its_own(tmp_path: 
     assert manifest.samples(["key"]).num_rows == 2500
 
 
+@pytest.mark.processes
 def test_a_listing_that_changed_would_open_an_image(tmp_path: Path) -> None:
     measure_rerun(3, tmp_path)
     with pytest.raises(PipelineError, match="has opened an image"):
         ingest(SyntheticListing(4), str(tmp_path / "dataset"), IngestConfig(shards_in_flight=0))
 
 
+@pytest.mark.processes
 def test_the_manifest_has_all_that_rows_of_samples_need(tmp_path: Path) -> None:
     measure_rerun(5, tmp_path)
     kinds = {fault.kind for fault in verify(str(tmp_path / "dataset")).faults}

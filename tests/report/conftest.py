@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pipeline.report.examples import Attention, Example, Gallery, write_gallery
-from pipeline.report.picture import thumbnail
+from pipeline.report.inline_image import thumbnail
 
 METRICS = {"vqa/accuracy": 81.25, "vqa/accuracy_blind": 40.5, "caption/cider": 1.2345}
 TYPES = {"vqa/accuracy/count": 62.5, "vqa/accuracy_blind/count": 31.25}

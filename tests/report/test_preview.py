@@ -191,6 +191,7 @@ def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "page.html").exists()
 
 
+@pytest.mark.slow
 def test_labels_scores_and_masks_of_a_detector_lie_over_its_pictures(tmp_path: Path) -> None:
     url = str(tmp_path / "photos")
     make_photos(url, pictures(3))

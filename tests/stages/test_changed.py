@@ -15,8 +15,8 @@ from pipeline.cluster import ClusterConfig
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.pretrained.files import extractor_of
 from pipeline.stages.changed import Begun, OnChange, aside, make_way, refuse
-from pipeline.training.launch import launch
-from pipeline.training.loop import CHECKPOINTS
+from pipeline.training.checkpoints.checkpoint import CHECKPOINTS
+from pipeline.training.launch.launch import launch
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.tracking.metrics_log import read_metrics, read_stretches
 from tests.data.cards import make_card
@@ -37,11 +37,11 @@ def begin(folder: str, interrupted_at: int | None = 5, **training: Any) -> Begun
     on_step = None if interrupted_at is None else interrupt_at(interrupted_at)
     assembled = partial(stand_in, on_step=on_step)
     if interrupted_at is None:
-        launch.launch(spec, PROCESS, lambda _: None, assembled)
+        launch(spec, PROCESS, lambda _: None, assembled)
         storage.write_bytes(f"{folder}/model/sightline.json", b"{}")  # what a real one has
     else:
         with pytest.raises(InterruptedError):
-            launch.launch(spec, PROCESS, lambda _: None, assembled)
+            launch(spec, PROCESS, lambda _: None, assembled)
     begun = Begun.read(folder)
     assert begun is not None
     return begun

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 from pipeline.stages import check as checking
-from pipeline.stages.check import Report, activation_bytes, check
+from pipeline.stages.check import activation_bytes, check
+from pipeline.stages.estimate import Report
 from pipeline.stages.preflight import small_validation
 from pipeline.stages.run import run_stages
 from pipeline.stages.train import DataInputs
-from tests.stages.test_run import small
+from tests.stages.small_recipe import small
 
 QUIET = Console(stderr=True, quiet=True)
 
@@ -120,7 +121,7 @@ def test_what_the_device_cannot_hold_is_refused_with_what_would_fit(
 
 
 def test_checkpoints_that_would_fill_the_disk_are_refused(extracted: Path) -> None:
-    with pytest.raises(ConfigError, match="smaller keep_checkpoints"):
+    with pytest.raises(ConfigError, match=r"smaller checkpoints\.keep_last"):
         looked_at(extracted, "training.finetune.checkpoints.keep_last=1000000000")
 
 

@@ -15,7 +15,7 @@ from pipeline.recipe import Recipe
 from pipeline.report.preview import write_preview
 from pipeline.stages.run import run_stages
 from pipeline.training.tracking.metrics_log import read_metrics
-from tests.stages.test_run import small
+from tests.stages.small_recipe import small
 from tests.vision.photo_dataset import picture
 from tests.vision.video_files import dicom, folder, frame, video
 
@@ -79,7 +79,7 @@ def test_every_kind_of_file_is_ingested_extracted_and_trained_on(tmp_path: Path)
     assert {"mp4", "webm", "zip", "dcm", "jpg"} == set(suffixes.values())
     stage = json.loads((tmp_path / "run" / "stages" / "extract.json").read_text())
     split = Dataset.open(url).split("train", stage["outputs"]["features"])
-    rows = {str(key): row for row, key in enumerate(split.keys)}
+    rows = {key: row for row, key in enumerate(split.each_key())}
     assert split.image(rows["clip"]) == (tmp_path / "album" / "train" / "clip.mp4").read_bytes()
     batch = split.features(list(rows.values()))
     assert batch.times is not None

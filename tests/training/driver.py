@@ -20,7 +20,9 @@ import torch
 from pipeline.cluster import ClusterConfig, start_ray
 from pipeline.errors import PipelineError
 from pipeline.training.assembly import Assembly
-from pipeline.training.launch import launch
+from pipeline.training.launch import ray_train
+from pipeline.training.launch.launch import launch
+from pipeline.training.launch.phases import Assembled
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.tracking.metrics_log import read_metrics
 from tests.training.stand_in import leave_pid, make_spec, ray_worker, stand_in, without_dropout
@@ -40,10 +42,10 @@ def main(folder: str, address: str | None = None) -> None:
     if address == ELASTIC:
         train_while_nodes_go_and_come(make_spec(folder, steps=ELASTIC_STEPS))
         return
-    launch._on_ray_worker = ray_worker
+    ray_train._on_ray_worker = ray_worker
     cluster = ClusterConfig(workers=2, address=address)
     try:
-        print(launch.launch(spec, cluster, print).state)
+        print(launch(spec, cluster, print).state)
     except PipelineError as error:
         sys.exit(str(error))
 
@@ -73,7 +75,7 @@ def train_and_lose_a_node(spec: TrainingSpec) -> None:
 
 def train_while_nodes_go_and_come(spec: TrainingSpec) -> None:
     """Prints how the run ended, and the seconds that it took to go on without and with a node."""
-    launch.SECONDS_BETWEEN_RESIZES = 2.0
+    ray_train.SECONDS_BETWEEN_RESIZES = 2.0
     with nodes_of_one_rank(2) as (cluster, nodes):
         config = ClusterConfig(workers=2, min_workers=1, address=cluster.address)
         training = Training(spec, config, waiting_for_nodes)
@@ -108,13 +110,11 @@ def world_sizes(spec: TrainingSpec) -> list[int]:
 class Training:
     """A run in a thread beside those who change its cluster."""
 
-    def __init__(
-        self, spec: TrainingSpec, config: ClusterConfig, assembled: launch.Assembled
-    ) -> None:
+    def __init__(self, spec: TrainingSpec, config: ClusterConfig, assembled: Assembled) -> None:
         self._states: list[str] = []
 
         def train() -> None:
-            result = launch.launch(spec, config, lambda _: None, assembled)
+            result = launch(spec, config, lambda _: None, assembled)
             self._states.append(result.state)
 
         self._thread = threading.Thread(target=train)

@@ -17,7 +17,7 @@ from pipeline.pretrained.folder import BACKBONE_WEIGHTS, load_model
 from pipeline.training.assembly import Assembly, assemble
 from pipeline.training.config import OptimizerConfig
 from pipeline.training.loop import train
-from pipeline.training.spec import Environment, TrainingSpec
+from pipeline.training.spec import RankContext, TrainingSpec
 from pipeline.training.tracking.metrics_log import read_metrics
 from pipeline.vision.extractors.grid import GridConfig
 from pipeline.vision.extractors.live import live_card
@@ -27,7 +27,7 @@ from tests.training.stand_in import OnStep, in_processes, train_and_die, train_o
 from tests.training.test_assembly import SIZES
 from tests.training.test_assembly import make_spec as stored_spec
 
-HERE = Environment(rank=0, world_size=1, local_rank=0, device="cpu")
+HERE = RankContext(rank=0, world_size=1, local_rank=0, device="cpu")
 GRID = GridConfig(network="squeezenet1_0", node="features.3", weights="random", image_size=32)
 NAME = "*.backbone.*"
 
@@ -141,11 +141,12 @@ def test_a_saved_model_holds_its_backbone_and_is_fine_tuned_with_it(
     (stored,) = extractor.extract([extractor.prepare(jpeg(0))])
     live = LiveConfig(images=ImageConfig(size=32), grid=spec.live.grid, patches=False)  # type: ignore[union-attr]
     with torch.no_grad():
-        pixels = torch.from_numpy(live_features(jpeg(0), live).values)
+        pixels = torch.from_numpy(live_features(jpeg(0), live).pixels)
         found = folder.model.get_submodule("backbone")(pixels)[0].numpy()
     np.testing.assert_allclose(found, stored.values, atol=0.03 * np.abs(stored.values).max())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(
     ("stage", "precision"), [(0, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")]
@@ -198,9 +199,10 @@ def test_pictures_are_varied_in_training_and_not_where_they_are_held_out(
     (batch, *_), *_ = assemble(spec).batches(0, 0, 1)
     again: Any
     (again, *_), *_ = assemble(spec).batches(0, 0, 1)
-    seen = batch.streams["captions-full"].inputs.features
-    assert torch.equal(seen, again.streams["captions-full"].inputs.features)
-    pictures = whole.features(np.arange(whole.num_samples)).values
+    seen = batch.streams["captions-full"].inputs.pixels
+    assert torch.equal(seen, again.streams["captions-full"].inputs.pixels)
+    pictures = whole.features(np.arange(whole.num_samples)).pixels
+    assert pictures is not None
     assert not any(np.array_equal(seen[0], picture) for picture in pictures)
     steps = {}
     for name, live in (("varied", spec.live), ("whole", spec.live.whole())):

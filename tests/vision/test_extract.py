@@ -39,10 +39,10 @@ def sidecars(url: Path, name: str) -> dict[str, bytes]:
 def check_features(url: Path, report: ExtractReport, images: dict[str, bytes]) -> None:
     """Every live sample, and no other, has the feature of its own image."""
     split = Dataset.open(str(url)).split("train", features=report.extractor)
-    assert sorted(split.keys.tolist()) == sorted(images)
+    assert sorted([*split.each_key()]) == sorted(images)
     extractor = PIXELS.build()
     values = split.features(range(split.num_samples)).values
-    for row, key in enumerate(split.keys.tolist()):
+    for row, key in enumerate([*split.each_key()]):
         (expected,) = extractor.extract([extractor.prepare(images[key])])
         np.testing.assert_array_equal(values[row], expected.values)
 
@@ -164,9 +164,9 @@ def test_an_image_of_which_nothing_can_be_made_costs_its_sample_alone(tmp_path: 
     assert (report.num_images, report.rejects) == (12, {"truncated-image": 1})
     split = Dataset.open(str(tmp_path)).split("train", report.extractor)
     assert (split.num_samples, split.num_rejects) == (11, 1)
-    assert "photo-3" not in split.keys.tolist()
+    assert "photo-3" not in [*split.each_key()]
     assert split.features(range(11)).values.shape[0] == 11
-    assert split.without_features().keys.tolist() == split.keys.tolist()
+    assert [*split.without_features().each_key()] == [*split.each_key()]
     assert Dataset.open(str(tmp_path)).split("train").num_samples == 12
     assert describe(str(tmp_path))["features"] == {report.extractor: 11}
     assert describe(str(tmp_path))["feature_rejects"] == {report.extractor: {"truncated-image": 1}}
@@ -401,7 +401,7 @@ def test_images_in_tars_of_others_get_the_features_that_copies_get(tmp_path: Pat
         report = extract(url, PIXELS, HERE)
         split = Dataset.open(url).split("train", report.extractor)
         values = split.features(range(7)).values
-        found[in_place] = dict(zip(split.keys.tolist(), values, strict=True))
+        found[in_place] = dict(zip([*split.each_key()], values, strict=True))
         assert verify(url).faults == ()
         assert extract(url, PIXELS, HERE).num_shards == 0
     assert list(map(len, found.values())) == [7, 7]

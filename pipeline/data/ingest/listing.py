@@ -6,9 +6,7 @@ keep their images are listed one by one, so that some of them can be left unopen
 """
 
 import json
-from collections import deque
 from collections.abc import Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal
 
 import pyarrow as pa
@@ -29,6 +27,7 @@ from pipeline.data.sources.columns import ColumnarSource, accounted_batches, in_
 from pipeline.data.sources.digests import digests, in_hex
 from pipeline.data.tars.foreign_tar import ForeignTar
 from pipeline.errors import ConfigError, SourceError
+from pipeline.look_ahead import map_ahead
 
 # `metadata`: what the source tells images apart by without opening them: size, modification
 # time, an object's version. `content`: a digest of every image's bytes, read in each run.
@@ -146,17 +145,7 @@ class Listing:
 
     def _fingerprinted(self, entries: Iterator[Record | Reject]) -> Iterator[Record | Reject]:
         """Reads a few images at a time; an image that cannot be had is left to be found out."""
-        waiting: deque[Future[Record | Reject]] = deque()
-        with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-            try:
-                for entry in entries:
-                    waiting.append(pool.submit(self._with_content, entry))
-                    if len(waiting) > 2 * _READS_AT_ONCE:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        return map_ahead(self._with_content, entries, _READS_AT_ONCE, 2 * _READS_AT_ONCE)
 
     def _with_content(self, entry: Record | Reject) -> Record | Reject:
         if isinstance(entry, Reject):

@@ -3,7 +3,6 @@
 import contextlib
 import threading
 import zlib
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -19,10 +18,11 @@ from pydantic import Field
 from pipeline.config import Config, Fixed, Free
 from pipeline.data.load.grouping import group, length
 from pipeline.data.load.mixture import MixedOrder, MixedSplit
-from pipeline.data.load.order import Examples, Order
+from pipeline.data.load.order import Examples, Order, RowOrder
 from pipeline.data.read.dataset import FeatureBatch, Split, TextKind
 from pipeline.data.sample import Texts
 from pipeline.errors import ConfigError, ShardError
+from pipeline.look_ahead import map_ahead
 
 Int64Array = npt.NDArray[np.int64]
 AnySplit = Split | MixedSplit
@@ -303,17 +303,16 @@ def eval_batches(
     `positions` are the examples' places in the split, and step and seed are 0, so that an
     example's `rng` depends on neither batch size nor ranks. Threads as in `Loader.batches`.
     """
-    ends = np.cumsum(split.counts(kind), dtype=np.int64)
-    num_examples = int(ends[-1])
-    stop = (rank + 1) * num_examples // world_size
+    order = RowOrder(split, kind)
+    stop = (rank + 1) * order.num_examples // world_size
 
     def read(first: int) -> Batch:
-        positions = np.arange(first, min(first + batch_size, stop))
-        rows = np.searchsorted(ends, positions, side="right")
-        text_index = positions - (ends[rows] - split.counts(kind)[rows])
+        end = min(first + batch_size, stop)
+        rows, text_index = order.between(first, end)
+        positions = np.arange(first, end)
         return _batch(split, rows, text_index, positions, None, kind, step=0, seed=0)
 
-    firsts = range(rank * num_examples // world_size, stop, batch_size)
+    firsts = range(rank * order.num_examples // world_size, stop, batch_size)
     return _read_ahead(read, iter(firsts), threads, prefetch)
 
 
@@ -327,19 +326,18 @@ def _batch(
     step: int,
     seed: int,
 ) -> Batch:
-    texts = split.texts(rows, None if split.is_augmented else kind)
-
     def rng(i: int) -> np.random.Generator:
         return _rng(seed, step, positions[i], _AUGMENT_SALT)
 
+    found = split.read(rows, None if split.is_augmented else kind, rng)
     return Batch(
-        keys=split.keys[rows].tolist(),
+        keys=found.keys,
         rows=rows,
         positions=positions,
-        texts=texts,
+        texts=found.texts,
         text_index=text_index,
         distractors=[] if distractors is None else split.texts(distractors, kind),
-        features=split.features(rows, texts, rng) if split.has_features else None,
+        features=found.features,
         step=step,
         seed=seed,
     )
@@ -364,13 +362,7 @@ def _read_ahead(
 
     `close` is called when no thread reads any more.
     """
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="sightline-loader")
     try:
-        reads = deque(pool.submit(read, place) for place in islice(places, prefetch))
-        while reads:
-            batch = reads.popleft().result()
-            reads.extend(pool.submit(read, place) for place in islice(places, 1))
-            yield batch
+        yield from map_ahead(read, places, threads, prefetch, "sightline-loader")
     finally:
-        pool.shutdown(cancel_futures=True)
         close()

@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from pipeline.data.load.order import Examples, Order, permutation, random_bits
 from pipeline.data.read.buffers import BufferPool
-from pipeline.data.read.dataset import Split
-from pipeline.data.read.features import FeatureBatch, merged
+from pipeline.data.read.dataset import Reading, Split
+from pipeline.data.read.features import merged
+from pipeline.data.read.rows import Rows
 from pipeline.data.sample import TextKind, Texts
 from pipeline.data.tars.members import Int64Array
 from pipeline.errors import ConfigError
@@ -104,14 +105,45 @@ class MixedSplit:
         self._splits = tuple(splits)
         sizes = [split.num_samples for split in splits]
         self.first_rows = np.cumsum([0, *sizes])[:-1]
-        self.first_shards = np.cumsum([0, *(len(split.shard_starts) - 1 for split in splits)])[:-1]
+        self.first_shards = np.cumsum([0, *(split.num_shards for split in splits)])[:-1]
         self.num_samples = sum(sizes)
         self.name = " + ".join(split.name for split in splits)
         self.is_local = all(split.is_local for split in splits)
-        self.keys = np.concatenate([split.keys for split in splits])  # of a split each only once
         self.has_features = splits[0].has_features
         self.is_augmented = any(split.is_augmented for split in splits)
         self._pool = BufferPool()
+
+    def keys(self, rows: Rows) -> list[str]:
+        """Returns the keys of the samples of these rows; of a split each is there only once."""
+        keys = np.empty(len(rows), object)
+        for split, places, own in self._parts(np.asarray(rows, np.int64)):
+            keys[places] = split.keys(own)
+        found: list[str] = keys.tolist()
+        return found
+
+    def read(
+        self,
+        rows: Int64Array,
+        kind: TextKind | None = None,
+        rng: Callable[[int], np.random.Generator] | None = None,
+    ) -> Reading:
+        """Reads all that a batch has of these rows, features padded to the most regions.
+
+        Where several splits are met this copies what was read, at about the cost of reading it.
+        Raises FeatureError if splits have other kinds of features.
+        """
+        keys = np.empty(len(rows), object)
+        texts: list[Texts] = [Texts(0)] * len(rows)
+        features = []
+        for split, places, own in self._parts(rows):
+            found = split.read(own, kind, None if rng is None else partial(_at, rng, places))
+            keys[places] = found.keys
+            for place, each in zip(places.tolist(), found.texts, strict=True):
+                texts[place] = each
+            if found.features is not None:
+                features.append((places, found.features))
+        batch = merged(features, self._pool) if features else None
+        return Reading(keys.tolist(), texts, batch)
 
     def texts(self, rows: Int64Array, kind: TextKind | None = None) -> list[Texts]:
         """Reads what people wrote about the images of these rows, or of that only one kind."""
@@ -120,22 +152,6 @@ class MixedSplit:
             for place, found in zip(places.tolist(), split.texts(own, kind), strict=True):
                 texts[place] = found
         return texts
-
-    def features(
-        self,
-        rows: Int64Array,
-        texts: Sequence[Texts] = (),
-        rng: Callable[[int], np.random.Generator] | None = None,
-    ) -> FeatureBatch:
-        """Reads features, padded to the most regions; FeatureError if splits have other ones.
-
-        Where several splits are met this copies what was read, at about the cost of reading it.
-        """
-        parts = [
-            (places, split.features(own, *_of_places(places, texts, rng)))
-            for split, places, own in self._parts(rows)
-        ]
-        return merged(parts, self._pool)
 
     def fetch(self, shards: Int64Array) -> None:
         """Brings what a loader reads of these shards into the cache, if they are far away."""
@@ -152,18 +168,6 @@ class MixedSplit:
             places = np.flatnonzero(numbers == number)
             parts.append((self._splits[number], places, rows[places] - self.first_rows[number]))
         return parts
-
-
-def _of_places(
-    places: Int64Array,
-    texts: Sequence[Texts],
-    rng: Callable[[int], np.random.Generator] | None,
-) -> tuple[Sequence[Texts], Callable[[int], np.random.Generator] | None]:
-    """Returns the texts and the randomness of some places of a batch."""
-    return (
-        [texts[place] for place in places.tolist()] if texts else (),
-        None if rng is None else partial(_at, rng, places),
-    )
 
 
 def _at(

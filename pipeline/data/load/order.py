@@ -4,34 +4,35 @@ An example is one text of one sample: (row, text_index). The stream of examples 
 of epochs. Each epoch permutes the shards, cuts them into windows of a few shards, and shuffles the
 examples of a window jointly, so that a reader touches few shards at a time. Step s takes positions
 [s * B, (s + 1) * B) of the stream; a step may span epochs. Nothing is remembered between steps.
+Of the whole split only totals of its shards are known, and the rows of a window when it is met.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.read.dataset import TextKind
+from pipeline.data.read.rows import ShardTotals
 from pipeline.errors import ConfigError
 
 Int64Array = npt.NDArray[np.int64]
 
 
 class Countable(Protocol):
-    """What the order asks of a split. Rows are numbered shard by shard."""
+    """What the order asks of a split, whose rows are numbered shard by shard."""
 
     @property
     def name(self) -> str: ...
 
-    @property
-    def shard_starts(self) -> Int64Array:
-        """The first row of each shard and, last, the number of rows: (num_shards + 1,)."""
+    def totals(self, kind: TextKind) -> ShardTotals:
+        """What is known of all shards at once."""
         ...
 
-    def counts(self, kind: TextKind) -> npt.NDArray[np.int32]:
-        """Texts of this kind per row."""
+    def counts(self, kind: TextKind, shard: int) -> npt.NDArray[np.int32]:
+        """Texts of this kind in each row of a shard."""
         ...
 
 
@@ -62,12 +63,12 @@ class Order:
         self.kind = kind
         self.seed = seed
         self._window_shards = window_shards
-        self._counts = split.counts(kind)
-        self._shard_starts = split.shard_starts
-        self._rows_with_texts = np.flatnonzero(self._counts)
-        ends = np.concatenate([[0], np.cumsum(self._counts, dtype=np.int64)])
-        self._shard_sizes = np.diff(ends[self._shard_starts])  # in examples
-        self.num_examples = int(self._counts.sum(dtype=np.int64))
+        self._counts = partial(split.counts, kind)
+        totals = split.totals(kind)
+        self._shard_starts = np.concatenate([[0], np.cumsum(totals.num_rows)])
+        self._shard_sizes = totals.num_texts  # in examples
+        self._rows_with_texts = RowsWithTexts(split, kind)
+        self.num_examples = int(totals.num_texts.sum())
         self.has_distractors = len(self._rows_with_texts) > 1
         if not self.num_examples:
             raise ConfigError(
@@ -125,10 +126,14 @@ class Order:
     def _shuffle_window(self, epoch: int, window: int) -> Examples:
         shards, _ = self._epoch(epoch)
         shards = shards[window * self._window_shards : (window + 1) * self._window_shards]
-        starts, stops = self._shard_starts[:-1], self._shard_starts[1:]
-        rows = np.concatenate([np.arange(starts[shard], stops[shard]) for shard in shards])
-        rows = rows[self._counts[rows] > 0]
-        counts = self._counts[rows]
+        counts_of = [self._counts(shard) for shard in shards.tolist()]
+        rows = np.concatenate(
+            [
+                self._shard_starts[shard] + np.flatnonzero(counts)
+                for shard, counts in zip(shards.tolist(), counts_of, strict=True)
+            ]
+        )
+        counts = np.concatenate([counts[counts > 0] for counts in counts_of])
         size = int(counts.sum())
 
         bits = random_bits(2 * size, self.seed, epoch, window + 1)
@@ -136,14 +141,74 @@ class Order:
         place = np.repeat(np.arange(len(rows)), counts)[shuffled]
         text_index = shuffled - (np.cumsum(counts) - counts)[place]
 
-        others = rows
-        if len(others) == 1:
-            others = self._rows_with_texts
-            place = np.searchsorted(others, rows[place])
-        if len(others) == 1:
-            return Examples(others[place], text_index, np.full(size, -1))
-        skip = 1 + (bits[size:] % np.uint64(len(others) - 1)).astype(np.int64)
-        return Examples(others[place], text_index, others[(place + skip) % len(others)])
+        if len(rows) > 1:
+            return Examples(rows[place], text_index, rows[_others(place, bits[size:], len(rows))])
+        if not self.has_distractors:
+            return Examples(rows[place], text_index, np.full(size, -1))
+        (shard,) = (shard for shard in shards.tolist() if self._shard_sizes[shard])
+        everywhere = self._rows_with_texts
+        places = np.full(size, everywhere.first_of_shard(shard))
+        others = everywhere[_others(places, bits[size:], len(everywhere))]
+        return Examples(rows[place], text_index, others)
+
+
+class RowsWithTexts:
+    """The rows of a split that have texts of a kind, in order, of which none is held."""
+
+    def __init__(self, split: Countable, kind: TextKind) -> None:
+        self._counts = partial(split.counts, kind)
+        totals = split.totals(kind)
+        self._shard_starts = np.concatenate([[0], np.cumsum(totals.num_rows)])
+        self._firsts = np.concatenate([[0], np.cumsum(totals.num_rows_with_texts)])
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def __getitem__(self, places: Int64Array) -> Int64Array:
+        """Returns the rows at some places among them."""
+        shards = np.searchsorted(self._firsts, places, side="right") - 1
+        rows = np.empty_like(places)
+        for shard in np.unique(shards).tolist():
+            here = shards == shard
+            inside = np.flatnonzero(self._counts(shard))[places[here] - self._firsts[shard]]
+            rows[here] = self._shard_starts[shard] + inside
+        return rows
+
+    def first_of_shard(self, shard: int) -> int:
+        """Returns the place of a shard's first one."""
+        return int(self._firsts[shard])
+
+
+class RowOrder:
+    """Every example of a split once, in the order of its rows: as (row, text_index)."""
+
+    def __init__(self, split: Countable, kind: TextKind) -> None:
+        self.kind = kind
+        self._counts = partial(split.counts, kind)
+        totals = split.totals(kind)
+        self._shard_starts = np.concatenate([[0], np.cumsum(totals.num_rows)])
+        self._first_examples = np.concatenate([[0], np.cumsum(totals.num_texts)])
+        self.num_examples = int(self._first_examples[-1])
+
+    def between(self, start: int, stop: int) -> tuple[Int64Array, Int64Array]:
+        """Returns rows and text_index of the examples at positions [start, stop)."""
+        rows, text_index = np.empty((2, stop - start), np.int64)
+        first, last = np.searchsorted(self._first_examples, (start, stop - 1), side="right") - 1
+        for shard in range(int(first), int(last) + 1):
+            offset = int(self._first_examples[shard])
+            here = slice(max(offset, start) - start, int(self._first_examples[shard + 1]) - start)
+            ends = np.cumsum(self._counts(shard), dtype=np.int64)
+            positions = np.arange(start, stop)[here] - offset
+            inside = np.searchsorted(ends, positions, side="right")
+            rows[here] = self._shard_starts[shard] + inside
+            text_index[here] = positions - np.concatenate([[0], ends])[inside]
+        return rows, text_index
+
+
+def _others(places: Int64Array, bits: npt.NDArray[np.uint64], count: int) -> Int64Array:
+    """Returns for each place among `count` another one, evenly drawn by a random word each."""
+    skip = 1 + (bits % np.uint64(count - 1)).astype(np.int64)
+    return (places + skip) % count
 
 
 def permutation(bits: npt.NDArray[np.uint64]) -> Int64Array:

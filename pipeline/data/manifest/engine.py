@@ -27,6 +27,8 @@ _SETTINGS: dict[str, Any] = {
     "autoload_known_extensions": False,
     "python_enable_replacements": False,
     "preserve_insertion_order": False,  # an order is asked for where it matters
+    # A stream does not say how long it is: what a join holds in memory is its right-hand side.
+    "disabled_optimizers": "join_order,build_side_probe_side",
 }
 
 
@@ -100,11 +102,11 @@ class Engine:
         those are superseded, and the view leaves these out. Two identities with one hash are told
         apart by the second.
         """
-        ids = ", ".join(map(_quoted, identity))
-        every, superseded = _quoted(f"{name} all"), _quoted(f"{name} superseded")
+        ids = ", ".join(map(identifier, identity))
+        every, superseded = identifier(f"{name} all"), identifier(f"{name} superseded")
         code = f"hash({ids})"
         self.register(f"{name} identities", scan([*identity, "sequence"]))
-        identities = _quoted(f"{name} identities")
+        identities = identifier(f"{name} identities")
         self.run(
             f"CREATE TEMP TABLE {superseded} AS "
             f"WITH repeated AS (SELECT {code} AS code FROM {identities} "
@@ -118,9 +120,9 @@ class Engine:
             self.register(name, scan(columns))
             return
         self.register(f"{name} all", scan(sorted({*columns, *identity, "sequence"})))
-        wanted = ", ".join(map(_quoted, columns))
+        wanted = ", ".join(map(identifier, columns))
         self.run(
-            f"CREATE TEMP VIEW {_quoted(name)} AS SELECT {wanted} FROM {every} "
+            f"CREATE TEMP VIEW {identifier(name)} AS SELECT {wanted} FROM {every} "
             f"ANTI JOIN {superseded} USING ({ids}, sequence)"
         )
 
@@ -157,8 +159,14 @@ class Engine:
         return self._database.sql(sql, params=list(parameters)).to_arrow_reader(BATCH_ROWS)
 
 
-def _quoted(name: str) -> str:
+def identifier(name: str) -> str:
+    """Returns the name of a table or a column as a query has it."""
     return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """Returns a string as a query has it."""
+    return "'" + text.replace("'", "''") + "'"
 
 
 def _failed(error: Exception) -> ManifestError:

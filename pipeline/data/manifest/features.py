@@ -40,6 +40,10 @@ class FeatureManifest:
         else:
             engine.register(name, FEATURES.empty_table().select(list(columns)))
 
+    def digest(self) -> str:
+        """Returns what is the same at two times only if the rows are the same."""
+        return self._table().digest() if Table.exists(self._location()) else "none"
+
     def rejects(self) -> pa.Table:
         """Returns key, shard, reason and detail of the images without a feature."""
         rows = self.rows(["key", "shard", "reason", "detail"])

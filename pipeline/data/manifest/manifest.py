@@ -73,6 +73,10 @@ class Manifest:
         """Makes `rows` of these columns a view of the engine, which reads them as a stream."""
         self._table.register(engine, name, columns)
 
+    def digest(self) -> str:
+        """Returns what is the same of two versions only if they have the same rows."""
+        return self._table.digest()
+
     def rows_after(self, version: int, columns: Sequence[str]) -> pa.Table:
         """Returns all rows that were committed after a version, superseded ones included."""
         return self._table.raw(columns, version)

@@ -1,58 +1,44 @@
 """One version of a dataset, whose every sample is read by position."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
 from pipeline import storage
+from pipeline.data.manifest.index import Index
+from pipeline.data.manifest.index_build import open_index, remake_index
 from pipeline.data.manifest.manifest import Manifest
-from pipeline.data.manifest.schema import foreign_tars
 from pipeline.data.read.features import FeatureBatch as FeatureBatch
-from pipeline.data.read.features import FeatureReader, listed_features, open_features
+from pipeline.data.read.features import FeatureReader, open_features
 from pipeline.data.read.images import ImageReader, LiveConfig, LiveReader
+from pipeline.data.read.rows import Located, Rows, ShardTotals, SplitFiles, SplitRows
 from pipeline.data.sample import TextKind as TextKind
 from pipeline.data.sample import Texts
-from pipeline.data.tars.foreign_tar import Location
-from pipeline.data.tars.members import Int64Array, Members, sorted_codes
-from pipeline.data.tars.shard import shard_location
+from pipeline.data.tars.members import Int64Array, Members
 from pipeline.data.tars.shard_files import CACHE_SIZE_BYTES, ShardFiles, default_cache
 from pipeline.errors import FeatureError, ManifestError, ShardError
 
-Rows = Sequence[int] | Int64Array
-
-_COLUMNS = (
-    "key",
-    "split",
-    "shard",
-    "tar",
-    "image_offset",
-    "image_size",
-    "texts_shard",
-    "texts_offset",
-    "texts_size",
-    "num_captions",
-    "num_questions",
-    "num_rounds",
-)
 _KEYS_AT_ONCE = 100_000
 
 
 class Dataset:
     """One version of a dataset, read-only."""
 
-    def __init__(self, manifest: Manifest, files: ShardFiles) -> None:
+    def __init__(self, manifest: Manifest, files: ShardFiles, cache: Path) -> None:
         self.url = manifest.url
         self.version = manifest.version
         self._manifest = manifest
         self._files = files
+        self._cache = cache
 
     @classmethod
     def open(
@@ -67,18 +53,17 @@ class Dataset:
         Shards of an object store are copied into the folder `cache` when they are first read;
         its default is the environment's SIGHTLINE_CACHE, else ~/.cache/sightline.
         """
-        files = ShardFiles(cache or default_cache(), cache_size_bytes)
-        return cls(Manifest.open(url, version), files)
+        cache = cache or default_cache()
+        files = ShardFiles(cache, cache_size_bytes)
+        return cls(Manifest.open(url, version), files, cache)
 
     def splits(self) -> list[str]:
         """Returns the names of the splits that have live samples, sorted."""
-        return sorted(self._manifest.samples(["split"])["split"].unique().to_pylist())
+        return [*self.split_sizes()]
 
     def split_sizes(self) -> dict[str, int]:
         """Returns the number of live samples of each split that has some, by name."""
-        counted = self._manifest.samples(["split"])["split"].value_counts().to_pylist()
-        sizes = {entry["values"]: entry["counts"] for entry in counted}
-        return {name: sizes[name] for name in sorted(sizes)}
+        return self._index(None).split_sizes()
 
     def content(self, split: str | None = None) -> str:
         """Returns a digest of what there is to learn from: of a split's live samples, or of all.
@@ -91,14 +76,8 @@ class Dataset:
         if split is not None:
             samples = samples.filter(pc.equal(samples["split"], split))
         samples = samples.sort_by("key")
-        lines = pc.binary_join_element_wise(
-            samples["key"],
-            samples["split"],
-            samples["digest"],
-            samples["texts_fingerprint"],
-            "\n",
-            "\t",
-        )
+        columns = (samples[name] for name in ("key", "split", "digest", "texts_fingerprint"))
+        lines = pc.binary_join_element_wise(*columns, "\n", "\t")
         digest = xxhash.xxh3_128()
         for start in range(0, len(lines), _KEYS_AT_ONCE):
             digest.update("".join(lines.slice(start, _KEYS_AT_ONCE).to_pylist()).encode())
@@ -112,29 +91,38 @@ class Dataset:
         many. Raises ManifestError if the split has no live sample, and FeatureError if some of its
         samples lack these features.
         """
-        samples = self._manifest.samples(_COLUMNS)
-        in_split = pc.equal(samples["split"], name)
-        for column in ("shard", "texts_shard"):  # numbers are filtered and sorted faster
-            index = samples.column_names.index(column)
-            samples = samples.set_column(index, column, samples[column].dictionary_encode())
-        samples = samples.drop_columns("split").filter(in_split)
-        if not samples.num_rows:
+        extractor = features if isinstance(features, str) else None
+        index = self._index(extractor)
+        rows = SplitRows(index, name, partial(remake_index, self._manifest, extractor, self._cache))
+        num_samples = index.split_sizes().get(name, 0)
+        if not num_samples:
             raise ManifestError(
                 f"{self.url}: split {name!r} has no live sample in version {self.version}; "
-                f"splits that have some: {', '.join(self.splits()) or 'none'}"
+                f"splits that have some: {', '.join(index.split_sizes()) or 'none'}"
             )
-        _, shard_of_row = sorted_codes(samples["shard"])
-        samples = samples.take(np.lexsort((samples["image_offset"].to_numpy(), shard_of_row)))
-        if not isinstance(features, str):
-            keys = _strings(samples["key"])
-            return Split(self.url, name, samples, keys, self._files, features)
-        listed = listed_features(self._manifest, features, name, samples)
-        usable = pc.is_null(listed["reason"])
-        num_rejects = listed.num_rows - listed["reason"].null_count
-        samples, listed = samples.filter(usable), listed.filter(usable)
-        keys = _strings(samples["key"])
-        reader = open_features(self._manifest, features, listed, keys, self._files)
-        return Split(self.url, name, samples, keys, self._files, reader, num_rejects)
+        reader = None
+        if extractor is not None:
+            self._check_listed(extractor, name, rows, num_samples)
+            reader = open_features(self.url, extractor, rows, self._files)
+        live = features if isinstance(features, LiveConfig) else None
+        return Split(self.url, name, rows, SplitFiles(self.url, index), self._files, reader or live)
+
+    def _index(self, extractor: str | None) -> Index:
+        return open_index(self._manifest, extractor, self._cache)
+
+    def _check_listed(self, extractor: str, split: str, rows: SplitRows, num_samples: int) -> None:
+        """Raises FeatureError if nothing is listed of some samples, or no feature of any."""
+        if rows.num_missing:
+            raise FeatureError(
+                f"{self.url}: {rows.num_missing} of the {num_samples} live samples of "
+                f"split {split!r} have no features of {extractor!r}, {rows.first_missing!r} the "
+                "first of them; run `sightline extract RECIPE`"
+            )
+        if not rows.num_rows:
+            raise FeatureError(
+                f"{self.url}: {extractor!r} could make nothing of any of the {num_samples} images "
+                f"of split {split!r}; `sightline data rejects` lists them with the reasons"
+            )
 
 
 class Split:
@@ -148,46 +136,27 @@ class Split:
         self,
         url: str,
         name: str,
-        samples: pa.Table,
-        keys: npt.NDArray[Any],
+        rows: SplitRows,
+        locations: SplitFiles,
         files: ShardFiles,
         features: FeatureReader | LiveConfig | None,
-        num_rejects: int = 0,
     ) -> None:
         self.url = url
         self.name = name
-        self.num_samples: int = samples.num_rows
-        self.num_rejects = num_rejects  # further live samples, of which there are no features
-        self.keys = keys  # (num_samples,) numpy strings: an item is a str
-        self._samples = samples.select(["num_captions", "num_questions", "num_rounds"])
-
-        def members(part: str, locations: Sequence[Location], of_row: Int64Array) -> Members:
-            return Members(
-                files,
-                locations,
-                of_row,
-                samples[f"{part}_offset"].to_numpy(),
-                samples[f"{part}_size"].to_numpy(),
-                keys,
-            )
-
-        self._images = members("image", *_image_files(url, name, samples))
+        self.num_samples = rows.num_rows
+        self.num_rejects = rows.num_rejects  # further live samples, of which are no features
+        self.num_shards = rows.num_shards
+        # (num_shards + 1,): the first row of each shard and, last, the number of rows.
+        self.shard_starts = rows.starts
+        # Whether all it reads is on this machine.
+        self.is_local = storage.is_local(url) and locations.tars_are_local
+        self._rows = rows
+        self._members = Members(files, locations)
         self._features: FeatureReader | LiveReader | None
         if isinstance(features, LiveConfig):
-            self._features = LiveReader(ImageReader(self._images), features)
+            self._features = LiveReader(ImageReader(self._members), features)
         else:
             self._features = features
-        shards, shard_of_row = sorted_codes(samples["texts_shard"])
-        locations = [shard_location(url, name, shard) for shard in shards]
-        self._texts = members("texts", locations, shard_of_row)
-        _, shard_of_row = sorted_codes(samples["shard"])
-        # (num_shards + 1,): the first row of each shard and, last, the number of rows.
-        self.shard_starts = np.searchsorted(shard_of_row, np.arange(shard_of_row[-1] + 2))
-
-    @property
-    def is_local(self) -> bool:
-        """Whether all it reads is on this machine."""
-        return storage.is_local(self.url) and self._images.are_local
 
     @property
     def has_features(self) -> bool:
@@ -205,23 +174,52 @@ class Split:
         twin._features = None
         return twin
 
-    def counts(self, kind: TextKind) -> npt.NDArray[np.int32]:
-        """Returns how many captions, questions or dialog rounds each row has."""
-        counts: npt.NDArray[np.int32] = self._samples[f"num_{kind}"].to_numpy()
-        return counts
+    def totals(self, kind: TextKind) -> ShardTotals:
+        """Returns what each shard has of captions, questions or dialog rounds."""
+        return self._rows.totals(kind)
+
+    def counts(self, kind: TextKind, shard: int) -> npt.NDArray[np.int32]:
+        """Returns how many captions, questions or dialog rounds each row of a shard has."""
+        return self._rows.counts(kind, shard)
+
+    def num_texts(self, kind: TextKind) -> int:
+        """Returns how many captions, questions or dialog rounds all rows have."""
+        return int(self._rows.totals(kind).num_texts.sum())
+
+    def keys(self, rows: Rows) -> list[str]:
+        """Returns the keys of the samples of these rows."""
+        keys: list[str] = self._rows.located(rows).keys.tolist()
+        return keys
+
+    def each_key(self) -> Iterator[str]:
+        """Yields the keys of all rows, a shard at a time."""
+        for shard in range(self.num_shards):
+            yield from self._rows.of_shard(shard).keys
+
+    def read(
+        self,
+        rows: Rows,
+        kind: TextKind | None = None,
+        rng: Callable[[int], np.random.Generator] | None = None,
+    ) -> "Reading":
+        """Reads all that a batch has of these rows: as `keys`, `texts` and `features` do."""
+        located = self._rows.located(rows)
+        texts = self._texts(located, kind)
+        features = self._read_features(located, texts, rng) if self.has_features else None
+        return Reading(located.keys.tolist(), texts, features)
 
     def texts(self, rows: Rows, kind: TextKind | None = None) -> list[Texts]:
         """Reads what people wrote about the images of these rows, or of that only one kind."""
-        rows = _array(rows)
-        payloads = self._texts.read(rows)
+        return self._texts(self._rows.located(rows), kind)
+
+    def _texts(self, located: Located, kind: TextKind | None) -> list[Texts]:
+        places = located.places("texts")
+        payloads = self._members.read(places)
         texts: list[Texts] = []
         try:
             texts += map(Texts.from_json, payloads, repeat(kind))
         except ShardError as error:
-            row = int(rows[len(texts)])
-            raise ShardError(
-                f"{self._texts.location(row)}: sample {self.keys[row]!r}: {error}"
-            ) from error
+            raise ShardError(f"{self._members.where(places, len(texts))}: {error}") from error
         return texts
 
     def fetch(self, shards: Int64Array) -> None:
@@ -230,14 +228,15 @@ class Split:
         `shards` are numbered as in `shard_starts`. Raises ShardError if a file is not there.
         """
         for shard in shards.tolist():
-            rows = np.arange(self.shard_starts[shard], self.shard_starts[shard + 1])
-            self._texts.fetch(rows)
+            located = self._rows.of_shard(shard)
+            self._members.fetch(located.places("texts"))
             if self._features is not None:
-                self._features.fetch(rows)
+                self._features.fetch(located)
 
     def image(self, row: int) -> bytes:
         """Reads the image file of a row, as it is stored."""
-        return self._images.read(_array([row]))[0]
+        (payload,) = self._members.read(self._rows.located([row]).places("image"))
+        return payload
 
     def features(
         self,
@@ -251,37 +250,32 @@ class Split:
         allow it; stored ones are what they are. Raises FeatureError if the split was opened without
         features, or a sidecar holds other arrays than the manifest says.
         """
+        return self._read_features(self._rows.located(rows), texts, rng)
+
+    def _read_features(
+        self,
+        located: Located,
+        texts: Sequence[Texts],
+        rng: Callable[[int], np.random.Generator] | None,
+    ) -> FeatureBatch:
         if self._features is None:
             raise FeatureError(
                 f"{self.url}: split {self.name!r} was opened without features; "
                 "name an extractor's folder when opening it"
             )
         if isinstance(self._features, LiveReader):
-            return self._features.read(_array(rows), texts, rng)
-        return self._features.read(_array(rows))
+            return self._features.read(located, texts, rng)
+        return self._features.read(located)
 
     def masks(self, row: int) -> list[dict[str, Any]] | None:
         """Reads the outlines of a row's regions: COCO's run-length codes, or None without any."""
-        return None if self._features is None else self._features.masks(row)
+        return None if self._features is None else self._features.masks(self._rows.located([row]))
 
 
-def _image_files(url: str, split: str, samples: pa.Table) -> tuple[Sequence[Location], Int64Array]:
-    """Returns the files that hold images, and for each row which of them holds its."""
-    shards, file_of_row = sorted_codes(samples["shard"])
-    tars, tar_of_row = foreign_tars(samples["tar"])
-    left = tar_of_row >= 0
-    file_of_row[left] = len(shards) + tar_of_row[left]
-    locations = [shard_location(url, split, shard) for shard in shards]
-    return [*locations, *tars], file_of_row
+@dataclass(frozen=True)
+class Reading:
+    """What was read of B rows of a split."""
 
-
-def _array(rows: Rows) -> Int64Array:
-    return np.asarray(rows, np.int64)
-
-
-def _strings(column: pa.ChunkedArray) -> npt.NDArray[Any]:
-    """Returns numpy strings of variable length: a few bytes a row, where a str takes 70."""
-    strings = np.empty(len(column), np.dtypes.StringDType())
-    for start in range(0, len(column), _KEYS_AT_ONCE):
-        strings[start : start + _KEYS_AT_ONCE] = column.slice(start, _KEYS_AT_ONCE).to_pylist()
-    return strings
+    keys: list[str]
+    texts: list[Texts]
+    features: FeatureBatch | None  # None if the split was opened without

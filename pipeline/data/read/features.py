@@ -5,20 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import accumulate
-from typing import Any
+from operator import sub
+from typing import Any, overload
 
 import numpy as np
 import numpy.lib.format as npy
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline import storage
-from pipeline.data.manifest.manifest import Manifest
-from pipeline.data.manifest.schema import part_names, part_places
 from pipeline.data.read.buffers import BufferPool
 from pipeline.data.read.extractor_card import card_location, read_card
-from pipeline.data.tars.members import Int64Array, Members, sorted_codes
+from pipeline.data.read.rows import Located, SplitRows
+from pipeline.data.tars.foreign_tar import Location
+from pipeline.data.tars.members import Int64Array, Members, Places
 from pipeline.data.tars.shard import sidecar_location
 from pipeline.data.tars.shard_files import ShardFiles
 from pipeline.errors import FeatureError
@@ -26,30 +25,19 @@ from pipeline.errors import FeatureError
 MAX_HEADER_BYTES = 4096  # ours have 128
 
 # Fields of FeatureBatch that only some extractors fill.
-_PARTS = {
-    "classes": "(R, C)",
-    "attributes": "(R, A)",
-    "labels": "(R,)",
-    "scores": "(R,)",
-    "times": "(R,)",
-}
+_PARTS = ("classes", "attributes", "labels", "scores", "times")
 
-_COLUMNS = (
-    "key",
-    "shard",
-    "num_regions",
-    "parts",
-    "reason",
-)
+_NUM_AXES = {"classes": 2, "attributes": 2, "labels": 1, "scores": 1, "times": 1, "scales": 2}
 
 
 @dataclass(frozen=True)
 class FeatureBatch:
     """Features of B samples with at most R regions of D values.
 
-    What lies beyond a sample's `num_regions` is padding, and zero. Classes and attributes are what
-    a detector took a region for: a probability for each of its C classes, the first being
-    background, and A attributes.
+    What lies beyond a sample's `num_regions` is padding, and zero. Where a network in the model
+    makes the values, D is 0 and the `pixels` are given that it makes them of. Classes and
+    attributes are what a detector took a region for: a probability for each of its C classes, the
+    first being background, and A attributes.
     """
 
     values: npt.NDArray[Any]  # (B, R, D) uint8, float16 or float32; stored int8 comes as float32
@@ -60,6 +48,7 @@ class FeatureBatch:
     labels: npt.NDArray[np.int32] | None = None  # (B, R) a class each, if the extractor gives them
     scores: npt.NDArray[np.float32] | None = None  # (B, R) the labels', from 0 to 1
     times: npt.NDArray[np.float32] | None = None  # (B, R) seconds into the video, of its frame
+    pixels: npt.NDArray[np.uint8] | None = None  # (B, S, S, 3) red, green, blue
 
 
 class FeatureReader:
@@ -68,150 +57,153 @@ class FeatureReader:
     def __init__(
         self,
         values: "ArrayReader",
-        boxes: "ArrayReader | npt.NDArray[np.float32]",
-        num_regions: npt.NDArray[np.int32],
+        boxes: "ArrayReader | CardBoxes",
         parts: "Mapping[str, ArrayReader]",
         masks: "MaskReader | None",
     ) -> None:
         self._values = values
-        self._boxes = boxes  # (R, 4) where all images have the same
-        self._num_regions = num_regions
+        self._boxes = boxes
         self._scales = parts.get("scales")  # of int8 values: (B, R, 1) or (B, 1, D)
         self._more = {name: parts[name] for name in _PARTS if name in parts}
         self._masks = masks
         self._pool = BufferPool()
 
-    def read(self, rows: Int64Array) -> FeatureBatch:
+    def read(self, located: Located) -> FeatureBatch:
         """Raises ShardError or FeatureError, naming file and sample, if they cannot be read."""
-        values = self._values.read(rows)
+        values = self._values.read(located)
         if self._scales is not None:
             # float32: numpy multiplies into it in 40 µs a sample of 36 x 2048, into float16 in
             # 600, and on a CPU the model would turn float16 into float32 again
             restored = self._pool.empty(values.shape, np.float32)
-            values = np.multiply(values, self._scales.read(rows), out=restored)
-        if isinstance(self._boxes, ArrayReader):
-            boxes = self._boxes.read(rows)
-        else:
-            boxes = np.tile(self._boxes, (len(rows), 1, 1))
-        more = {name: reader.read(rows) for name, reader in self._more.items()}
-        return FeatureBatch(values, boxes, self._num_regions[rows], **more)
+            values = np.multiply(values, self._scales.read(located), out=restored)
+        boxes = self._boxes.read(located)
+        more = {name: reader.read(located) for name, reader in self._more.items()}
+        return FeatureBatch(values, boxes, located.num_regions.astype(np.int32), **more)
 
-    def fetch(self, rows: Int64Array) -> None:
+    def fetch(self, located: Located) -> None:
         """Brings the sidecars of these rows, where they are far away, into the cache."""
-        self._values.fetch(rows)
+        self._values.fetch(located)
 
-    def masks(self, row: int) -> list[dict[str, Any]] | None:
+    def masks(self, located: Located) -> list[dict[str, Any]] | None:
         """Returns the outlines of a row's regions, if it has some: COCO's run-length code."""
-        return None if self._masks is None else self._masks.read(row)
+        return None if self._masks is None else self._masks.read(located)
 
 
 class ArrayReader:
     """Reads `.npy` payloads, whose first axis is regions, into one zero-padded array.
 
     The headers of one extractor differ only in the number of regions, so that each is parsed
-    when it is first met and compared with the parsed one from then on. `axes` names what every
-    array has, (R, D) for example.
+    when it is first met and compared with the parsed one from then on. What they have in common
+    is that of the row `first`. `num_axes` is what they are expected to have.
     """
 
-    def __init__(
-        self, members: Members, num_regions: npt.NDArray[np.int32], axes: str = "(R, D)"
-    ) -> None:
+    def __init__(self, members: Members, part: str, first: Located, num_axes: int) -> None:
         self._members = members
-        self._num_regions = num_regions
+        self._part = part
         self._pool = BufferPool()
         self._headers: dict[int, bytes] = {}  # that were parsed, by number of regions
-        shape, self.dtype = first_array(members)
-        if len(shape) != len(axes.strip("()").rstrip(",").split(",")):
-            where = _where(members, 0)
-            raise FeatureError(f"{where}: expected an array {axes}, found shape {shape}")
-        self._region = shape[1:]  # of what is kept of one region
-        region_size_bytes = int(np.prod(self._region)) * self.dtype.itemsize
-        self._data_sizes = num_regions.astype(np.int64) * region_size_bytes
-        self._header_sizes = members.sizes - self._data_sizes
-        odd = (self._header_sizes < npy.MAGIC_LEN) | (self._header_sizes > MAX_HEADER_BYTES)
-        if odd.any():
-            row = int(np.argmax(odd))
+        places = first.feature_places(part)
+        where = members.where(places, 0)
+        size_bytes = min(int(places.sizes[0]), MAX_HEADER_BYTES)
+        header = storage.read_range(members.location(places, 0), int(places.offsets[0]), size_bytes)
+        shape, self.dtype, _ = _parse(where, header)
+        if len(shape) != num_axes:
             raise FeatureError(
-                f"{_where(self._members, row)}: the manifest gives {members.sizes[row]} bytes to "
-                f"{num_regions[row]} regions of {self._region} {self.dtype} values, which need "
-                f"{self._data_sizes[row]} and a header; were extractors mixed in one folder?"
+                f"{where}: expected an array of {num_axes} axes, found shape {shape}"
             )
+        # Scales of a dimension each stand for all regions.
+        self._of_regions = part != "scales" or shape[1] == 1
+        self._region = shape[1:]  # of what is kept of one region
+        self._region_size_bytes = int(np.prod(self._region)) * self.dtype.itemsize
 
-    def fetch(self, rows: Int64Array) -> None:
+    def fetch(self, located: Located) -> None:
         """Brings the sidecars of these rows, where they are far away, into the cache."""
-        self._members.fetch(rows)
+        self._members.fetch(located.feature_places(self._part))
 
-    def read(self, rows: Int64Array) -> npt.NDArray[Any]:
+    def read(self, located: Located) -> npt.NDArray[Any]:
         """Returns (B, R, D), or whatever else follows R, the most regions among the rows."""
-        num_regions = self._num_regions[rows]
-        shape = (len(rows), int(num_regions.max(initial=0)), *self._region)
+        places = located.feature_places(self._part)
+        counts = located.num_regions if self._of_regions else np.ones_like(located.num_regions)
+        data_sizes = (counts * self._region_size_bytes).tolist()
+        header_sizes = self._header_sizes(places, data_sizes)
+        shape = (len(counts), int(counts.max(initial=0)), *self._region)
         array = self._pool.empty(shape, self.dtype)
-        header_sizes = self._header_sizes[rows].tolist()
         headers = bytearray(sum(header_sizes))
         ends = [*accumulate(header_sizes)]
         header_view, data_view = memoryview(headers), _bytes_of(array)
         data_stride = array[:1].nbytes
         self._members.read_into(
-            rows,
+            places,
             [
                 [
                     header_view[end - header_size : end],
                     data_view[i * data_stride : i * data_stride + data_size],
                 ]
                 for i, (end, header_size, data_size) in enumerate(
-                    zip(ends, header_sizes, self._data_sizes[rows].tolist(), strict=True)
+                    zip(ends, header_sizes, data_sizes, strict=True)
                 )
             ],
         )
         # One comparison of bytes, which keeps the interpreter: numpy's would let another thread
         # have it, and wait for it, at each of several steps.
-        known = [self._headers.get(count, b"") for count in num_regions.tolist()]
+        known = [self._headers.get(count, b"") for count in counts.tolist()]
         if [*map(len, known)] != header_sizes or b"".join(known) != headers:
-            for row, end, header_size in zip(rows.tolist(), ends, header_sizes, strict=True):
-                self._check_header(row, bytes(headers[end - header_size : end]))
-        for i in np.flatnonzero(num_regions < shape[1]).tolist():
-            array[i, num_regions[i] :] = 0
+            for i, (end, header_size) in enumerate(zip(ends, header_sizes, strict=True)):
+                where = self._members.where(places, i)
+                self._check_header(where, int(counts[i]), bytes(headers[end - header_size : end]))
+        for i in np.flatnonzero(counts < shape[1]).tolist():
+            array[i, counts[i] :] = 0
         return array
 
-    def _check_header(self, row: int, header: bytes) -> None:
-        expected = (int(self._num_regions[row]), *self._region)
-        if self._headers.get(expected[0]) == header:
+    def _header_sizes(self, places: Places, data_sizes: list[int]) -> list[int]:
+        """Returns what the payloads have besides their data."""
+        sizes = [*map(sub, places.sizes.tolist(), data_sizes)]
+        if (
+            not (min(sizes, default=npy.MAGIC_LEN) >= npy.MAGIC_LEN)
+            or max(sizes, default=0) > MAX_HEADER_BYTES
+        ):
+            i = next(
+                i for i, size in enumerate(sizes) if not npy.MAGIC_LEN <= size <= MAX_HEADER_BYTES
+            )
+            raise FeatureError(
+                f"{self._members.where(places, i)}: the manifest gives {places.sizes[i]} bytes to "
+                f"regions of {self._region} {self.dtype} values, which need {data_sizes[i]} and a "
+                "header; were extractors mixed in one folder?"
+            )
+        return sizes
+
+    def _check_header(self, where: str, count: int, header: bytes) -> None:
+        if self._headers.get(count) == header:
             return
-        shape, dtype, size = _parse(self._members, row, header)
+        expected = (count, *self._region)
+        shape, dtype, size = _parse(where, header)
         if (shape, dtype, size) != (expected, self.dtype, len(header)):
             raise FeatureError(
-                f"{_where(self._members, row)}: expected an array {expected} of {self.dtype}, "
-                f"found {shape} of {dtype}; the sidecar is not the one that the manifest lists"
+                f"{where}: expected an array {expected} of {self.dtype}, found "
+                f"{shape} of {dtype}; the sidecar is not the one that the manifest lists"
             )
-        self._headers[expected[0]] = header
+        self._headers[count] = header
 
 
-def first_array(members: Members) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Returns shape and type of the first row's array, by its header."""
-    size_bytes = min(int(members.sizes[0]), MAX_HEADER_BYTES)
-    header = storage.read_range(members.location(0), members.offset(0), size_bytes)
-    shape, dtype, _ = _parse(members, 0, header)
-    return shape, dtype
+class CardBoxes:
+    """The boxes of a grid's cells, which its card implies for every image."""
 
+    def __init__(self, members: Members, extractor: str, boxes: npt.NDArray[np.float32]) -> None:
+        self._members = members
+        self._extractor = extractor
+        self._boxes = boxes  # (R, 4)
 
-def _parse(members: Members, row: int, header: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    stream = BytesIO(header)
-    try:
-        version = npy.read_magic(stream)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, fortran_order, dtype = read(stream)
-    except ValueError as error:
-        raise FeatureError(f"{_where(members, row)}: not a .npy payload ({error})") from error
-    if fortran_order or dtype.hasobject:
-        raise FeatureError(
-            f"{_where(members, row)}: expected plain values in C order, found {dtype} in "
-            f"{'Fortran' if fortran_order else 'C'} order"
-        )
-    return shape, dtype, stream.tell()
-
-
-def _where(members: Members, row: int) -> str:
-    return f"{members.location(row)}: sample {members.keys[row]!r}"
+    def read(self, located: Located) -> npt.NDArray[np.float32]:
+        """Returns (B, R, 4); raises FeatureError of a sample with other regions."""
+        odd = located.num_regions != len(self._boxes)
+        if odd.any():
+            i = int(np.argmax(odd))
+            raise FeatureError(
+                f"{self._members.where(located.feature_places('values'), i)}: features of "
+                f"{self._extractor!r}: the card's grid has {len(self._boxes)} cells and implies "
+                f"the boxes; the sample has {located.num_regions[i]} regions"
+            )
+        return np.tile(self._boxes, (len(odd), 1, 1))
 
 
 class MaskReader:
@@ -220,110 +212,68 @@ class MaskReader:
     def __init__(self, members: Members) -> None:
         self._members = members
 
-    def read(self, row: int) -> list[dict[str, Any]]:
-        """Returns a COCO run-length code, `size` and `counts`, for each region of the row."""
-        (payload,) = self._members.read(np.array([row]))
+    def read(self, located: Located) -> list[dict[str, Any]] | None:
+        """Returns a COCO run-length code, `size` and `counts`, for each region of the only row."""
+        places = located.feature_places("segments")
+        if places.offsets[0] < 0:
+            return None
+        (payload,) = self._members.read(places)
         try:
             masks: list[dict[str, Any]] = json.loads(payload)
         except ValueError as error:
             raise FeatureError(
-                f"{_where(self._members, row)}: no masks at byte {self._members.offset(row)} "
-                f"({error}); the sidecar is not the one that the manifest lists"
+                f"{self._members.where(places, 0)}: no masks at byte {places.offsets[0]}, where "
+                f"the manifest has them ({error}); the sidecar is not the one that it lists"
             ) from error
         return masks
 
 
-def listed_features(manifest: Manifest, extractor: str, split: str, samples: pa.Table) -> pa.Table:
-    """Returns what is listed of an extractor's features of these samples, row for row.
+class Sidecars(Sequence[Location]):
+    """The sidecars of a split's shards, by the numbers of these."""
 
-    A row with a `reason` is of an image that the extractor could make nothing of. Raises
-    FeatureError if nothing is listed of some of the samples, or no feature of any.
+    def __init__(self, url: str, extractor: str, rows: SplitRows) -> None:
+        self._url = url
+        self._extractor = extractor
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return self._rows.num_shards
+
+    @overload
+    def __getitem__(self, number: int) -> Location: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Location]: ...
+    def __getitem__(self, number: int | slice) -> Location | Sequence[Location]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        return sidecar_location(self._url, self._extractor, self._rows.shard_name(number))
+
+
+def open_features(url: str, extractor: str, rows: SplitRows, files: ShardFiles) -> FeatureReader:
+    """Returns a reader of the features that the rows of a split have.
+
+    Raises FeatureError if the first of them disagree with the card.
     """
-    listed = manifest.features(extractor).rows(_COLUMNS)
-    row = pc.index_in(listed["key"], value_set=samples["key"].combine_chunks())
-    # Features made of an image that was edited since lie in another shard: they do not count.
-    shard = samples["shard"].take(row).cast(pa.string())
-    current = pc.fill_null(pc.equal(listed["shard"], shard), False)
-    listed, row = listed.filter(current), row.filter(current).to_numpy()
-    place = np.full(samples.num_rows, -1)
-    place[row] = np.arange(len(row))
-    if (place < 0).any():
-        first = samples["key"][int(np.argmin(place))].as_py()
+    members = Members(files, Sidecars(url, extractor, rows))
+    first = rows.located([0])
+    values = ArrayReader(members, "values", first, num_axes=2)
+    if values.dtype == np.int8 and "scales" not in rows.parts:
         raise FeatureError(
-            f"{manifest.url}: {np.count_nonzero(place < 0)} of the {len(place)} live samples of "
-            f"split {split!r} have no features of {extractor!r}, {first!r} the first of them; run "
-            "`sightline extract RECIPE`"
-        )
-    listed = listed.take(place)
-    if not listed["reason"].null_count:
-        raise FeatureError(
-            f"{manifest.url}: {extractor!r} could make nothing of any of the {len(place)} images "
-            f"of split {split!r}; `sightline data rejects` lists them with the reasons"
-        )
-    return listed
-
-
-def open_features(
-    manifest: Manifest,
-    extractor: str,
-    listed: pa.Table,
-    keys: npt.NDArray[Any],
-    files: ShardFiles,
-) -> FeatureReader:
-    """Returns a reader of an extractor's features, row for row of what is listed of them.
-
-    Raises FeatureError if they disagree with the card.
-    """
-    names, location_of_row = sorted_codes(listed["shard"])
-    locations = [sidecar_location(manifest.url, extractor, name) for name in names]
-    num_regions = listed["num_regions"].to_numpy()
-
-    def members(part: str) -> Members:
-        offsets, sizes = part_places(listed["parts"], part)
-        if (offsets < 0).any():
-            raise FeatureError(
-                f"{manifest.url}: features of {extractor!r}: sample {keys[np.argmin(offsets)]!r} "
-                f"has no {part}, as others have; run `sightline extract RECIPE`"
-            )
-        return Members(files, locations, location_of_row, offsets, sizes, keys)
-
-    stored = part_names(listed["parts"])
-    values = ArrayReader(members("values"), num_regions)
-    if values.dtype == np.int8 and "scales" not in stored:
-        raise FeatureError(
-            f"{manifest.url}: features of {extractor!r} are int8 without scales; "
+            f"{url}: features of {extractor!r} are int8 without scales; "
             "run `sightline extract RECIPE`"
         )
     parts = {
-        name: ArrayReader(members(name), num_regions, axes)
-        for name, axes in _PARTS.items()
-        if name in stored
+        name: ArrayReader(members, name, first, num_axes=num_axes)
+        for name, num_axes in _NUM_AXES.items()
+        if name in rows.parts
     }
-    if "scales" in stored:
-        parts["scales"] = _scales(members("scales"), num_regions)
-    masks = MaskReader(members("segments")) if "segments" in stored else None
-    implied = part_places(listed["parts"], "boxes")[0] < 0
-    if not implied.any():
-        boxes = ArrayReader(members("boxes"), num_regions)
-        return FeatureReader(values, boxes, num_regions, parts, masks)
-    cells = card_boxes(manifest.url, extractor)
-    odd = ~implied | (num_regions != len(cells))
-    if odd.any():
-        first = int(np.argmax(odd))
-        raise FeatureError(
-            f"{manifest.url}: features of {extractor!r}: the card's grid has {len(cells)} cells "
-            f"and implies the boxes; sample {keys[first]!r} has {num_regions[first]} regions"
-            + ("" if implied[first] else " with boxes of its own")
-        )
-    return FeatureReader(values, cells, num_regions, parts, masks)
-
-
-def _scales(members: Members, num_regions: npt.NDArray[np.int32]) -> ArrayReader:
-    """Reads one scale for each region, (R, 1), or for each value of all regions, (1, D)."""
-    shape, _ = first_array(members)
-    if shape[1:] == (1,):
-        return ArrayReader(members, num_regions, "(R, 1)")
-    return ArrayReader(members, np.ones_like(num_regions), "(1, D)")
+    masks = MaskReader(members) if "segments" in rows.parts else None
+    if "boxes" in rows.parts:
+        boxes = ArrayReader(members, "boxes", first, num_axes=2)
+        return FeatureReader(values, boxes, parts, masks)
+    implied = CardBoxes(members, extractor, card_boxes(url, extractor))
+    implied.read(first)
+    return FeatureReader(values, implied, parts, masks)
 
 
 def merged(parts: Sequence[tuple[Int64Array, FeatureBatch]], pool: BufferPool) -> FeatureBatch:
@@ -336,9 +286,11 @@ def merged(parts: Sequence[tuple[Int64Array, FeatureBatch]], pool: BufferPool) -
     count = sum(len(places) for places, _ in parts)
     num_regions = max(batch.values.shape[1] for _, batch in parts)
 
-    def put(name: str) -> npt.NDArray[Any] | None:
+    def put(name: str, padded_axes: int = 2) -> npt.NDArray[Any] | None:
         arrays = [getattr(batch, name) for _, batch in parts]
-        kinds = {None if array is None else (array.shape[2:], array.dtype) for array in arrays}
+        kinds = {
+            None if array is None else (array.shape[padded_axes:], array.dtype) for array in arrays
+        }
         if len(kinds) > 1:
             raise FeatureError(
                 f"splits that are mixed have features with different {name}: found "
@@ -346,10 +298,14 @@ def merged(parts: Sequence[tuple[Int64Array, FeatureBatch]], pool: BufferPool) -
             )
         if arrays[0] is None:
             return None
-        array = pool.empty((count, num_regions, *arrays[0].shape[2:]), arrays[0].dtype)
+        padded = (count, num_regions)[:padded_axes]
+        array = pool.empty((*padded, *arrays[0].shape[padded_axes:]), arrays[0].dtype)
         for (places, _), part in zip(parts, arrays, strict=True):
-            array[places, : part.shape[1]] = part
-            array[places, part.shape[1] :] = 0
+            if padded_axes == 1:
+                array[places] = part
+            else:
+                array[places, : part.shape[1]] = part
+                array[places, part.shape[1] :] = 0
         return array
 
     values, boxes = put("values"), put("boxes")
@@ -358,7 +314,8 @@ def merged(parts: Sequence[tuple[Int64Array, FeatureBatch]], pool: BufferPool) -
     regions = np.empty(count, np.int32)
     for places, batch in parts:
         regions[places] = batch.num_regions
-    return FeatureBatch(values, boxes, regions, **{name: put(name) for name in _PARTS})
+    more = {name: put(name) for name in _PARTS}
+    return FeatureBatch(values, boxes, regions, **more, pixels=put("pixels", padded_axes=1))
 
 
 def grid_boxes(height: int, width: int) -> npt.NDArray[np.float32]:
@@ -381,3 +338,20 @@ def card_boxes(url: str, extractor: str) -> npt.NDArray[np.float32]:
 
 def _bytes_of(array: npt.NDArray[Any]) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
+
+
+def _parse(where: str, header: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Returns shape, type and length of a payload's header."""
+    stream = BytesIO(header)
+    try:
+        version = npy.read_magic(stream)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, fortran_order, dtype = read(stream)
+    except ValueError as error:
+        raise FeatureError(f"{where}: not a .npy payload ({error})") from error
+    if fortran_order or dtype.hasobject:
+        raise FeatureError(
+            f"{where}: expected plain values in C order, found {dtype} in "
+            f"{'Fortran' if fortran_order else 'C'} order"
+        )
+    return shape, dtype, stream.tell()

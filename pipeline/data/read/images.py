@@ -15,8 +15,9 @@ from pipeline.data.media.image_check import BadImageError
 from pipeline.data.media.image_pixels import Pixels, reduction
 from pipeline.data.read.buffers import BufferPool
 from pipeline.data.read.features import FeatureBatch, grid_boxes
+from pipeline.data.read.rows import Located
 from pipeline.data.sample import Texts
-from pipeline.data.tars.members import Int64Array, Members
+from pipeline.data.tars.members import Members, Places
 from pipeline.errors import ConfigError, ShardError
 
 
@@ -31,8 +32,8 @@ class LiveConfig(Config):
     """Pictures where other splits have stored features: decoded when they are asked for.
 
     Each is given as a grid of regions. With `patches` a region is the pixels of its own square,
-    for a model that learns from them; else the regions are equal shares of the whole picture's
-    bytes, for a network that joins them again and makes a region's features of all of it.
+    for a model that learns from them; else the pixels are given whole, beside regions without
+    values, for a network in the model that makes the values of them.
     """
 
     images: ImageConfig
@@ -70,28 +71,23 @@ class ImageBatch:
         boxes = np.tile(grid_boxes(per_side, per_side), (count, 1, 1))
         return FeatureBatch(values, boxes, np.full(count, per_side**2, np.int32))
 
-    def shares(self, grid: tuple[int, int]) -> FeatureBatch:
-        """Deals the bytes of each picture out to the regions of a grid, in equal shares.
+    def whole(self, grid: tuple[int, int]) -> FeatureBatch:
+        """Returns the pictures beside the cells of a grid, whose values a network has yet to make.
 
-        Row by row, so that joined they are the picture again; zeros fill up the last share. Boxes
-        are those of the grid's cells, fractions of what is seen.
+        Boxes are fractions of what is seen.
         """
         count, num_regions = len(self.pixels), grid[0] * grid[1]
-        values = self.pixels.reshape(count, -1)
-        share = -(-values.shape[1] // num_regions)
-        lacking = share * num_regions - values.shape[1]
-        if lacking:
-            values = np.pad(values, ((0, 0), (0, lacking)))
         return FeatureBatch(
-            values.reshape(count, num_regions, share),
+            np.empty((count, num_regions, 0), np.float32),
             np.tile(grid_boxes(*grid), (count, 1, 1)),
             np.full(count, num_regions, np.int32),
+            pixels=self.pixels,
         )
 
     def regions(self, config: LiveConfig) -> FeatureBatch:
         """Returns the pictures as features; raises ConfigError if patches are not the grid."""
         if not config.patches:
-            return self.shares(config.grid)
+            return self.whole(config.grid)
         patches = self.patches(config.images.size // config.grid[1])
         if patches.num_regions[0] != config.grid[0] * config.grid[1]:
             raise ConfigError(
@@ -109,18 +105,18 @@ class ImageReader:
 
     def read(
         self,
-        rows: Int64Array,
+        places: Places,
         config: ImageConfig,
         texts: Sequence[Texts] = (),
         rng: Callable[[int], np.random.Generator] | None = None,
     ) -> ImageBatch:
-        """Decodes and scales the images of B rows.
+        """Decodes and scales the images that lie at B places.
 
         With `config.augment` each is varied by random numbers of `rng(i)`, as far as `texts[i]`
         allow it. Raises ShardError, naming file and sample, if an image cannot be had.
         """
-        batch = ImageBatch.empty(len(rows), config.size, self._pool)
-        for i, payload in enumerate(self._members.read(rows)):
+        batch = ImageBatch.empty(len(places.files), config.size, self._pool)
+        for i, payload in enumerate(self._members.read(places)):
             try:
                 picture = Picture(payload)
                 view = View.whole(picture.width, picture.height)
@@ -131,15 +127,12 @@ class ImageReader:
                     )
                 render(picture, view, batch.pixels[i])
             except BadImageError as error:
-                row = int(rows[i])
-                raise ShardError(
-                    f"{self._members.location(row)}: sample {self._members.keys[row]!r}: {error}"
-                ) from error
+                raise ShardError(f"{self._members.where(places, i)}: {error}") from error
         return batch
 
-    def fetch(self, rows: Int64Array) -> None:
-        """Brings the shards of these rows, where they are far away, into the cache."""
-        self._members.fetch(rows)
+    def fetch(self, places: Places) -> None:
+        """Brings the files of these places, where they are far away, into the cache."""
+        self._members.fetch(places)
 
 
 class LiveReader:
@@ -152,18 +145,20 @@ class LiveReader:
 
     def read(
         self,
-        rows: Int64Array,
+        located: Located,
         texts: Sequence[Texts] = (),
         rng: Callable[[int], np.random.Generator] | None = None,
     ) -> FeatureBatch:
-        """Returns B × R shares or patches; texts and rng are as of `ImageReader.read`."""
-        return self._pictures.read(rows, self._config.images, texts, rng).regions(self._config)
+        """Returns whole pictures or B × R patches; texts and rng are as of `ImageReader.read`."""
+        return self._pictures.read(
+            located.places("image"), self._config.images, texts, rng
+        ).regions(self._config)
 
-    def fetch(self, rows: Int64Array) -> None:
-        """Brings the shards of these rows, where they are far away, into the cache."""
-        self._pictures.fetch(rows)
+    def fetch(self, located: Located) -> None:
+        """Brings the files of these rows, where they are far away, into the cache."""
+        self._pictures.fetch(located.places("image"))
 
-    def masks(self, row: int) -> list[dict[str, Any]] | None:  # noqa: ARG002
+    def masks(self, located: Located) -> list[dict[str, Any]] | None:  # noqa: ARG002
         """Returns None: pictures come without outlines."""
         return None
 

@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline import storage
 from pipeline.data.tars.foreign_tar import Location
 from pipeline.data.tars.shard_files import ShardFiles
 from pipeline.errors import ShardError
@@ -18,88 +18,79 @@ Wanted = TypeVar("Wanted")
 Found = TypeVar("Found")
 
 
-class Members:
-    """Where one part of every row lies: which file, at which byte, how many bytes."""
+@dataclass(frozen=True)
+class Places:
+    """Where one part of each of B samples lies."""
 
-    def __init__(
-        self,
-        files: ShardFiles,
-        locations: Sequence[Location],
-        location_of_row: Int64Array,
-        offsets: Int64Array,
-        sizes: Int64Array,
-        keys: npt.NDArray[Any],
-    ) -> None:
-        self.sizes = sizes
-        self.keys = keys
+    files: Int64Array  # (B,) numbers of files, as `Members` has them
+    offsets: Int64Array  # (B,) first bytes
+    sizes: Int64Array  # (B,) in bytes
+    keys: npt.NDArray[np.object_]  # (B,) str, for messages
+
+    def __getitem__(self, i: int) -> "Places":
+        """Returns the place of one sample, as a batch of one."""
+        one = slice(i, i + 1)
+        return Places(self.files[one], self.offsets[one], self.sizes[one], self.keys[one])
+
+
+class Members:
+    """Reads parts of samples from the files they lie in; any number of threads may at once."""
+
+    def __init__(self, files: ShardFiles, locations: Sequence[Location]) -> None:
         self._files = files
         self._locations = locations
-        self._location_of_row = location_of_row
-        self._offsets = offsets
 
-    def location(self, row: int) -> str:
-        """Returns the file that holds the part of this row."""
-        return str(self._locations[int(self._location_of_row[row])])
+    def where(self, places: Places, i: int) -> str:
+        """Returns the file and the sample of a place, as messages have them."""
+        return f"{self._locations[int(places.files[i])]}: sample {places.keys[i]!r}"
 
-    def fetch(self, rows: Int64Array) -> None:
-        """Brings the files of these rows, where they are far away, into the cache."""
-        for place in np.unique(self._location_of_row[rows]).tolist():
-            self._files.fetch(self._locations[place])
+    def location(self, places: Places, i: int) -> str:
+        """Returns the file of a place."""
+        return str(self._locations[int(places.files[i])])
 
-    @property
-    def are_local(self) -> bool:
-        """Whether all files are on this machine."""
-        return all(storage.is_local(str(location)) for location in self._locations)
+    def fetch(self, places: Places) -> None:
+        """Brings the files of these places, where they are far away, into the cache."""
+        for number in np.unique(places.files).tolist():
+            self._files.fetch(self._locations[number])
 
-    def offset(self, row: int) -> int:
-        """Returns the first byte of the part of this row in its file."""
-        return int(self._offsets[row])
-
-    def read(self, rows: Int64Array) -> list[bytes]:
+    def read(self, places: Places) -> list[bytes]:
         """Returns the payloads, or raises ShardError naming the file and the sample."""
-        sizes = self.sizes[rows].tolist()
-        payloads = self._read(os.pread, rows, sizes)
-        self._check_whole(rows, sizes, [*map(len, payloads)])
+        sizes = places.sizes.tolist()
+        payloads = self._read(os.pread, places, sizes)
+        self._check_whole(places, sizes, [*map(len, payloads)])
         return payloads
 
-    def read_into(self, rows: Int64Array, buffers: Sequence[list[memoryview]]) -> None:
-        """Fills for each row its buffers, one after the other; they have the payload's size.
+    def read_into(self, places: Places, buffers: Sequence[list[memoryview]]) -> None:
+        """Fills for each place its buffers, one after the other; they have the payload's size.
 
         Raises ShardError naming the file and the sample if it is not all there.
         """
-        self._check_whole(rows, self.sizes[rows].tolist(), self._read(os.preadv, rows, buffers))
+        self._check_whole(places, places.sizes.tolist(), self._read(os.preadv, places, buffers))
 
     def _read(
-        self, read: Callable[[int, Wanted, int], Found], rows: Int64Array, wanted: Sequence[Wanted]
+        self, read: Callable[[int, Wanted, int], Found], places: Places, wanted: Sequence[Wanted]
     ) -> list[Found]:
-        """Returns what a call gives for each row's descriptor, what is wanted of it, and offset."""
-        places = self._location_of_row[rows].tolist()
+        """Returns what a call gives for each descriptor, what is wanted of it, and offset."""
+        numbers = places.files.tolist()
         files = {  # held until all is read, for a file that nobody holds may be closed
-            place: self._files.open(self._locations[place]) for place in set(places)
+            number: self._files.open(self._locations[number]) for number in set(numbers)
         }
-        descriptors = [files[place].descriptor for place in places]
+        descriptors = [files[number].descriptor for number in numbers]
         found: list[Found] = []
         try:
-            found += map(read, descriptors, wanted, self._offsets[rows].tolist())
+            found += map(read, descriptors, wanted, places.offsets.tolist())
         except OSError as error:
-            raise self._unreadable(int(rows[len(found)]), error) from error
+            where = self.where(places, len(found))
+            raise ShardError(f"{where}: cannot be read ({error})") from error
         return found
 
-    def _check_whole(self, rows: Int64Array, sizes: list[int], found: list[int]) -> None:
+    def _check_whole(self, places: Places, sizes: list[int], found: list[int]) -> None:
         if found != sizes:
             i = next(i for i, size in enumerate(sizes) if found[i] != size)
-            raise self._cut_short(int(rows[i]), found[i])
-
-    def _unreadable(self, row: int, error: OSError) -> ShardError:
-        return ShardError(
-            f"{self.location(row)}: sample {self.keys[row]!r}: cannot be read ({error})"
-        )
-
-    def _cut_short(self, row: int, found: int) -> ShardError:
-        return ShardError(
-            f"{self.location(row)}: sample {self.keys[row]!r}: expected {self.sizes[row]} bytes "
-            f"at offset {self.offset(row)}, found {found}; the file was cut short"
-        )
+            raise ShardError(
+                f"{self.where(places, i)}: expected {sizes[i]} bytes at offset "
+                f"{places.offsets[i]}, found {found[i]}; the file was cut short"
+            )
 
 
 def sorted_codes(names: pa.ChunkedArray) -> tuple[list[str], Int64Array]:

@@ -87,16 +87,13 @@ class PictureRange:
 def _figures(features: FeatureBatch, shape: tuple[int, int, bool] | None) -> dict[str, float]:
     """Returns the figures of one picture."""
     count = int(features.num_regions[0])
-    values = features.values[0, :count].astype(np.float32)
-    if features.values.dtype == np.uint8:
-        values /= 255
+    seen = features.values[0, :count] if features.pixels is None else features.pixels[0]
+    values = seen.astype(np.float32) / (255 if seen.dtype == np.uint8 else 1)
     found = {"regions": float(count)}
     if values.size:
-        found |= {
-            "level": float(values.mean()),
-            "contrast": float(values.std()),
-            "texture": float(values.std(axis=0).mean()),
-        }
+        found |= {"level": float(values.mean()), "contrast": float(values.std())}
+        if features.pixels is None:
+            found["texture"] = float(values.std(axis=0).mean())
     if shape is not None:
         found |= {"width": float(shape[0]), "height": float(shape[1])}
     return found

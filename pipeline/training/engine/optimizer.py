@@ -11,7 +11,13 @@ from torch import nn
 from pipeline.errors import ConfigError
 from pipeline.training.config import OptimizerConfig
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # the names of what AdamW keeps of each parameter
 EMA_WEIGHTS = "average"  # the name of the weights' moving average in AdamW's state
+
+
+def state_kinds(config: OptimizerConfig) -> tuple[str, ...]:
+    """Returns the names of what the optimizer keeps of each parameter."""
+    return (*MOMENTS, EMA_WEIGHTS) if config.ema_decay is not None else MOMENTS
 
 
 def freeze(module: nn.Module, patterns: Sequence[str]) -> None:

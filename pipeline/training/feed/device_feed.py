@@ -3,18 +3,20 @@
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from pipeline.errors import TrainingError
+from pipeline.look_ahead import run_ahead
 from pipeline.models.tensors import mapped
 from pipeline.training.feed.micro_batch import MicroBatch
-from pipeline.training.feed.prefetch import Prefetch
 
-_STEPS_ON_DEVICE = 1  # beside the one that trains and the one that is being copied
+_STEPS_ON_DEVICE = 2  # beside the one that trains; the second is being copied
 
-Collated = Prefetch[Sequence[MicroBatch]]
+Collated = Generator[Sequence[MicroBatch], None, None]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -32,18 +34,27 @@ def device_feed(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Iterator[Callable[[], StepBatches]]:
-    """Yields what gives a rank's next step, waiting for it; `depth` steps are collated ahead.
+    """Yields what gives a rank's next step, waiting for it.
 
-    Where there is a GPU another thread copies those of the next step to it, from pinned memory and
-    on a stream of their own, so that neither this process nor the GPU waits for the copy. Errors
-    and leaving are those of `Prefetch`.
+    `depth` steps are collated ahead, and one more is being collated. Where there is a GPU another
+    thread copies those of the next step to it, from pinned memory and on a stream of their own, so
+    that neither this process nor the GPU waits for the copy. An error of the source is raised at
+    its step, and TrainingError where there is none left. Leaving the block closes the source.
     """
-    with Prefetch(source, depth) as collated:
+    with contextlib.closing(run_ahead(source, depth + 1)) as collated:
         if device.type != "cuda":
-            yield lambda: _moved(collated.take(), device, dtype)
+            yield lambda: _moved(_next(collated), device, dtype)
             return
-        with Prefetch(_copies(collated, device, dtype), _STEPS_ON_DEVICE) as copied:
-            yield lambda: _awaited(*copied.take(), device)
+        copies = _copies(collated, device, dtype)
+        with contextlib.closing(run_ahead(copies, _STEPS_ON_DEVICE)) as copied:
+            yield lambda: _awaited(*_next(copied), device)
+
+
+def _next(items: Iterator[Item]) -> Item:
+    try:
+        return next(items)
+    except StopIteration:
+        raise TrainingError("the data ended before the last step") from None
 
 
 def _moved(on_host: Sequence[MicroBatch], device: torch.device, dtype: torch.dtype) -> StepBatches:
@@ -55,8 +66,8 @@ def _copies(
 ) -> Generator[tuple[StepBatches, torch.cuda.Event], None, None]:
     """Yields each step with the event after which the device has it."""
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    while True:
-        pinned = [mapped(batch, Tensor.pin_memory) for batch in collated.take()]
+    for on_host in collated:
+        pinned = [mapped(batch, Tensor.pin_memory) for batch in on_host]
         with torch.cuda.stream(stream):
             step = _moved(pinned, device, dtype)
         yield step, stream.record_event()

@@ -28,7 +28,7 @@ class TensorBoardConfig(Config):
 
 
 class MlflowConfig(Config):
-    """A run of an experiment. `uri` names a tracking server; None: MLFLOW_TRACKING_URI does."""
+    """A run of an experiment on a tracking server."""
 
     uri: str | None = Field(
         default=None, description="the tracking server; null: MLFLOW_TRACKING_URI names it"
@@ -39,7 +39,7 @@ class MlflowConfig(Config):
 
 
 class WandbConfig(Config):
-    """A run of a project, its files in RUN/wandb. `mode` None: WANDB_MODE, or online."""
+    """A run of a project, its files in RUN/wandb."""
 
     project: str = Field(default="sightline", description="the project that the run belongs to")
     entity: str | None = Field(

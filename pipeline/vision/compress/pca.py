@@ -20,7 +20,12 @@ from pipeline.config import Config
 from pipeline.data.read.dataset import Dataset
 from pipeline.data.read.extractor_card import ExtractorCard, Fitted, Reduction, wrapped_identity
 from pipeline.errors import ConfigError, FeatureError
-from pipeline.vision.compress.packing import Storage, describe_storage, pack_one, packing_parts
+from pipeline.vision.compress.storage_dtype import (
+    Storage,
+    describe_storage,
+    image_to_storage,
+    storage_parts,
+)
 from pipeline.vision.extractor import Extractor
 from pipeline.vision.feature import Feature, Projection
 from pipeline.vision.preprocess.image import Prepared
@@ -81,7 +86,7 @@ class ReducedExtractor:
                 ),
                 "storage": describe_storage(self._storage),
                 "dim": dims,
-                "parts": packing_parts(self._storage, dims) | parts,
+                "parts": storage_parts(self._storage, dims) | parts,
             }
         )
 
@@ -95,11 +100,11 @@ class ReducedExtractor:
         return self._exact  # of all dimensions: what is lost of them is error too
 
     def _reduce(self, feature: Feature) -> Feature:
-        packed = pack_one(self._projection.project(feature.values), self._storage)
+        converted = image_to_storage(self._projection.project(feature.values), self._storage)
         return replace(
             feature,
-            values=packed.values,
-            quantized=packed.quantized,
+            values=converted.values,
+            quantized=converted.quantized,
             projection=self._projection,
         )
 
@@ -144,7 +149,7 @@ def sample_images(url: str, count: int) -> Iterator[bytes]:
     hashed = (
         (xxhash.xxh3_64_intdigest(key.encode()), number, row)
         for number, split in enumerate(splits)
-        for row, key in enumerate(split.keys.tolist())
+        for row, key in enumerate(split.each_key())
     )
     for _, number, row in heapq.nsmallest(count, hashed):
         yield splits[number].image(row)

@@ -1,4 +1,4 @@
-"""The setting in which a frozen network computes the same whenever it is asked."""
+"""Deterministic arithmetic of frozen networks."""
 
 import contextlib
 from collections.abc import Iterator

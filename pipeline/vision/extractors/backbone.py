@@ -33,20 +33,18 @@ class Backbone(nn.Module):
         self.training = mode
         return self
 
-    def forward(self, shares: Tensor) -> Tensor:
-        """Maps the bytes of B pictures, dealt out to R regions, to features of the regions.
+    def forward(self, pixels: Tensor | None) -> Tensor:
+        """Maps pictures (B, S, S, 3) of uint8 to features of their regions (B, R, C).
 
-        (B, R, P) uint8 to (B, R, C). Without a region, as a blind model has it, no picture is
-        looked at.
+        None is no picture at all, as a blind model has it: (0, R, C).
         """
-        count, num_regions, _ = shares.shape
-        size = self.image_size
-        joined = shares.flatten(1)[:, : 3 * size * size]
-        pictures = joined.reshape(count if num_regions else 0, size, size, 3).permute(0, 3, 1, 2)
-        dtype = next(self.network.parameters()).dtype
-        maps: Tensor = self.network(normalized(pictures).to(dtype))["map"]
-        cells = maps.flatten(2).mT if maps.ndim == 4 else maps.unsqueeze(1)
-        return cells.reshape(count, num_regions, cells.shape[2])
+        weight = next(self.network.parameters())
+        if pixels is None:
+            size = self.image_size
+            pixels = weight.new_zeros(0, size, size, 3, dtype=torch.uint8)
+        pictures = normalized(pixels.permute(0, 3, 1, 2)).to(weight.dtype)
+        maps: Tensor = self.network(pictures)["map"]
+        return maps.flatten(2).mT if maps.ndim == 4 else maps.unsqueeze(1)
 
 
 def _fix(norm: _BatchNorm) -> None:

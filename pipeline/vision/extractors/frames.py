@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.data.read.extractor_card import ExtractorCard, PartLayout, wrapped_identity
 from pipeline.errors import FeatureError
-from pipeline.vision.compress.packing import Storage, pack_one, packing_parts
+from pipeline.vision.compress.storage_dtype import Storage, image_to_storage, storage_parts
 from pipeline.vision.extractor import Extractor
 from pipeline.vision.feature import Feature
 from pipeline.vision.preprocess.image import Prepared, Step, cell_boxes, preprocess
@@ -88,7 +88,7 @@ class FramesExtractor:
                 "grid": None,
                 "frame_grid": self._grid,
                 "boxes": "stored",
-                "parts": packing_parts(self._storage, card.dim)
+                "parts": storage_parts(self._storage, card.dim)
                 | parts
                 | {"times": PartLayout.of("float32", "R")},
                 "environments": (entry.model_copy(update={"libraries": libraries}),),
@@ -119,7 +119,9 @@ class FramesExtractor:
         return twin
 
     def _merge(self, clip: Clip, features: Sequence[Feature]) -> Feature:
-        packed = pack_one(np.concatenate([each.values for each in features]), self._storage)
+        converted = image_to_storage(
+            np.concatenate([each.values for each in features]), self._storage
+        )
         counts = [len(each.values) for each in features]
         parts = {
             name: np.concatenate([each.parts[name] for each in features])
@@ -127,13 +129,13 @@ class FramesExtractor:
         }
         masks = [mask for each in features for mask in each.masks or ()]
         return Feature(
-            packed.values,
+            converted.values,
             np.concatenate(
                 [self._boxes(*pair) for pair in zip(clip.frames, features, strict=True)]
             ),
             parts | {"times": np.repeat(np.array(clip.seconds, np.float32), counts)},
             tuple(masks) if features[0].masks is not None else None,
-            packed.quantized,
+            converted.quantized,
         )
 
     def _boxes(self, frame: Prepared, feature: Feature) -> np.ndarray:

@@ -16,7 +16,7 @@ from pipeline.data.read.extractor_card import (
     identity,
 )
 from pipeline.errors import ConfigError, FeatureError
-from pipeline.vision.compress.packing import describe_storage, pack, packing_parts
+from pipeline.vision.compress.storage_dtype import describe_storage, storage_parts, to_storage
 from pipeline.vision.extractors import weights
 from pipeline.vision.extractors.arithmetic import exact_arithmetic
 from pipeline.vision.extractors.network import NetworkConfig
@@ -43,11 +43,7 @@ NORMALIZE = {"step": "normalize", "mean": list(IMAGENET_MEAN), "std": list(IMAGE
 
 
 class GridConfig(NetworkConfig):
-    """A node of a torchvision classification network: ResNet-50's `layer4` is 7 × 7 × 2048.
-
-    `node: avgpool` gives the pooled feature, a grid of one cell. `weights` is `default`
-    (torchvision's best for the network), a file (.safetensors, .pth) or `random`.
-    """
+    """A node of a torchvision classification network: ResNet-50's `layer4` is 7 × 7 × 2048."""
 
     type: Literal["grid"] = Field(
         default="grid",
@@ -143,7 +139,7 @@ class GridExtractor:
             num_regions=height * width,
             grid=(height, width),
             boxes="grid" if self._config.fit == "stretch" else "stored",
-            parts=packing_parts(self._config.storage, self._dim),
+            parts=storage_parts(self._config.storage, self._dim),
             environments=(ExtractionEnvironment.here(self._device),),
         )
 
@@ -170,7 +166,7 @@ class GridExtractor:
             values = maps.flatten(2) if maps.ndim == 4 else maps.unsqueeze(2)
             cells = values.transpose(1, 2).contiguous()  # (B, H * W, C)
             try:
-                features = pack(cells, self._config.storage)
+                features = to_storage(cells, self._config.storage)
             except FeatureError as error:
                 raise FeatureError(f"{self.name}: {error}") from error
         if self._config.fit == "stretch":

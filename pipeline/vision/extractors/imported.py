@@ -24,11 +24,11 @@ from pipeline.data.sources.image_files import image_name
 from pipeline.data.tars.shard import ShardWriter
 from pipeline.errors import ConfigError, FeatureError, UnusableImageError
 from pipeline.reason import Reason
-from pipeline.vision.compress.packing import (
+from pipeline.vision.compress.storage_dtype import (
     Storage,
     describe_storage,
-    measure_packing,
-    packing_parts,
+    measure_storage_loss,
+    storage_parts,
 )
 from pipeline.vision.extractors.published import Boxes, PublishedFeatures, open_published
 from pipeline.vision.feature import Feature
@@ -238,7 +238,7 @@ def _card(
     if not few:
         raise FeatureError(f"none of {len(ids)} images has features that can be used: {unusable}")
     dim = exact[0].values.shape[1]
-    parts = packing_parts(stored, dim) | {
+    parts = storage_parts(stored, dim) | {
         name: PartLayout.of(array.dtype.name, "R", *array.shape[1:])
         for name, array in exact[0].parts.items()
     }
@@ -246,7 +246,7 @@ def _card(
     layout = {"layout": published.layout} | ({"boxes": boxes} if boxes == "xywh" else {})
     found = identity("imported", published.digest, [], layout, rule)
     environment = ExtractionEnvironment.here("cpu")
-    measured = environment.model_copy(update={"storage_error": measure_packing(exact, few)})
+    measured = environment.model_copy(update={"storage_error": measure_storage_loss(exact, few)})
     return ExtractorCard(
         type="imported",
         identity=found,

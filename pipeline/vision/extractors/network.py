@@ -1,4 +1,4 @@
-"""Settings of a network about its features: how they are stored, of pictures or of videos."""
+"""The settings that every frozen network has: storage, reduction, frames, window."""
 
 from abc import abstractmethod
 
@@ -6,8 +6,8 @@ from pydantic import Field
 
 from pipeline import storage
 from pipeline.config import Config
-from pipeline.vision.compress.packing import Storage
 from pipeline.vision.compress.pca import PcaConfig, ReducedExtractor, fit_to
+from pipeline.vision.compress.storage_dtype import Storage
 from pipeline.vision.extractor import Extractor
 from pipeline.vision.extractors.frames import FramesExtractor, ImageExtractor, pyav_version
 from pipeline.vision.preprocess.video import FramesConfig

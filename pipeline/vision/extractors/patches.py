@@ -21,7 +21,7 @@ from pipeline.data.read.extractor_card import (
     identity,
 )
 from pipeline.errors import ConfigError, FeatureError
-from pipeline.vision.compress.packing import describe_storage, pack, packing_parts
+from pipeline.vision.compress.storage_dtype import describe_storage, storage_parts, to_storage
 from pipeline.vision.extractors import weights
 from pipeline.vision.extractors.arithmetic import exact_arithmetic
 from pipeline.vision.extractors.network import NetworkConfig
@@ -53,12 +53,7 @@ _NOT_ARCHITECTURE = (
 
 
 class PatchesConfig(NetworkConfig):
-    """A ViT, DeiT, CLIP, SigLIP or DINOv2 in transformers' layout; of two towers, that of images.
-
-    `network` is a folder or a name on the Hugging Face hub. `weights: random` takes only its
-    config. `layer` counts as transformers' `hidden_states` do: 0 is the embedded patches, -2 what
-    the last block but one gives; null is the model's own output, with its last norm if it has one.
-    """
+    """A ViT, DeiT, CLIP, SigLIP or DINOv2 in transformers' layout; of two towers, the images'."""
 
     type: Literal["patches"] = Field(
         default="patches",
@@ -191,7 +186,7 @@ class PatchesExtractor:
             num_regions=self._per_side**2 + config.class_token,
             grid=None if config.class_token else (self._per_side, self._per_side),
             boxes="grid" if self._boxes_implied() else "stored",
-            parts=packing_parts(config.storage, self._dim),
+            parts=storage_parts(config.storage, self._dim),
             environments=(ExtractionEnvironment.here(self._device, "transformers"),),
         )
 
@@ -210,7 +205,7 @@ class PatchesExtractor:
             if self._config.class_token:
                 patches = torch.cat([tokens[:, :1], patches], dim=1)
             try:
-                features = pack(patches.contiguous(), self._config.storage)
+                features = to_storage(patches.contiguous(), self._config.storage)
             except FeatureError as error:
                 raise FeatureError(f"{self.name}: {error}") from error
         if self._boxes_implied():

@@ -29,7 +29,7 @@ from pipeline import storage
 from pipeline.data.tars.member_names import is_hidden
 from pipeline.errors import FeatureError, UnusableImageError
 from pipeline.reason import Reason
-from pipeline.vision.compress.packing import Storage, pack
+from pipeline.vision.compress.storage_dtype import Storage, to_storage
 from pipeline.vision.feature import Feature
 
 _BOTTOM_UP = ("id", "width", "height", "num_boxes", "boxes", "features")
@@ -348,5 +348,5 @@ def _feature(fields: Mapping[str, Any], stored: Storage, form: Boxes) -> Feature
             if len(array) != len(values):
                 raise FeatureError(f"{name}: {len(array)} of them for {len(values)} regions")
             parts[part] = array
-    (packed,) = pack(torch.tensor(values).unsqueeze(0), stored)
-    return Feature(packed.values, boxes, parts, quantized=packed.quantized)
+    (converted,) = to_storage(torch.tensor(values).unsqueeze(0), stored)
+    return Feature(converted.values, boxes, parts, quantized=converted.quantized)

@@ -65,7 +65,7 @@ def decode_dicom(
     with the places of the images that are wanted; without it there must be one. Raises FeatureError
     saying why it cannot be shown.
     """
-    with _faults_told():
+    with _read_errors():
         file = DicomFile(payload)
         if choose is None and file.num_images > 1:
             raise FeatureError(
@@ -81,12 +81,12 @@ def decode_dicom(
 
 def num_images(payload: bytes) -> int:
     """Returns how many images a DICOM holds, from its header; raises FeatureError."""
-    with _faults_told():
+    with _read_errors():
         return DicomFile(payload, header_only=True).num_images
 
 
 @contextlib.contextmanager
-def _faults_told() -> Iterator[None]:
+def _read_errors() -> Iterator[None]:
     try:
         yield
     except ImportError as error:

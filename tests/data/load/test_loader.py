@@ -11,8 +11,9 @@ from pipeline import storage
 from pipeline.data.load.loader import Batch, BatchConfig, Loader, eval_batches
 from pipeline.data.load.order import Order
 from pipeline.data.media.augmentation import AugmentConfig
-from pipeline.data.read.dataset import Dataset, FeatureBatch, Rows, Split, TextKind
+from pipeline.data.read.dataset import Dataset, Reading, Split, TextKind
 from pipeline.data.read.images import ImageConfig, LiveConfig, live_features
+from pipeline.data.read.rows import Rows
 from pipeline.errors import ConfigError, ShardError
 from tests.data.read.test_images import jpeg
 from tests.data.tiny_dataset import EXTRACTOR, TinyDataset, grid_values, make_dataset, make_texts
@@ -143,7 +144,7 @@ def test_examples_are_the_same_however_their_places_are_cut(split: Split) -> Non
 def test_batches_hold_the_texts_and_features_of_their_rows(split: Split) -> None:
     for (batch,) in make_loader(split, 7).batches(0, 9, 0, 1, 7):
         assert batch.features is not None
-        assert split.keys[batch.rows].tolist() == batch.keys
+        assert split.keys(batch.rows) == batch.keys
         numbers = [int(key.removeprefix("sample-")) for key in batch.keys]
         captions = [make_texts(number).captions for number in numbers]
         assert [texts.captions for texts in batch.texts] == captions
@@ -207,13 +208,13 @@ def test_no_more_than_the_bound_is_read_ahead(
     split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[Rows] = []
-    features = split.features
+    read = split.read
 
-    def counted(rows: Rows, *how: Any) -> FeatureBatch:
+    def counted(rows: Rows, *how: Any) -> Reading:
         reads.append(rows)
-        return features(rows, *how)
+        return read(rows, *how)
 
-    monkeypatch.setattr(split, "features", counted)
+    monkeypatch.setattr(split, "read", counted)
     order = Order(split, "captions", SEED)
     loader = Loader(split, order, global_batch_size=4, seed=SEED, threads=3, prefetch=5)
     batches = loader.batches(0, 100, 0, 1, 4)
@@ -250,7 +251,7 @@ def first_step(order: Order, split: Split, keys: list[str]) -> int:
     """The first step, of two examples, that needs one of the samples."""
     for step in range(order.num_examples):
         rows, _ = order.examples(step, 2)
-        if set(split.keys[rows].tolist()) & set(keys):
+        if set(split.keys(rows)) & set(keys):
             return step
     raise AssertionError(keys)
 
@@ -285,7 +286,7 @@ def test_an_evaluation_meets_every_example_once_in_row_order(
     assert max(len(batch.keys) for batch in batches) <= batch_size
     rows = np.concatenate([batch.rows for batch in batches]).tolist()
     places = np.concatenate([batch.text_index for batch in batches]).tolist()
-    counts = split.counts("questions").tolist()
+    counts = [len(texts.questions) for texts in split.texts(range(split.num_samples))]
     assert list(zip(rows, places, strict=True)) == [
         (row, i) for row, count in enumerate(counts) for i in range(count)
     ]

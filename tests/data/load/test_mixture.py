@@ -10,6 +10,7 @@ from pipeline.data.load.mixture import BLOCK_SIZE, MixedOrder, MixedSplit, quota
 from pipeline.data.load.order import Order
 from pipeline.data.media.augmentation import AugmentConfig
 from pipeline.data.read.dataset import Dataset, Split
+from pipeline.data.read.features import FeatureBatch
 from pipeline.data.read.images import ImageConfig, LiveConfig
 from pipeline.errors import ConfigError, FeatureError
 from tests.data.load.test_loader import fingerprints
@@ -134,15 +135,21 @@ def test_ranks_and_resumed_runs_see_the_same_mixed_batches(
     assert seen(2, world_size, micro_batch_size) == whole[2:]
 
 
+def features_of(split: MixedSplit, rows: np.ndarray) -> FeatureBatch:
+    found = split.read(rows).features
+    assert found is not None
+    return found
+
+
 def test_batches_hold_what_the_splits_have(splits: list[Split]) -> None:
     split = MixedSplit(splits)
     rows = np.array([30, 0, 36, 31, 8, 9])
     own = [(1, 21), (0, 0), (2, 4), (1, 22), (0, 8), (1, 0)]
-    assert split.keys[rows].tolist() == [splits[part].keys[row] for part, row in own]
-    numbers = [int(str(key).removeprefix("sample-")) for key in split.keys[rows]]
+    assert split.keys(rows) == [splits[part].keys([row])[0] for part, row in own]
+    numbers = [int(key.removeprefix("sample-")) for key in split.keys(rows)]
     assert [texts.image_id for texts in split.texts(rows)] == numbers
     np.testing.assert_array_equal(
-        split.features(rows).values, np.stack([grid_values(number) for number in numbers])
+        features_of(split, rows).values, np.stack([grid_values(number) for number in numbers])
     )
 
 
@@ -151,7 +158,7 @@ def test_splits_with_other_numbers_of_regions_are_padded_and_with_other_kinds_re
 ) -> None:
     narrow = write(str(tmp_path / "narrow"), range(300, 305), 4, regions=2)
     mixed = MixedSplit([splits[0], narrow])
-    found = mixed.features(np.array([9, 0, 10]))
+    found = features_of(mixed, np.array([9, 0, 10]))
     assert found.num_regions.tolist() == [2, 6, 2]
     np.testing.assert_array_equal(found.values[0, :2], grid_values(300)[:2])
     np.testing.assert_array_equal(found.values[1], grid_values(1))
@@ -162,7 +169,7 @@ def test_splits_with_other_numbers_of_regions_are_padded_and_with_other_kinds_re
     other.add_features(other.add_shard("train", [1, 2]), lambda n: grid_values(n)[:, :5])
     wrong = MixedSplit([splits[0], Dataset.open(other.url).split("train", EXTRACTOR)])
     with pytest.raises(FeatureError, match="different values"):
-        wrong.features(np.array([0, 9]))
+        wrong.read(np.array([0, 9]))
     without = Dataset.open(other.url).split("train")
     with pytest.raises(ConfigError, match="all or none"):
         MixedSplit([splits[0], without])

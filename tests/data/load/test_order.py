@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.load.order import Order
+from pipeline.data.load.order import Examples, Order, permutation, random_bits
 from pipeline.data.read.dataset import TextKind
+from pipeline.data.read.rows import ShardTotals
 from pipeline.errors import ConfigError
 
 
@@ -22,8 +23,19 @@ class Table:
     def shard_starts(self) -> np.ndarray:
         return np.array(self.starts)
 
-    def counts(self, kind: TextKind) -> np.ndarray:
+    def all_counts(self, kind: TextKind) -> np.ndarray:
         return np.array(self.row_counts, np.int32) * (kind == "captions")
+
+    def counts(self, kind: TextKind, shard: int) -> np.ndarray:
+        return self.all_counts(kind)[self.starts[shard] : self.starts[shard + 1]]
+
+    def totals(self, kind: TextKind) -> ShardTotals:
+        shards = [self.counts(kind, shard) for shard in range(len(self.starts) - 1)]
+        return ShardTotals(
+            np.array([len(counts) for counts in shards]),
+            np.array([counts.sum() for counts in shards]),
+            np.array([np.count_nonzero(counts) for counts in shards]),
+        )
 
 
 tables = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=5), min_size=1, max_size=6).map(
@@ -106,7 +118,7 @@ def test_examples_of_one_window_are_shuffled_jointly() -> None:
 def test_a_distractor_is_another_sample_that_has_texts(table: Table, window_shards: int) -> None:
     order = Order(table, "captions", 11, window_shards)
     found = order.between(0, 2 * order.num_examples)
-    counts = table.counts("captions")
+    counts = table.all_counts("captions")
     if np.count_nonzero(counts) == 1:
         assert (found.distractors == -1).all()
     else:
@@ -155,3 +167,71 @@ def test_the_windows_follow_the_stream(table: Table, window_shards: int) -> None
         again, same_end = order.window(end - 1)
         assert (again.tolist(), same_end) == (shards.tolist(), end)
         position = end
+
+
+class OrderOfRows:
+    """The order as it was first written, of the counts of all rows."""
+
+    def __init__(self, table: Table, seed: int, window_shards: int) -> None:
+        self.counts = table.all_counts("captions")
+        self.seed, self.window_shards, self.starts = seed, window_shards, table.shard_starts
+        self.with_texts = np.flatnonzero(self.counts)
+        ends = np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])
+        self.shard_sizes = np.diff(ends[self.starts])
+
+    def epoch(self, epoch: int) -> list[Examples]:
+        shards = permutation(random_bits(len(self.shard_sizes), self.seed, epoch))
+        windows = range(0, len(shards), self.window_shards)
+        return [
+            self.window(epoch, number, shards[first : first + self.window_shards])
+            for number, first in enumerate(windows)
+            if self.shard_sizes[shards[first : first + self.window_shards]].sum()
+        ]
+
+    def window(self, epoch: int, window: int, shards: np.ndarray) -> Examples:
+        starts, stops = self.starts[:-1], self.starts[1:]
+        rows = np.concatenate([np.arange(starts[shard], stops[shard]) for shard in shards])
+        rows = rows[self.counts[rows] > 0]
+        counts = self.counts[rows]
+        size = int(counts.sum())
+        bits = random_bits(2 * size, self.seed, epoch, window + 1)
+        shuffled = permutation(bits[:size])
+        place = np.repeat(np.arange(len(rows)), counts)[shuffled]
+        text_index = shuffled - (np.cumsum(counts) - counts)[place]
+        others = rows
+        if len(others) == 1:
+            others = self.with_texts
+            place = np.searchsorted(others, rows[place])
+        if len(others) == 1:
+            return Examples(others[place], text_index, np.full(size, -1))
+        skip = 1 + (bits[size:] % np.uint64(len(others) - 1)).astype(np.int64)
+        return Examples(others[place], text_index, others[(place + skip) % len(others)])
+
+
+@settings(deadline=None)
+@given(
+    st.one_of(
+        tables,
+        # Windows of one sample with texts, whose distractors come of the whole split.
+        st.lists(st.lists(st.sampled_from([0, 0, 0, 2]), min_size=1, max_size=4), min_size=2).map(
+            lambda shards: Table(
+                tuple(count for shard in shards for count in shard),
+                tuple(int(start) for start in np.cumsum([0, *map(len, shards)])),
+            )
+        ),
+    ).filter(lambda table: sum(table.row_counts) > 0),
+    st.integers(0, 1 << 40),
+    st.integers(1, 4),
+)
+def test_the_stream_is_that_of_an_order_that_knows_all_rows(
+    table: Table, seed: int, window_shards: int
+) -> None:
+    order, reference = (
+        Order(table, "captions", seed, window_shards),
+        OrderOfRows(table, seed, window_shards),
+    )
+    for epoch in range(2):
+        found = order.between(epoch * order.num_examples, (epoch + 1) * order.num_examples)
+        for name in ("rows", "text_index", "distractors"):
+            expected = [getattr(window, name) for window in reference.epoch(epoch)]
+            assert getattr(found, name).tolist() == np.concatenate(expected).tolist()

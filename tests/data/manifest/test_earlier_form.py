@@ -132,7 +132,7 @@ def rows(manifest: Manifest) -> list[SampleRow]:
 def trained_in_order(url: str) -> list[str]:
     split = Dataset.open(url).split("train")
     order = Order(split, "captions", seed=3)
-    return [str(split.keys[row]) for row in order.between(0, order.num_examples).rows]
+    return split.keys(order.between(0, order.num_examples).rows)
 
 
 def small_world() -> World:

@@ -161,6 +161,7 @@ def test_a_deflated_file_is_read_as_the_plain_one_is() -> None:
     assert reason(packed[:-30]) == "undecodable-dicom"
 
 
+@pytest.mark.processes
 def test_a_deflated_bomb_costs_little_memory_and_one_record() -> None:
     whole = dicom(np.zeros((2, 2), np.int16))
     meta = deflated(whole)
@@ -174,6 +175,7 @@ def test_a_deflated_bomb_costs_little_memory_and_one_record() -> None:
     assert added < 1024**3
 
 
+@pytest.mark.processes
 def test_a_size_that_the_file_cannot_have_is_found_before_memory_is_taken() -> None:
     said, added = measured(dicom(VALUES[0], Rows=60000, Columns=60000, NumberOfFrames=9))
     assert said == "oversized-image"

@@ -7,8 +7,8 @@ import pytest
 
 from pipeline.data.ingest.ingest import IngestConfig, ingest
 from pipeline.data.manifest.retention import Retention
-from pipeline.data.read.dataset import Dataset
-from pipeline.data.sample import Texts
+from pipeline.data.read.dataset import Dataset, Split
+from pipeline.data.sample import TextKind, Texts
 from pipeline.data.upkeep.compact import compact
 from pipeline.errors import FeatureError, ManifestError, ShardError
 from tests.data.tiny_dataset import (
@@ -23,8 +23,12 @@ from tests.data.tiny_dataset import (
 from tests.data.world import Item, World
 
 
-def numbers_of(keys: np.ndarray) -> list[int]:
-    return [int(key.removeprefix("sample-")) for key in keys.tolist()]
+def numbers_of(keys: list[str]) -> list[int]:
+    return [int(key.removeprefix("sample-")) for key in keys]
+
+
+def all_keys(split: Split) -> list[str]:
+    return [*split.each_key()]
 
 
 def test_every_live_sample_is_a_row_of_its_split_and_reads_back_whole(tmp_path: Path) -> None:
@@ -33,19 +37,19 @@ def test_every_live_sample_is_a_row_of_its_split_and_reads_back_whole(tmp_path: 
     assert dataset.splits() == ["train", "val"]
     assert dataset.split("val").num_samples == 3
     split = dataset.split("train")
-    numbers = numbers_of(split.keys)
+    numbers = numbers_of(all_keys(split))
     assert sorted(numbers) == list(range(23))
     assert split.num_samples == 23
     assert split.texts(range(23)) == [make_texts(number) for number in numbers]
     assert [split.image(row) for row in range(23)] == [make_image(number) for number in numbers]
-    assert isinstance(split.keys[0], str)
+    assert isinstance(split.keys([0])[0], str)
 
 
 def test_rows_follow_the_shards_and_the_order_within_them(tmp_path: Path) -> None:
     written = make_dataset(str(tmp_path))
     split = Dataset.open(str(tmp_path)).split("train")
     in_train = {name: keys for name, keys in written.shards.items() if "sample-101" not in keys}
-    assert split.keys.tolist() == [key for name in sorted(in_train) for key in in_train[name]]
+    assert all_keys(split) == [key for name in sorted(in_train) for key in in_train[name]]
     starts = split.shard_starts.tolist()
     assert np.diff(starts).tolist() == [len(in_train[name]) for name in sorted(in_train)]
     assert (starts[0], starts[-1]) == (0, 23)
@@ -55,10 +59,22 @@ def test_counts_are_those_of_the_texts(tmp_path: Path) -> None:
     make_dataset(str(tmp_path))
     split = Dataset.open(str(tmp_path)).split("train")
     texts = split.texts(range(split.num_samples))
-    assert split.counts("captions").tolist() == [len(each.captions) for each in texts]
-    assert split.counts("questions").tolist() == [len(each.questions) for each in texts]
-    assert split.counts("rounds").tolist() == [each.num_rounds for each in texts]
-    assert split.counts("captions").dtype == np.int32
+
+    def counts(kind: TextKind) -> list[int]:
+        shards = range(split.num_shards)
+        return [count for shard in shards for count in split.counts(kind, shard).tolist()]
+
+    assert counts("captions") == [len(each.captions) for each in texts]
+    assert counts("questions") == [len(each.questions) for each in texts]
+    assert counts("rounds") == [each.num_rounds for each in texts]
+    assert split.counts("captions", 0).dtype == np.int32
+    for kind in ("captions", "questions", "rounds"):
+        totals = split.totals(kind)
+        parts = [split.counts(kind, shard) for shard in range(split.num_shards)]
+        assert totals.num_rows.tolist() == [*map(len, parts)]
+        assert totals.num_texts.tolist() == [part.sum() for part in parts]
+        assert totals.num_rows_with_texts.tolist() == [np.count_nonzero(part) for part in parts]
+        assert split.num_texts(kind) == sum(counts(kind))
 
 
 def test_grid_features_come_as_stored_with_the_cells_as_boxes(tmp_path: Path) -> None:
@@ -67,7 +83,7 @@ def test_grid_features_come_as_stored_with_the_cells_as_boxes(tmp_path: Path) ->
     rows = [7, 0, 22, 7]
     batch = split.features(rows)
     assert batch.values.dtype == np.float16
-    expected = np.stack([grid_values(number) for number in numbers_of(split.keys[rows])])
+    expected = np.stack([grid_values(number) for number in numbers_of(split.keys(rows))])
     np.testing.assert_array_equal(batch.values, expected)
     assert batch.num_regions.tolist() == [6, 6, 6, 6]
     assert batch.boxes.shape == (4, 6, 4)
@@ -86,7 +102,7 @@ def test_regions_are_padded_with_zeros_to_the_most_of_the_batch(tmp_path: Path) 
         rows = np.random.default_rng(0).permutation(23)
         batch = split.features(rows)
         assert batch.values.shape == (23, 4, 8)
-        for i, number in enumerate(numbers_of(split.keys[rows])):
+        for i, number in enumerate(numbers_of(split.keys(rows))):
             count = number % 5
             assert batch.num_regions[i] == count
             np.testing.assert_array_equal(batch.values[i, :count], region_values(number))
@@ -94,7 +110,9 @@ def test_regions_are_padded_with_zeros_to_the_most_of_the_batch(tmp_path: Path) 
             assert not batch.values[i, count:].any()
             assert not batch.boxes[i, count:].any()
         del batch
-    without_regions = [row for row, number in enumerate(numbers_of(split.keys)) if number % 5 == 0]
+    without_regions = [
+        row for row, number in enumerate(numbers_of(all_keys(split))) if number % 5 == 0
+    ]
     assert split.features(without_regions).values.shape == (5, 0, 8)
 
 
@@ -121,10 +139,10 @@ def test_features_of_an_image_that_was_replaced_do_not_count(tmp_path: Path) -> 
         Dataset.open(str(tmp_path)).split("train", EXTRACTOR)
     written.add_features(shard, lambda number: grid_values(number + 5))
     now = Dataset.open(str(tmp_path)).split("train", EXTRACTOR)
-    row = now.keys.tolist().index("sample-3")
+    row = all_keys(now).index("sample-3")
     np.testing.assert_array_equal(now.features([row]).values[0], grid_values(8))
     old = before.split("train", EXTRACTOR)
-    row = old.keys.tolist().index("sample-3")
+    row = all_keys(old).index("sample-3")
     np.testing.assert_array_equal(old.features([row]).values[0], grid_values(3))
 
 
@@ -141,7 +159,7 @@ def test_a_shard_cut_short_or_gone_is_named_with_the_sample(tmp_path: Path) -> N
     split = Dataset.open(str(tmp_path)).split("train", EXTRACTOR)
     sidecar = sorted((tmp_path / "features" / EXTRACTOR).glob("*.tar"))[0]
     sidecar.write_bytes(sidecar.read_bytes()[:700])
-    key = split.keys[0]
+    key = all_keys(split)[0]
     with pytest.raises(ShardError, match=rf"{sidecar.name}: sample '{key}': expected 224 bytes"):
         split.features([0])
     split = Dataset.open(str(tmp_path)).split("train")
@@ -156,7 +174,9 @@ def test_texts_that_cannot_be_read_are_named_with_shard_and_sample(tmp_path: Pat
     shard = sorted((tmp_path / "shards" / "train").glob("*.tar"))[0]
     shard.write_bytes(shard.read_bytes().replace(b'{"captions"', b'{,captions"'))
     split = Dataset.open(str(tmp_path)).split("train")
-    with pytest.raises(ShardError, match=rf"{shard.name}: sample '{split.keys[0]}': .*not JSON"):
+    with pytest.raises(
+        ShardError, match=rf"{shard.name}: sample '{all_keys(split)[0]}': .*not JSON"
+    ):
         split.texts([0])
 
 
@@ -182,7 +202,9 @@ def test_every_header_is_compared_with_those_that_were_read_before(tmp_path: Pat
     whole = sidecar.read_bytes()
     at = whole.rindex(b"<f2")
     sidecar.write_bytes(whole[:at] + b"<i2" + whole[at + 3 :])
-    with pytest.raises(FeatureError, match=rf"{sidecar.name}: sample '{split.keys[-1]}': .*int16"):
+    with pytest.raises(
+        FeatureError, match=rf"{sidecar.name}: sample '{all_keys(split)[-1]}': .*int16"
+    ):
         split.features(rows)
     split.features(rows[:-1])
 
@@ -200,7 +222,7 @@ def test_a_card_that_does_not_fit_the_features_is_refused(tmp_path: Path) -> Non
 def test_threads_may_read_at_once(tmp_path: Path) -> None:
     make_dataset(str(tmp_path))
     split = Dataset.open(str(tmp_path)).split("train", EXTRACTOR)
-    numbers = numbers_of(split.keys)
+    numbers = numbers_of(all_keys(split))
 
     def read(seed: int) -> tuple[np.ndarray, np.ndarray, list[Texts]]:
         rows = np.random.default_rng(seed).integers(0, 23, 16)
@@ -220,9 +242,9 @@ def test_a_dataset_in_an_object_store_reads_alike_through_the_cache(
     cache = tmp_path / "cache"
     split = Dataset.open(object_store, cache=cache).split("train", EXTRACTOR)
     batch = split.features(range(11))
-    expected = np.stack([grid_values(number) for number in numbers_of(split.keys)])
+    expected = np.stack([grid_values(number) for number in numbers_of(all_keys(split))])
     np.testing.assert_array_equal(batch.values, expected)
-    assert split.image(2) == make_image(numbers_of(split.keys)[2])
+    assert split.image(2) == make_image(numbers_of(all_keys(split))[2])
     copies = {path.stem for path in cache.rglob("*.tar")}
     assert copies == {name for name, keys in written.shards.items() if "sample-101" not in keys}
 

@@ -1,5 +1,6 @@
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 from pipeline.data.media.augmentation import AugmentConfig, View, random_view
 from pipeline.data.media.decoding import Picture
 from pipeline.data.read.dataset import Dataset, Split
+from pipeline.data.read.features import FeatureBatch
 from pipeline.data.read.images import (
     ImageBatch,
     ImageConfig,
@@ -49,16 +51,27 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
     return Dataset.open(written.url).split("train")
 
 
+class Pictures:
+    """The images of a split by their rows."""
+
+    def __init__(self, split: Split) -> None:
+        self._rows = split._rows
+        self._reader = ImageReader(split._members)
+
+    def read(self, rows: np.ndarray, config: ImageConfig, *how: Any) -> ImageBatch:
+        return self._reader.read(self._rows.located(rows).places("image"), config, *how)
+
+
 @pytest.fixture(scope="module")
-def pictures(split: Split) -> ImageReader:
-    return ImageReader(split._images)
+def pictures(split: Split) -> Pictures:
+    return Pictures(split)
 
 
 def number_of(split: Split, row: int) -> int:
-    return int(str(split.keys[row]).removeprefix("sample-"))
+    return int(split.keys([row])[0].removeprefix("sample-"))
 
 
-def test_pixels_are_the_whole_picture_scaled(split: Split, pictures: ImageReader) -> None:
+def test_pixels_are_the_whole_picture_scaled(split: Split, pictures: Pictures) -> None:
     rows = np.array([7, 0, 10, 3, 0])
     batch = pictures.read(rows, ImageConfig(size=SIZE))
     assert batch.pixels.shape == (5, SIZE, SIZE, 3)
@@ -78,7 +91,7 @@ def test_a_picture_much_larger_than_asked_for_is_reduced_to_nearly_the_same_pixe
     assert np.abs(output - expected).mean() < 2
 
 
-def test_an_augmented_picture_is_a_random_view_of_it(split: Split, pictures: ImageReader) -> None:
+def test_an_augmented_picture_is_a_random_view_of_it(split: Split, pictures: Pictures) -> None:
     rows = np.arange(11)
     silent = [Texts(0)] * 11
     config = ImageConfig(size=SIZE, augment=AugmentConfig(area=(0.3, 0.6)))
@@ -94,7 +107,7 @@ def test_an_augmented_picture_is_a_random_view_of_it(split: Split, pictures: Ima
         assert np.abs(batch.pixels[i] - expected).max() <= 1
 
 
-def test_texts_decide_which_pictures_are_mirrored(pictures: ImageReader) -> None:
+def test_texts_decide_which_pictures_are_mirrored(pictures: Pictures) -> None:
     texts = [Texts(0, captions=("the left one",)) if i % 2 else Texts(0) for i in range(11)]
     config = ImageConfig(size=SIZE, augment=AugmentConfig(mirror=1.0))
     rows = np.arange(11)
@@ -107,7 +120,7 @@ def test_texts_decide_which_pictures_are_mirrored(pictures: ImageReader) -> None
 
 
 def test_one_random_number_generator_gives_one_picture_whatever_the_batch(
-    split: Split, pictures: ImageReader
+    split: Split, pictures: Pictures
 ) -> None:
     config = ImageConfig(size=SIZE, augment=AugmentConfig())
     rows = np.array([5, 2, 9])
@@ -143,7 +156,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
         split.features(np.arange(3))
 
 
-def test_memory_of_a_batch_is_used_again_only_when_it_is_forgotten(pictures: ImageReader) -> None:
+def test_memory_of_a_batch_is_used_again_only_when_it_is_forgotten(pictures: Pictures) -> None:
     config = ImageConfig(size=SIZE)
     kept = [pictures.read(np.array([row, 3]), config) for row in range(11)]
     for row, batch in enumerate(kept):
@@ -155,7 +168,7 @@ def test_memory_of_a_batch_is_used_again_only_when_it_is_forgotten(pictures: Ima
     assert place in [batch.pixels.ctypes.data for batch in found]
 
 
-def test_patches_are_those_of_the_pixels_extractor(pictures: ImageReader) -> None:
+def test_patches_are_those_of_the_pixels_extractor(pictures: Pictures) -> None:
     batch = pictures.read(np.array([4, 1, 8]), ImageConfig(size=12))
     found = batch.patches(4)
     extractor = PixelsConfig(image_size=12, patch_size=4).build()
@@ -167,20 +180,20 @@ def test_patches_are_those_of_the_pixels_extractor(pictures: ImageReader) -> Non
         batch.patches(5)
 
 
-@pytest.mark.parametrize("grid", [(1, 1), (2, 2), (5, 7)])  # the last leaves bytes to fill up
-def test_shares_joined_are_the_picture(pictures: ImageReader, grid: tuple[int, int]) -> None:
+def test_whole_pictures_stand_beside_regions_that_have_no_values_yet(
+    pictures: Pictures,
+) -> None:
     batch = pictures.read(np.arange(3), ImageConfig(size=12))
-    found = batch.shares(grid)
-    assert found.values.shape[:2] == (3, grid[0] * grid[1])
-    joined = found.values.reshape(3, -1)
-    np.testing.assert_array_equal(joined[:, : 3 * 12 * 12], batch.pixels.reshape(3, -1))
-    assert not joined[:, 3 * 12 * 12 :].any()
-    assert found.boxes.shape == (3, grid[0] * grid[1], 4)
+    found = batch.whole((5, 7))
+    assert found.pixels is batch.pixels
+    assert found.values.shape == (3, 35, 0)
+    assert found.boxes.shape == (3, 35, 4)
+    assert found.num_regions.tolist() == [35, 35, 35]
 
 
 @pytest.mark.parametrize("patches", [False, True])
 def test_a_live_split_makes_features_of_its_images(
-    split: Split, pictures: ImageReader, patches: bool
+    split: Split, pictures: Pictures, patches: bool
 ) -> None:
     live = LiveConfig(
         images=ImageConfig(size=12, augment=AugmentConfig()), grid=(3, 3), patches=patches
@@ -190,18 +203,23 @@ def test_a_live_split_makes_features_of_its_images(
     assert whole.has_features
     rows = np.array([6, 2, 9])
     pixels = pictures.read(rows, ImageConfig(size=12))
-    expected = pixels.patches(4) if patches else pixels.shares((3, 3))
-    np.testing.assert_array_equal(whole.features(rows).values, expected.values)
-    (alone,) = live_features(whole.image(2), live).values
-    np.testing.assert_array_equal(alone, expected.values[1])
+    expected = pixels.patches(4).values if patches else pixels.pixels
+
+    def given(batch: FeatureBatch) -> np.ndarray:
+        assert batch.num_regions.tolist() == [9] * len(batch.values)
+        return batch.values if batch.pixels is None else batch.pixels
+
+    np.testing.assert_array_equal(given(whole.features(rows)), expected)
+    (alone,) = given(live_features(whole.image(2), live))
+    np.testing.assert_array_equal(alone, expected[1])
     texts = whole.texts(rows)
-    seen = varied.features(rows, texts, np.random.default_rng)
-    again = varied.features(rows[1:2], texts[1:2], lambda i: np.random.default_rng(i + 1))
-    np.testing.assert_array_equal(seen.values[1], again.values[0])
-    assert (seen.values != expected.values).any()
+    seen = given(varied.features(rows, texts, np.random.default_rng))
+    again = given(varied.features(rows[1:2], texts[1:2], lambda i: np.random.default_rng(i + 1)))
+    np.testing.assert_array_equal(seen[1], again[0])
+    assert (seen != expected).any()
 
 
-def test_a_grid_that_is_not_of_patches_is_refused(pictures: ImageReader) -> None:
+def test_a_grid_that_is_not_of_patches_is_refused(pictures: Pictures) -> None:
     live = LiveConfig(images=ImageConfig(size=12), grid=(2, 3), patches=True)
     with pytest.raises(ConfigError, match="12 pixels a side"):
         pictures.read(np.arange(1), live.images).regions(live)

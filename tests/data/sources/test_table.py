@@ -95,7 +95,7 @@ def test_parquet_as_hugging_face_writes_it(tmp_path: Path, with_path: bool) -> N
     report = ingested(source, tmp_path)
     assert (report.num_live, report.rejects) == (5, {})
     split = Dataset.open(str(tmp_path / "dataset")).split("train")
-    for row, key in enumerate(split.keys):
+    for row, key in enumerate(split.each_key()):
         assert split.image(row) == cells[int(key)]["bytes"]
         assert split.texts([row])[0].captions == ("abcde"[int(key)],)
     assert ingested(source, tmp_path).num_unchanged == 5

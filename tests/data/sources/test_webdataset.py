@@ -80,7 +80,7 @@ def test_the_shards_of_this_project_read_back_as_they_were(tmp_path: Path) -> No
         one = Dataset.open(str(tmp_path / "dataset")).split(split)
         other = Dataset.open(str(tmp_path / "again" / "dataset")).split(split)
         rows = range(one.num_samples)
-        assert list(one.keys) == list(other.keys)
+        assert list(one.each_key()) == list(other.each_key())
         assert one.texts(rows) == other.texts(rows)
         assert [one.image(row) for row in rows] == [other.image(row) for row in rows]
 
@@ -146,7 +146,7 @@ def test_the_second_picture_of_a_key_is_counted_wherever_it_is(tmp_path: Path, o
     report = ingested(source, tmp_path)
     assert (report.num_live, report.rejects) == (2, {"duplicate-id": 1})
     split = Dataset.open(str(tmp_path / "dataset")).split("train")
-    row = list(split.keys).index("a")
+    row = list(split.each_key()).index("a")
     assert (split.image(row), split.texts([row])[0].captions) == (colour(0), ("0",))
 
 

@@ -71,7 +71,7 @@ def contents(url: Path | str) -> dict[str, tuple[str, bytes, tuple[str, ...]]]:
     for name in dataset.splits():
         split = dataset.split(name)
         rows = range(split.num_samples)
-        for row, key, texts in zip(rows, split.keys.tolist(), split.texts(rows), strict=True):
+        for row, key, texts in zip(rows, split.each_key(), split.texts(rows), strict=True):
             found[key] = (name, split.image(row), texts.captions)
     return found
 
@@ -201,9 +201,9 @@ def test_a_grown_tar_costs_its_new_samples(tmp_path: Path) -> None:
     assert after == before  # and so are all features that were made
     assert new not in before.values()
     split = Dataset.open(str(tmp_path / "out")).split("train")
-    row = split.keys.tolist().index("100")
+    row = [*split.each_key()].index("100")
     assert (split.image(row), split.texts([row])[0].captions) == (picture(100), ("a new one",))
-    assert split.image(split.keys.tolist().index("007")) == picture(7)
+    assert split.image([*split.each_key()].index("007")) == picture(7)
 
 
 def test_a_tar_that_was_only_touched_or_moved_keeps_its_shards(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def check_features(url: str, version: int | None = None) -> None:
         split = dataset.split(name, EXTRACTOR)
         read = split.features(np.arange(split.num_samples))
         assert read.scores is not None
-        for key, values, scores in zip(split.keys.tolist(), read.values, read.scores, strict=True):
+        for key, values, scores in zip([*split.each_key()], read.values, read.scores, strict=True):
             assert np.array_equal(values, values_of(key))
             assert np.array_equal(scores, values_of(key)[:, 0])
 
@@ -258,7 +258,7 @@ def content(url: str, version: int) -> dict[str, tuple[bytes, tuple[str, ...]]]:
     found = {}
     for name in dataset.splits():
         split = dataset.split(name)
-        for row, key in enumerate(split.keys.tolist()):
+        for row, key in enumerate([*split.each_key()]):
             found[key] = (split.image(row), split.texts([row])[0].captions)
     return found
 

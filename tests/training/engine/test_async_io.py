@@ -116,6 +116,7 @@ def test_an_impossible_offload_is_refused_with_its_key(zero: dict[str, Any], mat
         async_io.require_ability(zero, builder)
 
 
+@pytest.mark.processes
 def test_without_a_compiler_what_to_install_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,4 @@
-import json
 import math
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -10,19 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError, TrainingError
-from pipeline.training.config import TrainingConfig
-from pipeline.training.engine.engine import (
-    Engine,
-    engine_config,
-    require_known_keys,
-    require_precision,
-)
+from pipeline.errors import TrainingError
+from pipeline.training.engine.engine import Engine
 from pipeline.training.engine.schedule import rate_factor
-from pipeline.training.spec import Environment
+from pipeline.training.spec import RankContext
 from tests.training.stand_in import StandIn, StandInBatch, make_spec, stand_in
 
-HERE = Environment(rank=0, world_size=1, local_rank=0, device="cpu")
+HERE = RankContext(rank=0, world_size=1, local_rank=0, device="cpu")
 
 STAGES = [
     (0, "fp32"),
@@ -302,129 +294,6 @@ def test_a_run_that_leaves_fp16_leaves_its_loss_scale(tmp_path: Path, stage: int
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("can", [False, True])
-def test_fp16_is_refused_where_a_cpu_cannot_compute_in_halves_and_nowhere_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can: bool
-) -> None:
-    from deepspeed.accelerator import get_accelerator
-
-    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: can)
-    deepspeed = {"fp16": {"initial_scale_power": 4}}
-    spec = make_spec(tmp_path, precision="fp16", deepspeed=deepspeed)
-    if can:
-        require_precision(spec.training, HERE, "training.pretrain.precision")
-        engine = Engine(stand_in(spec).module, spec.training, HERE)
-        found = advance(engine, spec, 0, 2)
-        engine.close()
-        assert all(math.isfinite(norm) for _, norm in found)
-        assert engine.skipped == 0
-        return
-    with pytest.raises(ConfigError, match=r"pretrain.precision: fp16 needs a GPU.*use bf16"):
-        require_precision(spec.training, HERE, "training.pretrain.precision")
-    with pytest.raises(ConfigError, match=r"training.precision: fp16 needs a GPU.*use bf16"):
-        Engine(stand_in(spec).module, spec.training, HERE)
-    on_a_gpu = replace(HERE, device="cuda:0")
-    require_precision(spec.training, on_a_gpu, "training.pretrain.precision")
-
-
-@pytest.mark.usefixtures("alone")
-def test_swapping_at_a_stage_that_does_not_is_refused(tmp_path: Path) -> None:
-    zero = {"offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}}
-    spec = make_spec(tmp_path, zero_stage=2, deepspeed={"zero_optimization": zero})
-    with pytest.raises(ConfigError, match=r"nvme needs zero_stage=3, found 2.* use device: cpu"):
-        Engine(stand_in(spec).module, spec.training, HERE)
-
-
-@pytest.mark.parametrize(
-    ("deepspeed", "refusal"),
-    [
-        (
-            {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
-            r"x\.zero_optimization\.offload_optimizer\.devise: .* mean 'device'",
-        ),
-        (
-            {"zero_optimization": {"overlap_com": True}},
-            r"x\.zero.*\.overlap_com: .*'overlap_comm'",
-        ),
-        ({"zero_optimisation": {}}, r"x\.zero_optimisation: unknown key; .* 'zero_optimization'"),
-        (
-            {"wall_clock": True, "dump_stat": True},
-            r"dump_stat: .*'dump_state'.*\n.*x\.wall_clock: ",
-        ),
-        (
-            {"activation_checkpointing": {"partition": True, "profile": True}},
-            r"x\.activation_checkpointing\.partition: unknown key; .*'partition_activations'",
-        ),
-        ({"aio": {"block_siz": 3}}, r"x\.aio\.block_siz: unknown key; .*'block_size'"),
-        ({"aio": 3}, "x: DeepSpeed refuses these settings"),
-        (
-            {"zero_optimization": {"reduce_bucket_size": "large"}},
-            r"x\.zero_optimization\.reduce_bucket_size: found 'large'; .*integer",
-        ),
-    ],
-)
-def test_a_key_that_deepspeed_does_not_know_is_refused_with_the_near_ones(
-    deepspeed: dict[str, Any], refusal: str
-) -> None:
-    spec = make_spec("run", deepspeed=deepspeed)
-    with pytest.raises(ConfigError, match=refusal):
-        require_known_keys(spec.training, HERE, "x")
-
-
-def test_keys_that_deepspeed_knows_are_let_through() -> None:
-    known: dict[str, Any] = {
-        "activation_checkpointing": {"partition_activations": True},
-        "aio": {"block_size": 1048576, "queue_depth": 8},
-        "checkpoint": {"tag_validation": "Warn"},
-        "comms_logger": {"enabled": False},
-        "communication_data_type": "fp32",
-        "flops_profiler": {"enabled": True, "profile_step": 1},
-        "steps_per_print": 10,
-        "tensorboard": {"enabled": False},
-        "timers": {"throughput": {"enabled": True}},
-        "wall_clock_breakdown": True,
-        "zero_optimization": {
-            "offload_optimizer": {"device": "cpu", "pin_memory": False},
-            "overlap_comm": False,
-            "stage3_prefetch_bucket_size": 1,
-            "stage3_max_live_parameters": 5,
-        },
-    }
-    spec = make_spec("run", zero_stage=3, deepspeed=known)
-    require_known_keys(spec.training, HERE, "x")
-
-
-@pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_a_frozen_parameter_stays_and_has_no_moments(tmp_path: Path, stage: int) -> None:
-    spec = make_spec(tmp_path, zero_stage=stage, precision="fp32")
-    module = stand_in(spec).module
-    frozen = dict(module.named_parameters())["hidden.weight"].requires_grad_(False)
-    before = frozen.detach().clone()
-    engine = Engine(module, spec.training, HERE)
-    advance(engine, spec, 0, 2)
-    states = {name: tensor.clone() for name, tensor in engine.states()}
-    engine.close()
-    assert torch.equal(states["weight/hidden.weight"], before)
-    assert "exp_avg/hidden.weight" not in states
-    assert "exp_avg/hidden.bias" in states
-
-
-@pytest.mark.usefixtures("alone")
-def test_the_weights_are_the_modules_state_dict_in_fp32(tmp_path: Path) -> None:
-    spec = make_spec(tmp_path, zero_stage=3, precision="bf16")
-    module = stand_in(spec).module
-    expected: dict[str, Tensor] = {k: v.clone() for k, v in module.state_dict().items()}
-    engine = Engine(module, spec.training, HERE)
-    weights = engine.weights()
-    engine.close()
-    assert weights.keys() == expected.keys()
-    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
-    for name, tensor in expected.items():  # they went through bf16 when the engine was built
-        assert torch.allclose(weights[name], tensor, rtol=1e-2)
-
-
-@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_micro_batches_of_any_sizes_make_the_same_update(tmp_path: Path, stage: int) -> None:
     """The mean over the samples is that of the micro-batches weighted by their samples."""
@@ -454,32 +323,3 @@ def test_a_step_of_too_many_micro_batches_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="up to 4 micro-batches on a rank, found 5"):
         engine.advance([None] * 5)
     engine.close()
-
-
-def config_of(**settings: Any) -> dict[str, Any]:
-    sizes = {"steps": 10, "global_batch_size": 24, "micro_batch_size": 2}
-    config = TrainingConfig.model_validate({**sizes, **settings})
-    return engine_config(config, Environment(1, 3, 1, settings.pop("device", "cpu")), 1000)
-
-
-def test_the_resolved_configuration_is_plain_and_whole() -> None:
-    config = config_of(zero_stage=2, precision="bf16", optimizer={"clip_norm": 0.5})
-    assert json.loads(json.dumps(config)) == config
-    assert config["train_micro_batch_size_per_gpu"] == 2
-    assert config["gradient_accumulation_steps"] == 4
-    assert config["bf16"] == {"enabled": True}
-    assert config["gradient_clipping"] == 0.5
-    assert config["zero_optimization"]["reduce_bucket_size"] == 4096
-
-
-def test_further_keys_are_merged_in() -> None:
-    more = {"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": False}
-    config = config_of(zero_stage=3, deepspeed=more)
-    assert config["zero_optimization"]["stage"] == 3
-    assert config["zero_optimization"]["overlap_comm"] is True
-    assert config["wall_clock_breakdown"] is False
-
-
-def test_ranks_without_a_sample_are_refused() -> None:
-    with pytest.raises(ConfigError, match="leaves some of 3 ranks without a sample"):
-        config_of(global_batch_size=2)

@@ -82,6 +82,7 @@ def test_mlflow_keeps_one_run_of_a_command_that_was_gone_on_with(
     assert runs[0].info.status == "FINISHED"
 
 
+@pytest.mark.processes
 def test_wandb_writes_its_files_into_the_run_when_it_is_offline(tmp_path: Path) -> None:
     needs("wandb")
     import wandb

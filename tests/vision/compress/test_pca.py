@@ -103,7 +103,7 @@ def test_extract_fits_once_and_a_split_reads_what_the_matrix_makes(tmp_path: Pat
     split = Dataset.open(url).split("train", report.extractor)
     batch = split.features(range(7))
     exact = GRID.build().exact()
-    for row, key in enumerate(split.keys.tolist()):
+    for row, key in enumerate([*split.each_key()]):
         (full,) = exact.extract([exact.prepare(pictures(7)[key])])
         np.testing.assert_allclose(
             batch.values[row],

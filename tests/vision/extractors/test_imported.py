@@ -34,7 +34,7 @@ def test_a_dataset_reads_the_published_features_of_its_samples(tmp_path: Path, s
     assert (report.num_images, report.num_missing, report.num_unused) == (7, 0, 2)
     split = Dataset.open(url).split("train", report.extractor)
     batch = split.features(range(7))
-    for i, key in enumerate(split.keys):
+    for i, key in enumerate(split.each_key()):
         made = files.make(int(key))
         count = len(made.values)
         assert batch.num_regions[i] == count
@@ -86,7 +86,7 @@ def test_an_image_whose_features_cannot_be_used_costs_its_sample(tmp_path: Path)
     assert report.rejects == {"cut-short": 1}
     split = Dataset.open(url).split("train", report.extractor)
     assert (split.num_samples, split.num_rejects) == (5, 1)
-    assert key not in [f"{int(each)}" for each in split.keys]
+    assert key not in [f"{int(each)}" for each in split.each_key()]
     again = import_features(url, str(path))
     assert (again.num_images, again.rejects) == (0, {"cut-short": 1})
     config = ImportedConfig.model_validate(report.card.config)
@@ -169,7 +169,7 @@ def test_every_published_layout_is_read_as_the_features_of_a_dataset(
     split = Dataset.open(url).split("train", report.extractor)
     batch = split.features(range(5))
     tolerance = 1e-2 if layout == "npz" else 1e-6  # published as float16
-    for i, key in enumerate(split.keys):
+    for i, key in enumerate(split.each_key()):
         made = images[key]
         count = len(made.values)
         np.testing.assert_allclose(batch.values[i, :count], made.values, rtol=tolerance)

@@ -17,7 +17,12 @@ from pipeline.data.read.extractor_card import (
     identity,
 )
 from pipeline.errors import FeatureError
-from pipeline.vision.compress.packing import Storage, describe_storage, pack, packing_parts
+from pipeline.vision.compress.storage_dtype import (
+    Storage,
+    describe_storage,
+    storage_parts,
+    to_storage,
+)
 from pipeline.vision.extractors import weights
 from pipeline.vision.extractors.arithmetic import exact_arithmetic
 from pipeline.vision.extractors.detection import selection
@@ -202,7 +207,7 @@ class DetectorExtractor(ABC):
         } | config.selection()
         stored = describe_storage(config.storage)
         digest = self.detector.digest
-        parts = packing_parts(config.storage, dim) | {
+        parts = storage_parts(config.storage, dim) | {
             "labels": PartLayout.of("int32", "R"),
             "scores": PartLayout.of("float32", "R"),
             "classes": PartLayout.of("float16", "R", config.num_classes),
@@ -256,7 +261,7 @@ def region_boxes(found: Detections, kept: "Tensor", config: DetectorConfig) -> "
     """Returns the boxes (R, 4) of these proposals in pixels."""
     if config.boxes == "proposal":
         return found.boxes[kept]
-    labels, _ = selection.name_regions(found.probabilities[kept])
+    labels, _ = selection.likeliest_classes(found.probabilities[kept])
     return found.refinements[kept, labels]
 
 
@@ -265,12 +270,12 @@ def region_feature(
 ) -> Feature:
     """Returns the values (R, D) and boxes (R, 4) of these proposals with labels and classes."""
     probabilities = found.probabilities[kept]
-    labels, scores = selection.name_regions(probabilities)
-    (packed,) = pack(values.unsqueeze(0), storage)
+    labels, scores = selection.likeliest_classes(probabilities)
+    (converted,) = to_storage(values.unsqueeze(0), storage)
     parts = {
         "labels": labels.int().cpu().numpy(),
         "scores": scores.cpu().numpy(),
         "classes": probabilities.half().cpu().numpy(),
     }
     fractions = selection.as_fractions(boxes, *found.size).cpu().numpy().astype(np.float32)
-    return replace(packed, boxes=fractions, parts=parts)
+    return replace(converted, boxes=fractions, parts=parts)

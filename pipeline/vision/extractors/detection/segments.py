@@ -82,7 +82,9 @@ class SegmentsExtractor(DetectorExtractor):
         if chosen is None:
             chosen = torch.cat(list(values.values()), dim=1)
         feature = region_feature(found, kept, chosen, boxes, self._storage)
-        return replace(feature, masks=outlines(masks, boxes, found.size, self._config.mask_side))
+        return replace(
+            feature, masks=run_length_masks(masks, boxes, found.size, self._config.mask_side)
+        )
 
     def _masks(
         self, found: Detections, kept: "Tensor", boxes: "Tensor"
@@ -91,7 +93,7 @@ class SegmentsExtractor(DetectorExtractor):
         heads = self.detector.model.roi_heads
         maps = heads.mask_roi_pool(found.pyramid, [boxes], [found.padded_size])
         logits = heads.mask_predictor(heads.mask_head(maps))  # (R, C, 2H, 2W)
-        labels, _ = selection.name_regions(found.probabilities[kept])
+        labels, _ = selection.likeliest_classes(found.probabilities[kept])
         return maps, logits[range(len(labels)), labels].sigmoid().unsqueeze(1)
 
 
@@ -104,7 +106,7 @@ def mask_pooled(maps: "Tensor", masks: "Tensor") -> "Tensor":
     return (maps * shares).sum(dim=(2, 3)) / total
 
 
-def outlines(
+def run_length_masks(
     masks: "Tensor", boxes: "Tensor", size: tuple[int, int], side: int
 ) -> tuple[Mask, ...]:
     """Returns the masks (R, 1, H, W) of boxes (R, 4) over the whole picture, cut at one half.

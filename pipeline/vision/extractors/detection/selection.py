@@ -51,7 +51,7 @@ def choose(confidence: "Tensor", threshold: float, fewest: int, most: int) -> "T
     return order[: min(max(confident, fewest), most)]
 
 
-def name_regions(probabilities: "Tensor") -> tuple["Tensor", "Tensor"]:
+def likeliest_classes(probabilities: "Tensor") -> tuple["Tensor", "Tensor"]:
     """Returns the likeliest class other than background of each box (N,), and its probability."""
     scores, labels = probabilities[:, 1:].max(dim=1)
     return labels + 1, scores

@@ -8,7 +8,11 @@ from pycocotools import mask as coco
 
 from pipeline.data.read.extractor_card import ExtractorCard
 from pipeline.vision.extractor import Extractor, measure_invariance
-from pipeline.vision.extractors.detection.segments import SegmentsConfig, mask_pooled, outlines
+from pipeline.vision.extractors.detection.segments import (
+    SegmentsConfig,
+    mask_pooled,
+    run_length_masks,
+)
 from pipeline.vision.extractors.registry import from_card
 from pipeline.vision.feature import Mask
 
@@ -61,7 +65,7 @@ def test_outlines_are_of_the_whole_picture_at_the_stated_size() -> None:
     masks[0] = 1
     masks[1, :, :, 14:] = 0.9  # its right half
     boxes = torch.tensor([[0.0, 0.0, 40.0, 80.0], [20.0, 40.0, 40.0, 80.0]])
-    whole, half = outlines(masks, boxes, size=(80, 40), side=40)
+    whole, half = run_length_masks(masks, boxes, size=(80, 40), side=40)
     assert (whole.height, whole.width) == (half.height, half.width) == (40, 20)
     assert bits(whole).mean() > 0.9
     rows, columns = np.nonzero(bits(half))

@@ -6,7 +6,7 @@ from pipeline.vision.extractors.detection.selection import (
     as_fractions,
     choose,
     confidences,
-    name_regions,
+    likeliest_classes,
     survivors,
 )
 
@@ -87,7 +87,7 @@ def test_boxes_of_equal_confidence_keep_their_order() -> None:
 
 
 def test_a_region_is_never_called_background() -> None:
-    labels, scores = name_regions(PROBABILITIES)
+    labels, scores = likeliest_classes(PROBABILITIES)
     assert labels.tolist() == [1, 1, 2, 1]
     torch.testing.assert_close(scores, torch.tensor([0.6, 0.5, 0.2, 0.7]))
 

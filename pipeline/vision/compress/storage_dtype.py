@@ -1,4 +1,4 @@
-"""Storage dtypes of features: the values that a sidecar stores."""
+"""The storage dtype of features: float32, float16, or int8 with scales."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +32,7 @@ def describe_storage(storage: Storage) -> dict[str, Any]:
     return {"dtype": storage}
 
 
-def packing_parts(storage: Storage, dim: int) -> dict[str, PartLayout]:
+def storage_parts(storage: Storage, dim: int) -> dict[str, PartLayout]:
     """Returns what is stored beside D = `dim` values of each region, as the card lists it."""
     if storage == "int8":
         return {"scales": PartLayout.of("float32", "R", 1)}
@@ -41,7 +41,7 @@ def packing_parts(storage: Storage, dim: int) -> dict[str, PartLayout]:
     return {}
 
 
-def pack(values: "Tensor", storage: Storage) -> list[Feature]:
+def to_storage(values: "Tensor", storage: Storage) -> list[Feature]:
     """Maps float32 values (B, R, D), on any device, to B features without boxes.
 
     Raises FeatureError if a value does not fit: not finite, or beyond float16's 65,504.
@@ -57,16 +57,16 @@ def pack(values: "Tensor", storage: Storage) -> list[Feature]:
     scales = largest / _LEVELS  # (B, R, 1) or (B, 1, D)
     levels = (values / scales.clamp_min(torch.finfo(torch.float32).tiny)).round_()
     integers = levels.clamp_(-_LEVELS, _LEVELS).to(torch.int8)
-    packed = zip(integers.cpu().numpy(), scales.cpu().numpy(), strict=True)
-    return [_restored(Quantized(*pair)) for pair in packed]
+    converted = zip(integers.cpu().numpy(), scales.cpu().numpy(), strict=True)
+    return [_restored(Quantized(*pair)) for pair in converted]
 
 
-def pack_one(values: npt.NDArray[np.float32], storage: Storage) -> Feature:
+def image_to_storage(values: npt.NDArray[np.float32], storage: Storage) -> Feature:
     """Maps the values (R, D) of one image to its feature without boxes."""
     import torch
 
-    (packed,) = pack(torch.from_numpy(np.ascontiguousarray(values)).unsqueeze(0), storage)
-    return packed
+    (converted,) = to_storage(torch.from_numpy(np.ascontiguousarray(values)).unsqueeze(0), storage)
+    return converted
 
 
 def _restored(quantized: Quantized) -> Feature:
@@ -97,20 +97,20 @@ def compare_storage(
             stored = []
             for feature in exact:
                 values = projection.project(feature.values) if projection else feature.values
-                packed = pack_one(values, storage)
+                converted = image_to_storage(values, storage)
                 stored.append(
                     replace(
                         feature,
-                        values=packed.values,
-                        quantized=packed.quantized,
+                        values=converted.values,
+                        quantized=converted.quantized,
                         projection=projection,
                     )
                 )
-            found[f"{name} {storage}".strip()] = measure_packing(exact, stored)
+            found[f"{name} {storage}".strip()] = measure_storage_loss(exact, stored)
     return found
 
 
-def measure_packing(exact: Sequence[Feature], stored: Sequence[Feature]) -> StorageLoss:
+def measure_storage_loss(exact: Sequence[Feature], stored: Sequence[Feature]) -> StorageLoss:
     """Compares what was stored of some images with the float32 values, as the card states it."""
     a, b = (
         np.concatenate([feature.as_computed().astype(np.float64) for feature in features])

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import FeatureError
-from pipeline.report.picture import picture, shared_ratio, still, thumbnail
+from pipeline.report.inline_image import inline_image, shared_ratio, still, thumbnail
 from pipeline.vision.preprocess.window import Window
 from tests.report.conftest import png
 from tests.vision.video_files import dicom, level, video
@@ -17,7 +17,7 @@ def test_a_thumbnail_is_a_small_jpeg_of_the_same_proportions() -> None:
 
 
 def test_a_small_picture_is_not_enlarged() -> None:
-    shown = picture(thumbnail(png(31, 17)))
+    shown = inline_image(thumbnail(png(31, 17)))
     assert (shown.width, shown.height) == (31, 17)
     assert shown.url.startswith("data:image/jpeg;base64,")
 
@@ -28,7 +28,7 @@ def test_bytes_that_are_no_image_are_refused() -> None:
 
 
 def test_every_picture_of_a_gallery_fits_its_box_whole() -> None:
-    pictures = [picture(thumbnail(png(*size))) for size in [(40, 30), (30, 40), (90, 30)]]
+    pictures = [inline_image(thumbnail(png(*size))) for size in [(40, 30), (30, 40), (90, 30)]]
     ratio = shared_ratio(pictures)
     for shown in pictures:
         width = shown.fit(ratio)

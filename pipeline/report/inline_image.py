@@ -1,4 +1,4 @@
-"""The small JPEG of a picture that a page carries inside itself."""
+"""Inline images: small JPEGs of pictures, which a page carries inside itself."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ BOX_RATIOS = (1.0, 4 / 3)  # narrowest and widest box
 
 
 @dataclass(frozen=True)
-class Picture:
+class InlineImage:
     """What a page needs to show an image: the bytes as a URL, and its size in pixels."""
 
     url: str
@@ -55,15 +55,15 @@ def shrink(pixels: Pixels, max_side: int = 320) -> bytes:
     return buffer.getvalue()
 
 
-def picture(jpeg: bytes) -> Picture:
-    """Returns the JPEG as a picture whose URL holds the bytes themselves."""
+def inline_image(jpeg: bytes) -> InlineImage:
+    """Returns the JPEG with a URL that holds the bytes themselves."""
     with opened(jpeg) as file:
         width, height = file.size
     url = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
-    return Picture(url, width, height)
+    return InlineImage(url, width, height)
 
 
-def shared_ratio(pictures: Sequence[Picture]) -> float:
+def shared_ratio(pictures: Sequence[InlineImage]) -> float:
     """Returns the width / height of the box in which a gallery shows all its pictures alike."""
     if not pictures:
         return 1.0

@@ -3,6 +3,8 @@
 A message says where (file, key, field), what was found, what was expected, and what to try.
 """
 
+from pipeline.reason import Reason
+
 
 class PipelineError(Exception):
     """The base of every error that Sightline raises on purpose."""
@@ -45,9 +47,9 @@ class FeatureError(PipelineError):
 
 
 class UnusableImageError(FeatureError):
-    """An image of which no feature can be made. `reason` is a reject's: a short slug."""
+    """An image of which no feature can be made. `reason` is a reject's."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail

@@ -71,6 +71,12 @@ class Texts:
     questions: tuple[Question, ...] = ()
     dialogs: tuple[Dialog, ...] = ()
 
+    def encoded(self) -> "EncodedTexts":
+        """Returns them as they travel and are stored."""
+        return EncodedTexts(
+            self.to_json(), len(self.captions), len(self.questions), self.num_rounds
+        )
+
     @property
     def num_rounds(self) -> int:
         """The rounds of all dialogs together."""
@@ -107,6 +113,28 @@ class Texts:
             ) from error
         except ValueError as error:
             raise ShardError(f"texts are not JSON ({error}): {payload[:60]!r}") from error
+
+
+class EncodedTexts(msgspec.Struct, frozen=True):
+    """Texts as they lie in a shard, and how many there are of each kind."""
+
+    payload: bytes  # as `Texts.to_json` returns it
+    num_captions: int
+    num_questions: int
+    num_rounds: int
+
+    @property
+    def num_texts(self) -> int:
+        """The captions, questions and rounds together."""
+        return self.num_captions + self.num_questions + self.num_rounds
+
+    def fingerprint(self) -> str:
+        """Returns what differs if the texts do."""
+        return xxhash.xxh3_64_hexdigest(self.payload)
+
+    def decode(self) -> Texts:
+        """Returns the texts themselves."""
+        return Texts.from_json(self.payload)
 
 
 @dataclass(frozen=True)

@@ -100,8 +100,9 @@ class JpegSource:
 
     def records(self) -> Iterator[Record]:
         for key, image in self.images.items():
-            stamp = fingerprint(xxhash.xxh3_64_hexdigest(image), Texts(key))
-            yield Record(key, "train", key, "jpg", Texts(key, ("a photograph",)), stamp)
+            texts = Texts(key, ("a photograph",)).encoded()
+            stamp = fingerprint(xxhash.xxh3_64_hexdigest(image))
+            yield Record(key, "train", key, "jpg", texts, stamp)
 
     def read(self, record: Record) -> bytes:
         return self.images[record.image]

@@ -23,6 +23,7 @@ from pipeline.config import Config
 from pipeline.data.load.loader import Loader
 from pipeline.data.load.order import Order
 from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import FeatureRow, SampleRow, from_table
 from pipeline.data.media.augmentation import View
 from pipeline.data.media.decoding import Picture
 from pipeline.data.read.buffers import BufferPool
@@ -261,12 +262,13 @@ def _same_reads(
     """Returns what makes the reads of an epoch into the memory of batches, and nothing else."""
     manifest = Manifest.open(dataset)
     features = {
-        row["key"]: (sidecar_location(dataset, EXTRACTOR, row["shard"]), *_place(row, "values"))
-        for row in manifest.features(EXTRACTOR).rows().to_pylist()
+        row.key: (sidecar_location(dataset, EXTRACTOR, row.shard), part.offset, part.size)
+        for row in from_table(manifest.features(EXTRACTOR).rows(), FeatureRow)
+        for part in row.parts
     }
     texts = {
-        row["key"]: (shard_location(dataset, SPLIT, row["texts_shard"]), *_place(row, "texts"))
-        for row in manifest.samples().to_pylist()
+        row.key: (shard_location(dataset, SPLIT, row.texts_shard), row.texts_offset, row.texts_size)
+        for row in from_table(manifest.samples(), SampleRow)
     }
     keys = split.keys(rows)
     pool = BufferPool()  # as ours: memory that begins with a page is read into faster
@@ -290,10 +292,6 @@ def _same_reads(
             os.close(descriptor)
 
     return reads
-
-
-def _place(row: Mapping[str, Any], part: str) -> tuple[int, int]:
-    return row[f"{part}_offset"], row[f"{part}_size"]
 
 
 def _decode_all(

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import simplejpeg
+from msgspec.structs import replace
 
 from pipeline import storage
-from pipeline.data.manifest.manifest import FEATURES, LIVE, SAMPLES, Manifest
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import FeaturePart, FeatureRow, SampleRow, State, to_table
 from pipeline.data.read.dataset import Dataset, Split
 from pipeline.data.read.extractor_card import ExtractorCard, write_card
 from pipeline.data.read.images import LiveConfig
@@ -43,18 +44,14 @@ def feature_split(folder: str, num_samples: int, dim: int) -> Split:
                 values[0, 0] = number % 2048  # which float16 can tell apart
                 member = writer.write(Sample(_key(number), {"npy": _npy(values)}))["npy"]
                 rows.append(
-                    {
-                        "key": _key(number),
-                        "shard": shard,
-                        "values_offset": member.offset,
-                        "values_size": member.size,
-                        "boxes_offset": -1,
-                        "boxes_size": 0,
-                        "num_regions": len(values),
-                    }
+                    FeatureRow(
+                        key=_key(number),
+                        shard=shard,
+                        num_regions=len(values),
+                        parts=(FeaturePart("values", *member),),
+                    )
                 )
-        schema = FEATURES.remove(FEATURES.get_field_index("sequence"))
-        Manifest.open(folder).features(EXTRACTOR).commit(pa.Table.from_pylist(rows, schema))
+        Manifest.open(folder).features(EXTRACTOR).commit(to_table(rows, FeatureRow))
     return Dataset.open(folder).split(SPLIT, EXTRACTOR)
 
 
@@ -95,31 +92,31 @@ def _shards(num_samples: int) -> Iterator[range]:
 
 
 def _write_shard(folder: str, numbers: Sequence[int], images: Sequence[bytes]) -> str:
-    rows: list[dict[str, Any]] = []
+    rows: list[SampleRow] = []
     with ShardWriter(storage.join(folder, "shards", SPLIT)) as writer:
         for number, image in zip(numbers, images, strict=True):
             texts = Texts(number, captions=(_CAPTION,))
             members = writer.write(Sample(_key(number), {"jpg": image, "json": texts.to_json()}))
             rows.append(
-                {
-                    "key": _key(number),
-                    "split": SPLIT,
-                    "state": LIVE,
-                    "fingerprint": str(number),
-                    "suffix": "jpg",
-                    "image_offset": members["jpg"].offset,
-                    "image_size": members["jpg"].size,
-                    "texts_offset": members["json"].offset,
-                    "texts_size": members["json"].size,
-                    "num_captions": 1,
-                    "num_questions": 0,
-                    "num_rounds": 0,
-                }
+                SampleRow(
+                    key=_key(number),
+                    split=SPLIT,
+                    state=State.LIVE,
+                    image_fingerprint=str(number),
+                    texts_fingerprint=str(number),
+                    suffix="jpg",
+                    image_offset=members["jpg"].offset,
+                    image_size=members["jpg"].size,
+                    texts_offset=members["json"].offset,
+                    texts_size=members["json"].size,
+                    num_captions=1,
+                    num_questions=0,
+                    num_rounds=0,
+                )
             )
     shard = writer.shard.name
-    for row in rows:
-        row |= {"shard": shard, "texts_shard": shard}
-    Manifest.create(folder).commit(pa.Table.from_pylist(rows, SAMPLES))
+    rows = [replace(row, shard=shard, texts_shard=shard) for row in rows]
+    Manifest.create(folder).commit(to_table(rows, SampleRow))
     return shard
 
 

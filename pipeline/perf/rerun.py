@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import pyarrow as pa
+from msgspec.structs import replace
 
 from pipeline.data.ingest.ingest import IngestConfig, ingest
-from pipeline.data.manifest.manifest import LIVE, SAMPLES, Manifest
+from pipeline.data.ingest.outcome import live_row
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import SampleRow, to_table
 from pipeline.data.sample import Texts
-from pipeline.data.sources.base import Record, Reject, fingerprint
+from pipeline.data.sources.base import Record, fingerprint
 from pipeline.errors import PipelineError
 
 _ROWS_AT_ONCE = 100_000
@@ -31,12 +33,12 @@ class SyntheticListing:
 
     num_records: int
 
-    def records(self) -> Iterator[Record | Reject]:
+    def records(self) -> Iterator[Record]:
         for number in range(self.num_records):
             texts = Texts(number, (f"A picture of number {number}, in colour.",))
             image = f"/images/{number:012d}.jpg"
-            identity = fingerprint(f"{image} 65000-1700000000", texts)
-            yield Record(f"{number:012d}", "train", image, "jpg", texts, identity)
+            stamp = fingerprint(f"{image} 65000-1700000000")
+            yield Record(f"{number:012d}", "train", image, "jpg", texts.encoded(), stamp)
 
     def read(self, record: Record) -> bytes:
         raise PipelineError(f"{record.key}: an unchanged run has opened an image")
@@ -70,30 +72,21 @@ def _fill(url: str, num_records: int) -> None:
     for number, record in enumerate(SyntheticListing(num_records).records()):
         shard, place = divmod(number, _SAMPLES_PER_SHARD)
         rows.append(
-            {
-                "key": record.key,
-                "split": record.split,
-                "state": LIVE,
-                "reason": "",
-                "detail": "",
-                "fingerprint": record.fingerprint,
-                "digest": f"{hash(record.key) % 2**64:032x}",
-                "shard": f"{shard:016x}",
-                "suffix": "jpg",
-                "image_offset": place * (_IMAGE_BYTES + _TEXTS_BYTES),
-                "image_size": _IMAGE_BYTES,
-                "texts_shard": f"{shard:016x}",
-                "texts_offset": place * (_IMAGE_BYTES + _TEXTS_BYTES) + _IMAGE_BYTES,
-                "texts_size": _TEXTS_BYTES,
-                "num_captions": 1,
-                "num_questions": 0,
-                "num_rounds": 0,
-                "width": 640,
-                "height": 480,
-            }
+            replace(
+                live_row(record),
+                digest=f"{hash(record.key) % 2**64:032x}",
+                shard=f"{shard:016x}",
+                image_offset=place * (_IMAGE_BYTES + _TEXTS_BYTES),
+                image_size=_IMAGE_BYTES,
+                texts_shard=f"{shard:016x}",
+                texts_offset=place * (_IMAGE_BYTES + _TEXTS_BYTES) + _IMAGE_BYTES,
+                texts_size=_TEXTS_BYTES,
+                width=640,
+                height=480,
+            )
         )
         if len(rows) == _ROWS_AT_ONCE or number == num_records - 1:
-            manifest = manifest.commit(pa.Table.from_pylist(rows, SAMPLES))
+            manifest = manifest.commit(to_table(rows, SampleRow))
             rows = []
 
 
@@ -116,7 +109,7 @@ def _rerun(url: str, num_records: int) -> Rerun:
 
 
 def peak_bytes() -> int:
-    """Returns the most memory this process had. Not `getrusage`, which begins with its parent's peak."""
+    """Returns the most memory this process had: `getrusage` begins with its parent's peak."""
     status = Path("/proc/self/status").read_text()
     (peak,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(peak) * 1024

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.data.ingest.ingest import IngestConfig, ingest
-from pipeline.data.manifest.manifest import LIVE, SAMPLES, Manifest
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import SAMPLES, State
 from pipeline.data.sources.digests import digests, in_hex
 from pipeline.data.sources.readers.text_columns import TextColumns
 from pipeline.data.sources.table import TableSource, TableSourceConfig
@@ -112,11 +113,7 @@ def _live(rows: pa.Table, first: int) -> pa.Table:
     place = numbers % _SAMPLES_PER_SHARD * (_IMAGE_BYTES + _TEXTS_BYTES)
     digest = in_hex(digests(rows["key"].combine_chunks()))
     values = {name: rows[name] for name in rows.column_names} | {
-        "state": pa.repeat(LIVE, num_rows),
-        "reason": pa.repeat("", num_rows),
-        "fingerprint": pc.binary_join_element_wise(
-            rows["image_fingerprint"], rows["texts_fingerprint"], "-"
-        ),
+        "state": pa.repeat(State.LIVE.value, num_rows),
         "digest": pc.binary_join_element_wise(digest, digest, ""),
         "shard": shards,
         "texts_shard": shards,

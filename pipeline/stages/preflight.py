@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from pipeline import storage
-from pipeline.data.manifest.manifest import require_usable
+from pipeline.data.manifest.table import require_usable
 from pipeline.data.read.dataset import Dataset
 from pipeline.data.text.vocabulary import load_tokenizer
 from pipeline.errors import ConfigError, FeatureError, ManifestError, ModelError, StorageError

@@ -25,6 +25,7 @@ from pydantic import Field
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import foreign_tars, matching_rows
 from pipeline.data.read.extractor_card import (
     ExtractionEnvironment,
     ExtractorCard,
@@ -180,16 +181,18 @@ def plan_sidecars(manifest: Manifest, extractor: str) -> tuple[list[SidecarPlan]
     """Returns the shards with live samples that lack features, and how many live samples do not."""
     samples = manifest.samples(["key", "shard", "split", "tar"])
     listed = manifest.features(extractor).rows(["key", "shard"])
-    missing = samples.join(listed, ["key", "shard"], join_type="left anti")
+    missing = samples.filter(pa.array(matching_rows(samples, listed, ["key", "shard"]) < 0))
     stale = samples.filter(pc.is_in(samples["shard"], pc.unique(missing["shard"])))
+    tars, tar_of_row = foreign_tars(stale["tar"])
     live: dict[tuple[str, str], set[str]] = {}
-    tars: dict[str, ForeignTar] = {}  # of the shards that refer to images
-    for row in stale.to_pylist():
-        live.setdefault((row["split"], row["shard"]), set()).add(row["key"])
-        if row["tar"] is not None:
-            tars[row["shard"]] = ForeignTar.named(row["tar"])
+    tar_of: dict[str, ForeignTar] = {}  # of the shards that refer to images
+    names = (stale[name].to_pylist() for name in ("key", "shard", "split"))
+    for key, shard, split, number in zip(*names, tar_of_row.tolist(), strict=True):
+        live.setdefault((split, shard), set()).add(key)
+        if number >= 0:
+            tar_of[shard] = tars[number]
     plans = [
-        SidecarPlan(manifest.url, split, shard, frozenset(keys), tars.get(shard))
+        SidecarPlan(manifest.url, split, shard, frozenset(keys), tar_of.get(shard))
         for (split, shard), keys in sorted(live.items())
     ]
     return plans, samples.num_rows - missing.num_rows

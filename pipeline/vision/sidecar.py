@@ -9,19 +9,19 @@ import json
 import time
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.data.manifest.manifest import FEATURES
+from pipeline.data.manifest.schema import FeaturePart, FeatureRow, part_suffix, to_table
 from pipeline.data.sample import Sample
 from pipeline.data.tars.foreign_tar import ForeignTar, ImageReference
 from pipeline.data.tars.shard import ShardWriter, list_members, read_member, shard_location
 from pipeline.data.tars.shard_files import ShardFiles
 from pipeline.errors import FeatureError, ShardError, UnusableImageError
 from pipeline.look_ahead import map_ahead, run_ahead
+from pipeline.reason import Reason
 from pipeline.vision.extractor import Extractor
 from pipeline.vision.feature import Feature, Mask
 from pipeline.vision.preprocess.image import Prepared
@@ -49,7 +49,7 @@ class Sidecar:
     """A published sidecar, not listed yet, with the rows that list it."""
 
     plan: SidecarPlan
-    rows: pa.Table  # schema FEATURES but for `sequence`; those with a reason are rejects
+    rows: pa.Table  # schema FEATURES; those with a reason are rejects
     size_bytes: int
     seconds: float
     network_seconds: float  # of `seconds`, those in which the network had work
@@ -86,7 +86,7 @@ def write_sidecar(
     started = time.perf_counter()
     batches = run_ahead(_batches(extractor, plan, files, batch_size, threads), BATCHES_AHEAD)
     computed = run_ahead(_compute(extractor, plan, batches), BATCHES_AHEAD)
-    rows: list[dict[str, Any]] = []
+    rows: list[FeatureRow] = []
     num_features, network_seconds = 0, 0.0
     with ShardWriter(storage.join(plan.url, "features", extractor.name), plan.shard) as writer:
         for batch in computed:
@@ -95,7 +95,7 @@ def write_sidecar(
             for key, feature in zip(batch.keys, batch.features, strict=True):
                 rows.append(write_feature(writer, plan.shard, key, feature))
             rows += [list_reject(plan.shard, key, error) for key, error in batch.rejects]
-        absent = sorted(plan.live.difference(row["key"] for row in rows))
+        absent = sorted(plan.live.difference(row.key for row in rows))
         if absent:
             raise ShardError(
                 f"{plan.location()}: {len(absent)} samples that the manifest lists are not in it, "
@@ -103,7 +103,7 @@ def write_sidecar(
             )
     return Sidecar(
         plan,
-        pa.Table.from_pylist(rows, FEATURES.remove(FEATURES.get_field_index("sequence"))),
+        to_table(rows, FeatureRow),
         writer.shard.size_bytes if num_features else 0,  # an empty one is not published
         time.perf_counter() - started,
         network_seconds,
@@ -183,46 +183,37 @@ def _compute(
         yield _Computed(batch.keys, features, batch.rejects, time.perf_counter() - started)
 
 
-def write_feature(writer: ShardWriter, shard: str, key: str, feature: Feature) -> dict[str, Any]:
+def write_feature(writer: ShardWriter, shard: str, key: str, feature: Feature) -> FeatureRow:
     """Appends a feature to the sidecar and returns the row that lists it."""
     quantized = feature.quantized
-    parts = {"npy": _npy(feature.values if quantized is None else quantized.levels)}
-    if quantized is not None:
-        parts["scales.npy"] = _npy(quantized.scales)
-    if feature.boxes is not None:
-        parts["boxes.npy"] = _npy(feature.boxes)
-    parts |= {f"{name}.npy": _npy(array) for name, array in feature.parts.items()}
-    if feature.masks is not None:
-        parts["segments.json"] = _segments(feature.masks)
-    members = writer.write(Sample(key, parts))
-    boxes = members.get("boxes.npy")
-    return {
-        "key": key,
-        "shard": shard,
-        "values_offset": members["npy"].offset,
-        "values_size": members["npy"].size,
-        "boxes_offset": boxes.offset if boxes else -1,
-        "boxes_size": boxes.size if boxes else 0,
-        "num_regions": len(feature.values),
+    arrays: dict[str, np.ndarray] = {
+        "values": feature.values if quantized is None else quantized.levels
     }
+    if quantized is not None:
+        arrays["scales"] = quantized.scales
+    if feature.boxes is not None:
+        arrays["boxes"] = feature.boxes
+    arrays |= feature.parts
+    payloads = {name: _npy(array) for name, array in arrays.items()}
+    if feature.masks is not None:
+        payloads["segments"] = _segments(feature.masks)
+    suffixes = {name: part_suffix(name) for name in payloads}
+    parts = {suffixes[name]: payload for name, payload in payloads.items()}
+    members = writer.write(Sample(key, parts))
+    return FeatureRow(
+        key=key,
+        shard=shard,
+        num_regions=len(feature.values),
+        parts=tuple(FeaturePart(name, *members[suffix]) for name, suffix in suffixes.items()),
+    )
 
 
-def list_reject(shard: str, key: str, error: FeatureError) -> dict[str, Any]:
+def list_reject(shard: str, key: str, error: FeatureError) -> FeatureRow:
     """Returns the row that lists an image without a feature, with the reason."""
-    reason, detail = "unusable-image", str(error)
+    reason, detail = Reason.UNUSABLE_IMAGE, str(error)
     if isinstance(error, UnusableImageError):
         reason, detail = error.reason, error.detail
-    return {
-        "key": key,
-        "shard": shard,
-        "values_offset": -1,
-        "values_size": 0,
-        "boxes_offset": -1,
-        "boxes_size": 0,
-        "num_regions": 0,
-        "reason": reason,
-        "detail": detail,
-    }
+    return FeatureRow(key=key, shard=shard, reason=reason, detail=detail)
 
 
 def _npy(array: np.ndarray) -> bytes:

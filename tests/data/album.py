@@ -28,7 +28,7 @@ class Album:
             texts = Texts(key, captions=self.captions.get(key, (f"about {key}",)))
             stamp = self.metadata.get(key) or xxhash.xxh3_64_hexdigest(payload)
             split = self.splits.get(key, "train")
-            yield Record(key, split, key, "png", texts, fingerprint(stamp, texts))
+            yield Record(key, split, key, "png", texts.encoded(), fingerprint(stamp))
 
     def read(self, record: Record) -> bytes:
         self.reads.append(record.key)

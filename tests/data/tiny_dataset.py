@@ -5,11 +5,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import pyarrow as pa
 import xxhash
+from msgspec.structs import replace
 
 from pipeline import storage
-from pipeline.data.manifest.manifest import FEATURES, LIVE, SAMPLES, Manifest
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import (
+    FeaturePart,
+    FeatureRow,
+    SampleRow,
+    State,
+    part_suffix,
+    to_table,
+)
 from pipeline.data.sample import Dialog, Question, Round, Sample, Texts
 from pipeline.data.tars.shard import ShardWriter
 from tests.data.cards import card_bytes
@@ -54,30 +62,28 @@ class TinyDataset:
                 parts = {"jpg": self.image(number), "json": texts.to_json()}
                 members = writer.write(Sample(f"sample-{number}", parts))
                 rows.append(
-                    {
-                        "key": f"sample-{number}",
-                        "split": split,
-                        "state": LIVE,
-                        "reason": "",
-                        "detail": "",
-                        "fingerprint": f"{number}-{len(self.shards)}",
-                        "digest": xxhash.xxh3_128_hexdigest(parts["jpg"]),
-                        "suffix": "jpg",
-                        "image_offset": members["jpg"].offset,
-                        "image_size": members["jpg"].size,
-                        "texts_offset": members["json"].offset,
-                        "texts_size": members["json"].size,
-                        "num_captions": len(texts.captions),
-                        "num_questions": len(texts.questions),
-                        "num_rounds": texts.num_rounds,
-                        "width": 7,
-                        "height": 5,
-                    }
+                    SampleRow(
+                        key=f"sample-{number}",
+                        split=split,
+                        state=State.LIVE,
+                        image_fingerprint=str(number),
+                        texts_fingerprint=str(len(self.shards)),
+                        digest=xxhash.xxh3_128_hexdigest(parts["jpg"]),
+                        suffix="jpg",
+                        image_offset=members["jpg"].offset,
+                        image_size=members["jpg"].size,
+                        texts_offset=members["json"].offset,
+                        texts_size=members["json"].size,
+                        num_captions=len(texts.captions),
+                        num_questions=len(texts.questions),
+                        num_rounds=texts.num_rounds,
+                        width=7,
+                        height=5,
+                    )
                 )
         name = writer.shard.name
-        for row in rows:
-            row |= {"shard": name, "texts_shard": name, "sequence": None}
-        Manifest.create(self.url).commit(pa.Table.from_pylist(rows, SAMPLES))
+        rows = [replace(row, shard=name, texts_shard=name) for row in rows]
+        Manifest.create(self.url).commit(to_table(rows, SampleRow))
         self.shards[name] = [f"sample-{number}" for number in numbers]
         return name
 
@@ -97,19 +103,18 @@ class TinyDataset:
                     parts["boxes.npy"] = npy(boxes(number))
                 members = writer.write(Sample(key, parts))
                 rows.append(
-                    {
-                        "key": key,
-                        "shard": shard,
-                        "values_offset": members["npy"].offset,
-                        "values_size": members["npy"].size,
-                        "boxes_offset": members["boxes.npy"].offset if boxes else -1,
-                        "boxes_size": members["boxes.npy"].size if boxes else 0,
-                        "num_regions": len(values(number)),
-                    }
+                    FeatureRow(
+                        key=key,
+                        shard=shard,
+                        num_regions=len(values(number)),
+                        parts=tuple(
+                            FeaturePart(name, *members[part_suffix(name)])
+                            for name in ("values", "boxes")
+                            if part_suffix(name) in parts
+                        ),
+                    )
                 )
-        schema = FEATURES.remove(FEATURES.get_field_index("sequence"))
-        table = pa.Table.from_pylist(rows, schema)
-        Manifest.open(self.url).features(extractor).commit(table)
+        Manifest.open(self.url).features(extractor).commit(to_table(rows, FeatureRow))
 
     def write_card(self, grid: list[int] | None, extractor: str = EXTRACTOR) -> None:
         location = storage.join(self.url, "features", extractor, "card.json")

@@ -15,9 +15,10 @@ from pipeline import storage
 from pipeline.data.ingest.ingest import IngestConfig, ingest
 from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.sample import Texts
-from pipeline.data.sources.base import Record, Reject, fingerprint
+from pipeline.data.sources.base import Record, Reject, fingerprint, refused
 from pipeline.data.tars.shard import shard_location
 from pipeline.errors import SourceError
+from pipeline.reason import Reason
 
 WIDTH, HEIGHT = 7, 5
 
@@ -57,12 +58,13 @@ class World:
 
     def records(self) -> Iterator[Record | Reject]:
         for key, item in self.items.items():
-            texts = Texts(key, captions=(item.caption,))
-            identity = fingerprint(f"{item.picture} {item.fault} {item.touched}", texts)
+            texts = Texts(key, captions=(item.caption,)).encoded()
+            stamp = fingerprint(f"{item.picture} {item.fault} {item.touched}")
+            record = Record(key, item.split, key, "jpg", texts, stamp)
             if item.fault == "missing-image":
-                yield Reject(key, item.split, "missing-image", f"{key}: gone", identity)
+                yield refused(record, Reason.MISSING_IMAGE, f"{key}: gone")
             else:
-                yield Record(key, item.split, key, "jpg", texts, identity)
+                yield record
 
     def read(self, record: Record) -> bytes:
         if len(self.reads) == self.fail_at_read:

@@ -37,5 +37,5 @@ def test_the_manifest_has_all_that_rows_of_samples_need(tmp_path: Path) -> None:
 def test_listings_are_the_same_each_time() -> None:
     records = list(SyntheticListing(3).records())
     assert records == list(SyntheticListing(3).records())
-    assert len({record.fingerprint for record in records}) == 3
+    assert len({record.image_fingerprint for record in records}) == 3
     assert all(isinstance(record, Record) for record in records)

@@ -2,19 +2,21 @@ import base64
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
+from msgspec.structs import replace
 from PIL import Image
 
-from pipeline.data.manifest.manifest import FEATURES, LIVE, REJECT, SAMPLES, Manifest
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import FeaturePart, FeatureRow, SampleRow, State, to_table
 from pipeline.data.read.dataset import Dataset, FeatureBatch
 from pipeline.data.sample import Dialog, Question, Round, Sample, Texts
-from pipeline.data.tars.shard import ShardWriter
+from pipeline.data.tars.shard import Member, ShardWriter
 from pipeline.errors import FeatureError, ManifestError
+from pipeline.reason import Reason
 from pipeline.report.preview import norms, write_preview
 from pipeline.vision.extract import ExtractConfig, extract
 from pipeline.vision.extractors.detection.segments import SegmentsConfig
@@ -42,74 +44,73 @@ def npy(values: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def row(schema: pa.Schema, **values: object) -> dict[str, object]:
-    empty: dict[str, object] = {
-        name: "" if pa.types.is_string(schema.field(name).type) else 0 for name in schema.names
-    }
-    if "tar" in empty:
-        empty["tar"] = None  # the images lie in the dataset's own shards
-    if schema is FEATURES:
-        empty["reason"] = None  # there are features
-    return empty | values
+def live(key: str, split: str, suffix: str, members: Mapping[str, Member]) -> SampleRow:
+    image, words = members[suffix], members["json"]
+    return SampleRow(
+        key=key,
+        split=split,
+        state=State.LIVE,
+        image_fingerprint="1",
+        texts_fingerprint="1",
+        suffix=suffix,
+        image_offset=image.offset,
+        image_size=image.size,
+        texts_offset=words.offset,
+        texts_size=words.size,
+        num_captions=2,
+        num_questions=1,
+        num_rounds=2,
+        width=40,
+        height=30,
+    )
 
 
 def make_dataset(folder: Path, grid: Sequence[int] | None = None) -> str:
     """Makes 5 samples in `train` and 2 in `val`, 3 rejects, and features `drawn` of 6 regions."""
     url = str(folder / "scenes")
-    rows: list[dict[str, object]] = []
-    features: list[dict[str, object]] = []
+    rows: list[SampleRow] = []
+    features: list[FeatureRow] = []
     for split, numbers in (("train", range(5)), ("val", range(5, 7))):
         with ShardWriter(f"{url}/shards/{split}") as writer:
             for number in numbers:
                 parts = {"png": png(40, 30), "json": texts(number).to_json()}
                 members = writer.write(Sample(f"s{number}", parts))
-                rows.append(
-                    row(
-                        SAMPLES,
-                        key=f"s{number}",
-                        split=split,
-                        state=LIVE,
-                        suffix="png",
-                        image_offset=members["png"].offset,
-                        image_size=members["png"].size,
-                        texts_offset=members["json"].offset,
-                        texts_size=members["json"].size,
-                        num_captions=2,
-                        num_questions=1,
-                        num_rounds=2,
-                        width=40,
-                        height=30,
-                    )
-                )
+                rows.append(live(f"s{number}", split, "png", members))
         shard = writer.shard.name
-        for entry in rows[-len(numbers) :]:
-            entry.update(shard=shard, texts_shard=shard)
+        rows[-len(numbers) :] = [
+            replace(row, shard=shard, texts_shard=shard) for row in rows[-len(numbers) :]
+        ]
         with ShardWriter(f"{url}/features/drawn", shard) as writer:
             for number in numbers:
                 values = npy(np.arange(24, dtype=np.float16).reshape(6, 4) + number)
                 boxes = npy(np.tile(np.array([0.1, 0.2, 0.5, 0.9], np.float32), (6, 1)))
                 members = writer.write(Sample(f"s{number}", {"npy": values, "boxes.npy": boxes}))
                 features.append(
-                    row(
-                        FEATURES,
+                    FeatureRow(
                         key=f"s{number}",
                         shard=shard,
-                        values_offset=members["npy"].offset,
-                        values_size=members["npy"].size,
-                        boxes_offset=members["boxes.npy"].offset,
-                        boxes_size=members["boxes.npy"].size,
                         num_regions=6,
+                        parts=(
+                            FeaturePart("values", *members["npy"]),
+                            FeaturePart("boxes", *members["boxes.npy"]),
+                        ),
                     )
                 )
-    for number, reason in enumerate(("no-captions", "missing-image", "missing-image")):
-        detail = f"images/{number}.jpg {HOSTILE}"
+    reasons = (Reason.NO_CAPTIONS, Reason.MISSING_IMAGE, Reason.MISSING_IMAGE)
+    for number, reason in enumerate(reasons):
         rows.append(
-            row(
-                SAMPLES, key=f"r{number}", split="train", state=REJECT, reason=reason, detail=detail
+            SampleRow(
+                key=f"r{number}",
+                split="train",
+                state=State.REJECT,
+                reason=reason,
+                detail=f"images/{number}.jpg {HOSTILE}",
+                image_fingerprint="1",
+                texts_fingerprint="1",
             )
         )
-    manifest = Manifest.create(url).commit(pa.Table.from_pylist(rows, SAMPLES))
-    manifest.features("drawn").commit(pa.Table.from_pylist(features, FEATURES))
+    manifest = Manifest.create(url).commit(to_table(rows, SampleRow))
+    manifest.features("drawn").commit(to_table(features, FeatureRow))
     card = card_bytes(grid=grid, dim=4, dtype="float16", num_regions=6, boxes="stored")
     (folder / "scenes" / "features" / "drawn" / "card.json").write_bytes(card)
     return url
@@ -222,22 +223,16 @@ def test_labels_scores_and_masks_of_a_detector_lie_over_its_pictures(tmp_path: P
 
 def make_videos(url: str, lengths: Sequence[int]) -> None:
     """Makes a dataset of mp4 videos of so many frames."""
-    rows: list[dict[str, object]] = []
+    rows: list[SampleRow] = []
     with ShardWriter(f"{url}/shards/train") as writer:
         for number, length in enumerate(lengths):
             members = writer.write(
                 Sample(f"v{number}", {"mp4": video(length), "json": texts(number).to_json()})
             )
-            place = {
-                f"{part}_{name}": getattr(members[suffix], name)
-                for part, suffix in (("image", "mp4"), ("texts", "json"))
-                for name in ("offset", "size")
-            }
-            known = {"key": f"v{number}", "split": "train", "state": LIVE, "suffix": "mp4"}
-            rows.append(row(SAMPLES, **known, **place, num_captions=2))
-    for entry in rows:
-        entry.update(shard=writer.shard.name, texts_shard=writer.shard.name)
-    Manifest.create(url).commit(pa.Table.from_pylist(rows, SAMPLES))
+            rows.append(live(f"v{number}", "train", "mp4", members))
+    shard = writer.shard.name
+    rows = [replace(row, shard=shard, texts_shard=shard) for row in rows]
+    Manifest.create(url).commit(to_table(rows, SampleRow))
 
 
 def test_videos_are_shown_by_the_middle_one_of_their_extractors_frames(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class PhotoSource:
         for key, image in self.images.items():
             texts = Texts(image_id=key, captions=(f"caption of {key}",))
             digest = xxhash.xxh3_64_hexdigest(image)
-            yield Record(key, "train", key, "jpg", texts, fingerprint(digest, texts))
+            yield Record(key, "train", key, "jpg", texts.encoded(), fingerprint(digest))
 
     def read(self, record: Record) -> bytes:
         return self.images[record.image]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import webdataset
 
+from pipeline.data.manifest.schema import FeatureRow, from_table
 from pipeline.data.read.extractor_card import ExtractorCard
 from pipeline.data.tars.shard_files import ShardFiles, default_cache
 from pipeline.errors import FeatureError, ShardError
@@ -68,12 +69,13 @@ def test_rows_say_where_each_array_lies(tmp_path: Path) -> None:
     (plan,) = plans(tmp_path)
     found = write_sidecar(extractor, plan, files(), batch_size=2, threads=1)
     payload = (tmp_path / "features" / extractor.name / f"{plan.shard}.tar").read_bytes()
-    for row in found.rows.to_pylist():
-        for part, shape in (("values", (36, 96)), ("boxes", (36, 4))):
-            start, size = row[f"{part}_offset"], row[f"{part}_size"]
+    for row in from_table(found.rows, FeatureRow):
+        parts = {part.name: part for part in row.parts}
+        for name, shape in (("values", (36, 96)), ("boxes", (36, 4))):
+            start, size = parts[name].offset, parts[name].size
             array = np.load(io.BytesIO(payload[start : start + size]), allow_pickle=False)
             assert array.shape == shape
-        assert row["num_regions"] == 36
+        assert row.num_regions == 36
     assert found.size_bytes == len(payload)
     assert 0 < found.network_seconds <= found.seconds
 

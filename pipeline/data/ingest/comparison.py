@@ -7,21 +7,27 @@ its bound. Only what differs is fetched from them.
 from collections import Counter
 from collections.abc import Collection, Iterator
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 
 from pipeline.data.manifest.engine import Engine
-from pipeline.data.manifest.manifest import SAMPLES, Manifest
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import SAMPLES
 from pipeline.data.sample import check_key, safe_key
 from pipeline.data.sources.columns import LISTED
+from pipeline.data.tars.foreign_tar import ForeignTar
 
-_COMPARED = ("key", "split", "state", "reason", "detail", "fingerprint", "tar", "duplicate_of")
+_IDENTITY = ("split", "image_fingerprint", "texts_fingerprint")
+_COMPARED = ("key", *_IDENTITY, "state", "reason", "detail", "suffix", "tar", "duplicate_of")
 
-# Of the rows that say what has become of each record; of a reject also why.
+# What has become of each record; of a reject also why. `identity` tells whether a record says the
+# same: of a reject that was listed as one, which has no suffix, the reason is a part of that.
 _KNOWN = """
 CREATE TEMP TABLE known AS SELECT
     key,
-    hash(split, fingerprint) AS identity,
+    hash(split, image_fingerprint, texts_fingerprint,
+        if(state = 'reject' AND suffix IS NULL, reason, '')) AS identity,
     hash(tar) AS tar,
     state = 'live' AS is_live,
     if(state = 'reject', reason, NULL) AS reason,
@@ -31,10 +37,8 @@ CREATE TEMP TABLE known AS SELECT
 FROM rows WHERE state <> 'removed'
 """
 
-_FINGERPRINT = "concat(reason || ':', image_fingerprint, '-', texts_fingerprint)"
-
 # The records that differ, or may do so: `copy` is one whose image is a copy of another's.
-_DIFFERENT = f"""
+_DIFFERENT = """
 CREATE TEMP TABLE different AS SELECT
     listed.number,
     coalesce(listed.key, known.key) AS key,
@@ -47,7 +51,8 @@ CREATE TEMP TABLE different AS SELECT
     coalesce(listed.tar <> known.tar, false) AS is_moved,
     coalesce(known.is_unopened, false) AS is_unopened
 FROM (
-    SELECT number, key, reason, hash(split, {_FINGERPRINT}) AS identity, hash(tar) AS tar
+    SELECT number, key, reason, hash(tar) AS tar,
+        hash(split, image_fingerprint, texts_fingerprint, coalesce(reason, '')) AS identity
     FROM listing
 ) AS listed FULL JOIN known ON listed.key = known.key
 WHERE CASE
@@ -84,7 +89,7 @@ class Comparison:
         engine: Engine,
         manifest: Manifest,
         batches: Iterator[pa.RecordBatch],
-        unopened: Collection[str] = (),
+        unopened: Collection[ForeignTar] = (),
     ) -> None:
         """Goes through the listing; nothing but a few numbers of it stays in memory.
 
@@ -95,7 +100,8 @@ class Comparison:
         self._engine = engine
         self._manifest = manifest
         manifest.register(engine, "rows", _COMPARED)
-        engine.register("unopened", pa.table({"tar": pa.array([*unopened], pa.string())}))
+        tars = pa.array(msgspec.to_builtins([*unopened]), LISTED.field("tar").type)
+        engine.register("unopened", pa.table({"tar": tars}))
         engine.run(_KNOWN)
         self.num_listed = self._list(batches)
         self.num_unopened: int = engine.value("SELECT count(*) FROM known WHERE is_unopened")
@@ -183,8 +189,8 @@ class Comparison:
         ).cast(LISTED)
 
     def removed(self) -> pa.Table:
-        """Returns key, split and fingerprint of what is listed no more."""
-        columns = ["key", "split", "fingerprint"]
+        """Returns key, split and fingerprints of what is listed no more."""
+        columns = ["key", *_IDENTITY]
         if not self.num_removed:  # a second reading of the manifest
             return SAMPLES.empty_table().select(columns)
         return self._engine.table(

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.ingest.filters import FilterConfig
+from pipeline.reason import Reason
 
 Hashes = npt.NDArray[np.uint64]
 Int64Array = npt.NDArray[np.int64]
@@ -27,7 +28,7 @@ _AT_ONCE = 64  # hashes looked up together: bounds the memory of what they might
 class Duplicate(NamedTuple):
     """Why an image is left out, and the key of the sample it is a copy of."""
 
-    reason: str
+    reason: Reason
     of: str
     detail: str
 
@@ -71,12 +72,12 @@ class Duplicates:
             of = self._key(number) or next((keys[j] for j in new if files[j] == files[i]), None)
             if of is not None:
                 detail = f"its bytes are those of sample {of}"
-                found.append(Duplicate("duplicate-image", of, detail))
+                found.append(Duplicate(Reason.DUPLICATE_IMAGE, of, detail))
                 continue
             of = self._key(near[i]) or next((keys[j] for j in new if apart[i][j] <= within), None)
             if of is not None:
                 detail = f"it looks like sample {of}: at most {within} of {_BITS} bits differ"
-                found.append(Duplicate("near-duplicate", of, detail))
+                found.append(Duplicate(Reason.NEAR_DUPLICATE, of, detail))
                 continue
             new.append(i)
             found.append(None)

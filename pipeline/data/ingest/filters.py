@@ -21,17 +21,18 @@ from pydantic import Field, PositiveInt, model_validator
 
 from pipeline.config import Config
 from pipeline.data.media.image_check import BadImageError
-from pipeline.data.sources.base import Record, Reject, with_texts
+from pipeline.data.sources.base import Record, Reject, refused
+from pipeline.reason import Reason
 
 # Rejects for these reasons were asked for: they are no sign of a run that is going wrong.
 WANTED_REASONS = frozenset(
     {
-        "too-small",
-        "extreme-aspect",
-        "caption-length",
-        "duplicate-image",
-        "near-duplicate",
-        "animated-image",
+        Reason.TOO_SMALL,
+        Reason.EXTREME_ASPECT,
+        Reason.CAPTION_LENGTH,
+        Reason.DUPLICATE_IMAGE,
+        Reason.NEAR_DUPLICATE,
+        Reason.ANIMATED_IMAGE,
     }
 )
 
@@ -79,10 +80,10 @@ class FilterConfig(Config):
         shorter, longer = sorted((width, height))
         if self.min_shorter_side is not None and shorter < self.min_shorter_side:
             detail = f"{width}x{height}, min_shorter_side is {self.min_shorter_side}"
-            raise BadImageError("too-small", detail)
+            raise BadImageError(Reason.TOO_SMALL, detail)
         if self.max_aspect_ratio is not None and longer > self.max_aspect_ratio * shorter:
             detail = f"{width}x{height}, max_aspect_ratio is {self.max_aspect_ratio:g}"
-            raise BadImageError("extreme-aspect", detail)
+            raise BadImageError(Reason.EXTREME_ASPECT, detail)
 
     @property
     def has_caption_rule(self) -> bool:
@@ -91,17 +92,17 @@ class FilterConfig(Config):
 
     def captioned(self, record: Record) -> Record | Reject:
         """Returns a record with the captions of a wanted length, or a reject if no text is left."""
-        captions = record.texts.captions
+        written = record.texts.decode()
+        captions = written.captions
         kept = tuple(caption for caption in captions if self._fits(caption))
         if len(kept) == len(captions):
             return record
-        texts = dataclasses.replace(record.texts, captions=kept)
-        fingerprint = with_texts(record.fingerprint, texts)
+        texts = dataclasses.replace(written, captions=kept).encoded()
+        record = replace(record, texts=texts)
         dropped = f"{len(captions) - len(kept)} captions of unwanted length dropped"
         if not texts.num_texts:
-            return Reject(record.key, record.split, "caption-length", dropped, fingerprint)
-        detail = f"{record.detail}, {dropped}" if record.detail else dropped
-        return replace(record, texts=texts, fingerprint=fingerprint, detail=detail)
+            return refused(record, Reason.CAPTION_LENGTH, dropped)
+        return replace(record, detail=f"{record.detail}, {dropped}" if record.detail else dropped)
 
     def _fits(self, caption: str) -> bool:
         num_words = len(caption.split())

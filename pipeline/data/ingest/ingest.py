@@ -14,10 +14,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from msgspec.structs import replace
 from pydantic import Field
 
 from pipeline import storage
@@ -33,28 +33,25 @@ from pipeline.data.ingest.ingest_plan import (
     plan_ingest,
 )
 from pipeline.data.ingest.listing import STAYS_AS_IT_IS, FingerprintOf, Listing
-from pipeline.data.ingest.outcome import Row, live_row, record_of, reject_row
+from pipeline.data.ingest.outcome import live_row, reject_row
 from pipeline.data.ingest.shard_tasks import run_tasks
 from pipeline.data.ingest.survey import without_duplicates
 from pipeline.data.ingest.treatment import Treatment, digest
 from pipeline.data.ingest.unopened import find_unopened
-from pipeline.data.manifest.manifest import SAMPLES, Manifest
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import SampleRow, from_table, to_table
 from pipeline.data.media.image_check import BadImageError, Verify
 from pipeline.data.media.reencode import ReencodeConfig
 from pipeline.data.sample import Sample
-from pipeline.data.sources.base import ConfiguredSource, Source, SourceConfig, same_texts
+from pipeline.data.sources.base import ConfiguredSource, Record, Source, SourceConfig
 from pipeline.data.tars.foreign_tar import REFERENCE, ImageReference
 from pipeline.data.tars.shard import Member, Shard, ShardWriter
 from pipeline.errors import RejectError, RemovalError, SourceError
+from pipeline.reason import Reason
 
 COMMIT_SECONDS = 1.0  # the most work a kill can cost; a commit takes a hundredth of it
 _TOP_REASONS = 5
 _EXAMPLES = 5
-
-_IMAGE_COLUMNS = (
-    "digest", "shard", "image_offset", "image_size", "width", "height", "source_digest",
-    "perceptual_hash",
-)  # fmt: skip
 
 
 class IngestConfig(Config):
@@ -248,80 +245,103 @@ def write_shard(plan: ShardPlan, source: Source) -> ShardEntry:
     An image that cannot be had or is not whole makes its record a reject. Raises StorageError if
     reading or writing meets a passing fault.
     """
-    known = {row["key"]: row for row in plan.known.to_pylist()}
+    known = {row.key: row for row in from_table(plan.known, SampleRow)}
     rows = []
     with ShardWriter(storage.join(plan.url, "shards", plan.split)) as writer:
-        for change in plan.records.to_pylist():
-            old = known.get(change["key"])
+        for record in from_table(plan.records, Record):
+            old = known.get(record.key)
             if plan.keep_images and old is not None:
-                rows.append(_write_texts(writer, change, old))
+                rows.append(_write_texts(writer, record, old))
             else:
-                rows.append(_write_record(writer, change, old, source, plan.treatment))
+                rows.append(_write_record(writer, record, old, source, plan.treatment))
     shard = writer.shard if writer.num_samples else None
-    for row in rows:  # its name is the digest of the whole: known only now
-        for column in ("shard", "texts_shard"):
-            if shard is not None and row.get(column) == _THIS_SHARD:
-                row[column] = shard.name
-    return ShardEntry(shard, pa.concat_tables([pa.Table.from_pylist(rows, SAMPLES), plan.left_out]))
+    if shard is not None:  # its name is the digest of the whole: known only now
+        rows = [_in_shard(row, shard.name) for row in rows]
+    return ShardEntry(shard, pa.concat_tables([to_table(rows, SampleRow), plan.left_out]))
 
 
 _THIS_SHARD = "."  # never a shard's name
 
 
-def _write_texts(writer: ShardWriter, change: Row, old: Row) -> Row:
+def _in_shard(row: SampleRow, name: str) -> SampleRow:
+    return replace(
+        row,
+        shard=name if row.shard == _THIS_SHARD else row.shard,
+        texts_shard=name if row.texts_shard == _THIS_SHARD else row.texts_shard,
+    )
+
+
+def _write_texts(writer: ShardWriter, record: Record, old: SampleRow) -> SampleRow:
     """Writes new texts for an image that stays where it is; returns the sample's row."""
-    members = writer.write(Sample(change["key"], {"json": change["texts"]}))
-    image = {column: old[column] for column in _IMAGE_COLUMNS} | {"tar": change["tar"]}
-    return live_row(record_of(change)) | _located(members["json"], "texts") | image
+    members = writer.write(Sample(record.key, {"json": record.texts.payload}))
+    row = replace(
+        live_row(record),
+        digest=old.digest,
+        shard=old.shard,
+        image_offset=old.image_offset,
+        image_size=old.image_size,
+        width=old.width,
+        height=old.height,
+        source_digest=old.source_digest,
+        perceptual_hash=old.perceptual_hash,
+    )
+    return _with_texts(row, members["json"])
 
 
 def _write_record(
-    writer: ShardWriter, change: Row, old: Row | None, source: Source, treatment: Treatment
-) -> Row:
+    writer: ShardWriter,
+    record: Record,
+    old: SampleRow | None,
+    source: Source,
+    treatment: Treatment,
+) -> SampleRow:
     """Reads, checks and writes a record; returns its row, of a sample or of a reject."""
-    record = record_of(change)
     try:
         payload = source.read(record)
         stored = treatment.apply(payload)
     except SourceError as error:
-        return reject_row(record, "unreadable-image", str(error))
+        return reject_row(record, Reason.UNREADABLE_IMAGE, str(error))
     except BadImageError as error:
         return reject_row(record, error.reason, f"{record.image}: {error.detail}")
-    as_it_came = stored.payload is payload
-    image = {
-        "digest": digest(stored.payload),
-        "source_digest": None if as_it_came else digest(payload),
-        "perceptual_hash": change["perceptual_hash"],
-        "width": stored.width,
-        "height": stored.height,
-    }
-    if old is not None and _holds(old, change, image["digest"]):
-        touched = {column: change[column] for column in ("fingerprint", "detail", "tar")}
-        return old | image | touched
+    row = replace(
+        live_row(record),
+        digest=digest(stored.payload),
+        source_digest="" if stored.payload is payload else digest(payload),
+        perceptual_hash=record.perceptual_hash,
+        width=stored.width,
+        height=stored.height,
+    )
+    if old is not None and _holds(old, row, record):
+        return replace(
+            row,
+            shard=old.shard,
+            image_offset=old.image_offset,
+            image_size=old.image_size,
+            texts_shard=old.texts_shard,
+            texts_offset=old.texts_offset,
+            texts_size=old.texts_size,
+        )
     name, part = record.suffix, stored.payload
     if record.tar:
         name += REFERENCE
-        part = ImageReference(record.image_offset, record.image_size, image["digest"]).to_json()
-    members = writer.write(Sample(record.key, {name: part, "json": change["texts"]}))
+        part = ImageReference(record.image_offset, record.image_size, row.digest).to_json()
+    members = writer.write(Sample(record.key, {name: part, "json": record.texts.payload}))
     place = Member(record.image_offset, record.image_size) if record.tar else members[name]
-    located = _located(place, "image") | _located(members["json"], "texts")
-    return live_row(record) | image | located
+    row = replace(row, shard=_THIS_SHARD, image_offset=place.offset, image_size=place.size)
+    return _with_texts(row, members["json"])
 
 
-def _located(member: Member, part: Literal["image", "texts"]) -> Row:
-    shard = "shard" if part == "image" else "texts_shard"
-    return {shard: _THIS_SHARD, f"{part}_offset": member.offset, f"{part}_size": member.size}
+def _with_texts(row: SampleRow, member: Member) -> SampleRow:
+    return replace(row, texts_shard=_THIS_SHARD, texts_offset=member.offset, texts_size=member.size)
 
 
-def _holds(old: Row, change: Row, digest: str) -> bool:
+def _holds(old: SampleRow, new: SampleRow, record: Record) -> bool:
     """Whether a live row's bytes are those of a record whose file was only touched."""
     return (
-        old["split"] == change["split"]
-        and old["suffix"] == change["suffix"]
-        and old["digest"] == digest
-        and same_texts(old["fingerprint"], change["fingerprint"])
-        and (old["tar"] is None) == (change["tar"] is None)
-        and (old["tar"] is None or old["image_offset"] == change["image_offset"])
+        (old.split, old.suffix, old.digest, old.texts_fingerprint)
+        == (new.split, new.suffix, new.digest, new.texts_fingerprint)
+        and (old.tar is None) == (new.tar is None)
+        and (old.tar is None or old.image_offset == record.image_offset)
     )
 
 
@@ -346,7 +366,7 @@ class _Rejects:
 
     def add(self, rows: pa.Table) -> None:
         """Counts those of the rows that have a reason."""
-        rejects = rows.filter(pc.not_equal(rows["reason"], ""))
+        rejects = rows.filter(pc.is_valid(rows["reason"]))
         self.count(counted(rejects))
 
     def count(self, rejects: pa.Table) -> None:

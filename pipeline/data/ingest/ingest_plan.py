@@ -6,8 +6,9 @@ that it was a copy of is no longer there as it was. The records of a tar that wa
 because the manifest has them all, are left alone together.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import pairwise
 
 import numpy as np
@@ -18,35 +19,28 @@ import pyarrow.compute as pc
 from pipeline.data.ingest.comparison import Comparison
 from pipeline.data.ingest.treatment import Treatment
 from pipeline.data.manifest.engine import Engine
-from pipeline.data.manifest.manifest import REJECT, REMOVED, SAMPLES, Manifest
-from pipeline.data.sources.base import Source, same_image
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import (
+    SAMPLES,
+    Int64Array,
+    State,
+    arrow_schema,
+    foreign_tars,
+)
+from pipeline.data.sources.base import Record, Source
 from pipeline.data.sources.columns import listed
 from pipeline.data.sources.digests import digests
+from pipeline.data.tars.foreign_tar import ForeignTar
 from pipeline.errors import SourceError
 
 # Records to be written. Tables, because a listing of millions would not fit as Python objects.
-CHANGED = pa.schema(
-    [
-        ("key", pa.string()),
-        ("split", pa.string()),
-        ("image", pa.string()),
-        ("suffix", pa.string()),
-        ("texts", pa.binary()),  # canonical JSON
-        ("fingerprint", pa.string()),
-        ("detail", pa.string()),
-        ("tar", pa.string()),  # that the image stays in; else null
-        ("image_offset", pa.int64()),  # in that tar; else -1
-        ("image_size", pa.int64()),
-        ("perceptual_hash", pa.int64()),  # once the image was looked at for that; else null
-    ]
-)
+CHANGED = arrow_schema(Record)
 
 # What a sample's image is recognised by, should another be a copy of it.
-HOLDERS = pa.schema(
-    [("key", pa.string()), ("source_digest", pa.string()), ("perceptual_hash", pa.int64())]
-)
+HOLDERS = pa.schema([SAMPLES.field(name) for name in ("key", "source_digest", "perceptual_hash")])
 
-Int64Array = npt.NDArray[np.int64]
+_IMAGE_COLUMNS = ("split", "suffix", "image_fingerprint")  # an image can stay if these are the same
+
 BoolArray = npt.NDArray[np.bool_]
 
 
@@ -107,16 +101,15 @@ class IngestPlan:
         self, rows: Int64Array, samples_per_shard: int, keep_images: bool
     ) -> Iterator[Int64Array]:
         """Cuts rows of one split into shards: images that stay in a tar of others make one."""
-        tar = self.changed["tar"].take(pa.array(rows)).combine_chunks().dictionary_encode()
-        number = pc.fill_null(tar.indices, -1).to_numpy()
+        tars, number = foreign_tars(self.changed["tar"].take(pa.array(rows)))
         if keep_images:
             number = np.full_like(number, -1)
         copied = rows[number < 0]
         for start in range(0, len(copied), samples_per_shard):
             yield copied[start : start + samples_per_shard]
-        offsets = self.changed["image_offset"].to_numpy()[rows]
+        offsets = self.changed["image_offset"].fill_null(-1).to_numpy()[rows]
         in_order = np.lexsort((offsets, number))
-        ends = np.searchsorted(number[in_order], np.arange(len(tar.dictionary) + 1))
+        ends = np.searchsorted(number[in_order], np.arange(len(tars) + 1))
         for start, end in pairwise(ends.tolist()):
             if end > start:
                 yield rows[in_order[start:end]]
@@ -142,20 +135,19 @@ class IngestPlan:
     def _old_rows(self) -> tuple[Int64Array, BoolArray]:
         """Returns for each changed record its row in `known`, or -1, and if its image stays."""
         old_row = pc.index_in(self.changed["key"], value_set=self.known["key"].combine_chunks())
-        old_row = pc.fill_null(old_row, -1).to_numpy()
-        keeps_image = np.zeros(self.changed.num_rows, bool)
-        edited = np.flatnonzero(old_row >= 0)
-        keeps_image[edited] = _same_images(
-            self.changed.take(edited), self.known.take(old_row[edited])
-        )
-        return old_row, keeps_image
+        old = self.known.select(_IMAGE_COLUMNS).take(old_row)  # null where there is none
+        same = [pc.equal(self.changed[name], old[name]) for name in _IMAGE_COLUMNS]
+        keeps_image = pc.fill_null(reduce(pc.and_kleene, same), False).to_numpy()
+        return pc.fill_null(old_row, -1).to_numpy(), keeps_image
 
 
-def plan_ingest(source: Source, manifest: Manifest, unopened: Sequence[str] = ()) -> IngestPlan:
+def plan_ingest(
+    source: Source, manifest: Manifest, unopened: Collection[ForeignTar] = ()
+) -> IngestPlan:
     """Compares a source's listing with a manifest.
 
     The second and later records of a key become `duplicate-id` rejects under keys of their own.
-    What the manifest has of `unopened` tars, by their names, counts as listed and unchanged; a
+    What the manifest has of `unopened` tars counts as listed and unchanged; a
     record that shares its key with one of those raises SharedKeyError, since which of them is
     the first cannot be told. Raises SourceError if nothing is listed: an empty listing would
     remove every sample.
@@ -175,7 +167,7 @@ def plan_ingest(source: Source, manifest: Manifest, unopened: Sequence[str] = ()
             changed=changed,
             known=_held_rows(manifest, found.edited_samples()["key"]),
             settled=pa.concat_tables(
-                [rejects, _removals(found.removed()), _with_tars(manifest, moved)]
+                [rejects, _rows(found.removed(), State.REMOVED), _with_tars(manifest, moved)]
             ),
             rejects=pa.concat_tables([counted(rejects), found.unchanged_rejects()]),
             held=found.held(),
@@ -204,61 +196,34 @@ def held_by_reason(manifest: Manifest) -> pa.Table:
 
 
 def _to_write(records: pa.Table) -> pa.Table:
-    """Returns records in the order of their keys' hashes; schema CHANGED."""
-    keys = records["key"].combine_chunks()
-    order = np.argsort(digests(keys), kind="stable")
-    fingerprint = pc.binary_join_element_wise(
-        records["image_fingerprint"], records["texts_fingerprint"], "-"
+    """Returns listed records in the order of their keys' hashes; schema CHANGED."""
+    order = np.argsort(digests(records["key"].combine_chunks()), kind="stable")
+    records = records.take(pa.array(order)).combine_chunks()
+    columns = {name: records[name] for name in records.column_names}
+    texts = list(CHANGED.field("texts").type)
+    parts = [records["texts" if field.name == "payload" else field.name] for field in texts]
+    columns["texts"] = pa.StructArray.from_arrays(
+        [part.combine_chunks().cast(field.type) for part, field in zip(parts, texts, strict=True)],
+        fields=texts,
     )
-    records = records.append_column("fingerprint", fingerprint).append_column(
-        "perceptual_hash", pa.nulls(len(keys), pa.int64())
-    )
-    return records.take(pa.array(order)).select(CHANGED.names).cast(CHANGED)
+    columns["num_entries"] = columns["num_entries"].cast(pa.int64())
+    columns["perceptual_hash"] = pa.nulls(len(order), pa.int64())
+    return pa.table([columns[name] for name in CHANGED.names], schema=CHANGED)
 
 
 def _rejected(rejects: pa.Table) -> pa.Table:
     """Returns the rows of listed rejects; schema SAMPLES."""
-    fingerprint = pc.binary_join_element_wise(
-        rejects["image_fingerprint"], rejects["texts_fingerprint"], "-"
-    )
-    return _rows(
-        **{name: rejects[name] for name in ("key", "split", "reason", "detail", "tar")},
-        state=[REJECT] * rejects.num_rows,
-        # It starts with the reason: the same files may be judged anew one day.
-        fingerprint=pc.binary_join_element_wise(rejects["reason"], fingerprint, ":"),
-    )
+    names = ("key", "split", "reason", "detail", "image_fingerprint", "texts_fingerprint", "tar")
+    return _rows(rejects.select(names), State.REJECT)
 
 
-def _with_tars(manifest: Manifest, moved: pa.Table) -> pa.Table:
-    """Returns the rows of some keys with the tars that they are listed in now."""
-    if not moved.num_rows:
-        return SAMPLES.empty_table()
-    held = _held_rows(manifest, moved["key"])
-    place = pc.index_in(held["key"], value_set=moved["key"].combine_chunks())
-    column = held.schema.get_field_index("tar")
-    return held.set_column(column, "tar", moved["tar"].take(place))
-
-
-def _removals(rows: pa.Table) -> pa.Table:
-    return _rows(
-        key=rows["key"],
-        split=rows["split"],
-        state=[REMOVED] * rows.num_rows,
-        reason=[""] * rows.num_rows,
-        detail=[""] * rows.num_rows,
-        fingerprint=rows["fingerprint"],
-    )
-
-
-def _rows(**columns: Sequence[str | None] | pa.ChunkedArray) -> pa.Table:
+def _rows(columns: pa.Table, state: State) -> pa.Table:
     """Returns rows of the manifest with these columns, the others null."""
-    num_rows = len(columns["key"])
-    return pa.Table.from_pydict(
-        {
-            column.name: columns.get(column.name, pa.nulls(num_rows, column.type))
-            for column in SAMPLES
-        },
-        SAMPLES,
+    columns = columns.append_column("state", pa.repeat(state.value, columns.num_rows))
+    return (
+        pa.concat_tables([SAMPLES.empty_table(), columns], promote_options="default")
+        .select(SAMPLES.names)
+        .cast(SAMPLES)
     )
 
 
@@ -273,13 +238,11 @@ def _held_rows(manifest: Manifest, keys: pa.ChunkedArray) -> pa.Table:
         return engine.table(f"SELECT {columns} FROM held WHERE key IN (FROM wanted)").cast(SAMPLES)
 
 
-def _same_images(changed: pa.Table, known: pa.Table) -> list[bool]:
-    """Says for each pair of rows whether the sample's image can stay where it is."""
-    columns = ["split", "suffix", "fingerprint"]
-    pairs = zip(changed.select(columns).to_pylist(), known.select(columns).to_pylist(), strict=True)
-    return [
-        new["split"] == old["split"]
-        and new["suffix"] == old["suffix"]
-        and same_image(new["fingerprint"], old["fingerprint"])
-        for new, old in pairs
-    ]
+def _with_tars(manifest: Manifest, moved: pa.Table) -> pa.Table:
+    """Returns the rows of some keys with the tars that they are listed in now."""
+    if not moved.num_rows:
+        return SAMPLES.empty_table()
+    held = _held_rows(manifest, moved["key"])
+    place = pc.index_in(held["key"], value_set=moved["key"].combine_chunks())
+    column = held.schema.get_field_index("tar")
+    return held.set_column(column, "tar", moved["tar"].take(place))

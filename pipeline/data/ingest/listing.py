@@ -21,7 +21,7 @@ from pipeline.data.sources.base import (
     Source,
     TarSource,
     accounted,
-    with_image,
+    fingerprint,
 )
 from pipeline.data.sources.columns import ColumnarSource, accounted_batches, in_batches
 from pipeline.data.sources.digests import digests, in_hex
@@ -105,10 +105,10 @@ class Listing:
         )
 
     def _of_tar(self, source: TarSource, listed_tar: ListedTar) -> list[Record | Reject]:
-        """Returns the records of a tar, whose name says how many there are."""
+        """Returns the records of a tar, which says how many there are."""
         found = list(self._as_wanted(source.samples(listed_tar)))
-        name = self._under_settings(listed_tar.tar).of(len(found)).name
-        return [replace(entry, tar=name) for entry in found]
+        tar = replace(self._under_settings(listed_tar.tar), num_records=len(found))
+        return [replace(entry, tar=tar) for entry in found]
 
     def _under_settings(self, tar: ForeignTar) -> ForeignTar:
         settings = [tar.listing, self._treatment.identity()]
@@ -137,11 +137,10 @@ class Listing:
     def _treated(self, record: Record, identity: str) -> Record:
         if record.tar and self._treatment.reencode is not None:
             raise ConfigError(f"dataset.ingest.{STAYS_AS_IT_IS}")
-        image = f"{record.fingerprint.partition('-')[0]} {identity}"
         return replace(
             record,
             suffix=self._treatment.suffix(record.suffix),
-            fingerprint=with_image(image, record.fingerprint),
+            image_fingerprint=fingerprint(f"{record.image_fingerprint} {identity}"),
         )
 
     def _fingerprinted(self, entries: Iterator[Record | Reject]) -> Iterator[Record | Reject]:
@@ -157,4 +156,4 @@ class Listing:
                 content += f" in {entry.image}"
         except SourceError:
             return entry
-        return replace(entry, fingerprint=with_image(content, entry.fingerprint))
+        return replace(entry, image_fingerprint=fingerprint(content))

@@ -1,48 +1,35 @@
-"""Manifest rows by what has become of a record."""
+"""The rows of records by what has become of them."""
 
-from typing import Any
+from msgspec.structs import replace
 
-from pipeline.data.manifest.manifest import LIVE, REJECT
-from pipeline.data.sample import Texts
+from pipeline.data.manifest.schema import SampleRow, State
 from pipeline.data.sources.base import Record
+from pipeline.reason import Reason
 
-Row = dict[str, Any]
 
-
-def record_of(change: Row) -> Record:
-    """Returns the record of a row of `CHANGED`."""
-    return Record(
-        key=change["key"],
-        split=change["split"],
-        image=change["image"],
-        suffix=change["suffix"],
-        texts=Texts.from_json(change["texts"]),
-        fingerprint=change["fingerprint"],
-        detail=change["detail"],
-        tar=change["tar"] or "",
-        image_offset=change["image_offset"],
-        image_size=change["image_size"],
+def live_row(record: Record) -> SampleRow:
+    """Returns a sample's row but for what is known of its image and of where it lies."""
+    return SampleRow(
+        key=record.key,
+        split=record.split,
+        state=State.LIVE,
+        detail=record.detail,
+        image_fingerprint=record.image_fingerprint,
+        texts_fingerprint=record.texts_fingerprint,
+        tar=record.tar,
+        suffix=record.suffix,
+        num_captions=record.texts.num_captions,
+        num_questions=record.texts.num_questions,
+        num_rounds=record.texts.num_rounds,
     )
 
 
-def live_row(record: Record) -> Row:
-    """Returns the part of a sample's row that does not say where the sample lies."""
-    return {
-        "key": record.key,
-        "split": record.split,
-        "state": LIVE,
-        "reason": "",
-        "detail": record.detail,
-        "fingerprint": record.fingerprint,
-        "tar": record.tar or None,
-        "suffix": record.suffix,
-        "num_captions": len(record.texts.captions),
-        "num_questions": len(record.texts.questions),
-        "num_rounds": record.texts.num_rounds,
-    }
-
-
-def reject_row(record: Record, reason: str, detail: str, duplicate_of: str | None = None) -> Row:
+def reject_row(record: Record, reason: Reason, detail: str, duplicate_of: str = "") -> SampleRow:
     """Returns the row of a record whose image cannot be, or shall not be, a sample's."""
-    why = {"state": REJECT, "reason": reason, "detail": detail}
-    return live_row(record) | why | {"duplicate_of": duplicate_of}
+    return replace(
+        live_row(record),
+        state=State.REJECT,
+        reason=reason,
+        detail=detail,
+        duplicate_of=duplicate_of,
+    )

@@ -8,22 +8,30 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import tee
 
+import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.ingest.duplicates import Duplicates
-from pipeline.data.ingest.ingest_plan import HOLDERS, ShardPlan
-from pipeline.data.ingest.outcome import Row, record_of, reject_row
+from pipeline.data.ingest.ingest_plan import ShardPlan
+from pipeline.data.ingest.outcome import reject_row
 from pipeline.data.ingest.shard_tasks import run_tasks
 from pipeline.data.ingest.treatment import digest
-from pipeline.data.manifest.manifest import SAMPLES
+from pipeline.data.manifest.schema import SampleRow, from_table, to_table
 from pipeline.data.media.image_check import BadImageError
 from pipeline.data.media.perceptual_hash import perceptual_hash
-from pipeline.data.sources.base import Source
+from pipeline.data.sources.base import Record, Source
 from pipeline.errors import SourceError
+from pipeline.reason import Reason
 
-# Of each record of a plan: what its image is recognised by, or the row of a reject.
-_LOOKED_AT = pa.schema([*HOLDERS, ("reject", pa.struct(SAMPLES))])
+
+class Surveyed(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Of a record of a plan: what its image is recognised by, or the row of a reject."""
+
+    key: str
+    source_digest: str = ""
+    perceptual_hash: int | None = None
+    reject: SampleRow | None = None
 
 
 def without_duplicates(
@@ -41,35 +49,35 @@ def without_duplicates(
 
 def look_at_images(plan: ShardPlan, source: Source) -> pa.Table:
     """Reads, checks and hashes the images of a plan; returns a row for each."""
-    rows = [] if plan.keep_images else plan.records.to_pylist()
-    return pa.Table.from_pylist([_looked_at(change, plan, source) for change in rows], _LOOKED_AT)
+    records = [] if plan.keep_images else from_table(plan.records, Record)
+    return to_table([_surveyed(record, plan, source) for record in records], Surveyed)
 
 
-def _looked_at(change: Row, plan: ShardPlan, source: Source) -> Row:
-    record = record_of(change)
+def _surveyed(record: Record, plan: ShardPlan, source: Source) -> Surveyed:
     near = plan.treatment.filters.duplicates == "near"
     try:
         payload = source.read(record)
         plan.treatment.examine(payload)
         hashed = perceptual_hash(payload) if near else None
     except SourceError as error:
-        return {"reject": reject_row(record, "unreadable-image", str(error))}
+        reject = reject_row(record, Reason.UNREADABLE_IMAGE, str(error))
+        return Surveyed(record.key, reject=reject)
     except BadImageError as error:
         detail = f"{record.image}: {error.detail}"
-        return {"reject": reject_row(record, error.reason, detail)}
-    return {"key": record.key, "source_digest": digest(payload), "perceptual_hash": hashed}
+        return Surveyed(record.key, reject=reject_row(record, error.reason, detail))
+    return Surveyed(record.key, digest(payload), hashed)
 
 
 def _decided(plan: ShardPlan, images: pa.Table, duplicates: Duplicates) -> ShardPlan:
     whole = pc.is_null(images["reject"])
-    faulty = [row for row in images["reject"].to_pylist() if row is not None]
+    faulty = [each.reject for each in from_table(images, Surveyed) if each.reject is not None]
     records, images = plan.records.filter(whole), images.filter(whole)
     copies = duplicates.find(images)
     unique = pa.array([copy is None for copy in copies], pa.bool_())
-    copied = records.filter(pc.invert(unique)).to_pylist()
+    copied = from_table(records.filter(pc.invert(unique)), Record)
     rejects = [
-        reject_row(record_of(change), copy.reason, f"{change['image']}: {copy.detail}", copy.of)
-        for change, copy in zip(copied, filter(None, copies), strict=True)
+        reject_row(record, copy.reason, f"{record.image}: {copy.detail}", copy.of)
+        for record, copy in zip(copied, filter(None, copies), strict=True)
     ]
     hashes = images["perceptual_hash"]
     records = records.set_column(
@@ -79,5 +87,5 @@ def _decided(plan: ShardPlan, images: pa.Table, duplicates: Duplicates) -> Shard
         plan,
         records=records.filter(unique),
         treatment=replace(plan.treatment, verify="header"),  # they were decoded just now
-        left_out=pa.Table.from_pylist([*faulty, *rejects], SAMPLES),
+        left_out=to_table([*faulty, *rejects], SampleRow),
     )

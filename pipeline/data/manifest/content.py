@@ -7,7 +7,8 @@ import xxhash
 
 from pipeline import storage
 from pipeline.data.manifest.engine import Engine
-from pipeline.data.manifest.manifest import LIVE, Manifest
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import State
 from pipeline.errors import StorageError
 
 _DIGEST = re.compile(rb"[0-9a-f]{32}")
@@ -18,11 +19,13 @@ def content(manifest: Manifest, split: str | None) -> str:
     digest = xxhash.xxh3_128()
     of_split = "" if split is None else "AND split = $1"
     with Engine() as engine:
-        manifest.register(engine, "samples", ("key", "split", "state", "digest", "fingerprint"))
+        manifest.register(
+            engine, "samples", ("key", "split", "state", "digest", "texts_fingerprint")
+        )
         batches = engine.batches(
             "SELECT concat_ws(chr(9), key, split, digest, "
-            "regexp_replace(fingerprint, '^[^-]*-', ''), chr(10)) AS line "
-            f"FROM samples WHERE state = '{LIVE}' {of_split} ORDER BY key",
+            "texts_fingerprint, chr(10)) AS line "
+            f"FROM samples WHERE state = '{State.LIVE}' {of_split} ORDER BY key",
             [] if split is None else [split],
         )
         for batch in batches:

@@ -1,28 +1,40 @@
 """The difference between two versions of a manifest, sample by sample."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 
+import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.data.manifest.manifest import LIVE, REJECT, REMOVED, Manifest
-from pipeline.data.sources.base import same_texts
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import (
+    SampleRow,
+    State,
+    arrow_schema,
+    from_table,
+    matching_rows,
+    to_table,
+)
 
 CHANGES = ("added", "removed", "image", "texts", "image and texts", "split", "rejected", "cleared")
-_OLD, _NEW = " before", " after"
-_IDENTITY = ("state", "split", "fingerprint")
-_COLUMNS = ("key", "split", "state", "reason", "fingerprint", "digest", "suffix")
+_IDENTITY = ("state", "split", "image_fingerprint", "texts_fingerprint")
+_COLUMNS = ("key", *_IDENTITY, "reason", "digest", "suffix")
 
-DIFFERENCE = pa.schema(
-    [
-        ("key", pa.string()),
-        ("change", pa.string()),  # one of CHANGES
-        ("split", pa.string()),  # in the newer version, if it is there
-        ("was", pa.string()),  # what it was before: a split, or a reject's reason
-    ]
-)
+
+class Change(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What has become of a sample or a reject."""
+
+    key: str
+    change: str  # one of CHANGES
+    split: str  # in the newer version, if it is there
+    was: str = ""  # what it was before: a split, or a reject's reason
+
+
+DIFFERENCE = arrow_schema(Change)
 
 
 @dataclass(frozen=True)
@@ -50,43 +62,60 @@ def diff(url: str, before: int, after: int) -> Difference:
     cannot be opened.
     """
     old, new = (Manifest.open(url, version).rows(_COLUMNS) for version in (before, after))
-    old, new = (rows.filter(pc.not_equal(rows["state"], REMOVED)) for rows in (old, new))
-    pairs = old.join(new, "key", join_type="full outer", left_suffix=_OLD, right_suffix=_NEW)
-    same = [pc.equal(pairs[name + _OLD], pairs[name + _NEW]) for name in _IDENTITY]
-    unchanged = pc.fill_null(reduce(pc.and_kleene, same), False)
-    pairs = pairs.filter(pc.invert(unchanged)).sort_by("key")
-    found = [row for pair in pairs.to_pylist() if (row := _change(pair)) is not None]
+    old, new = (rows.filter(pc.not_equal(rows["state"], State.REMOVED)) for rows in (old, new))
+    found = [change for pair in _differing(old, new) if (change := _change(*pair)) is not None]
     return Difference(
         before,
         after,
         num_before=_num_live(old),
         num_after=_num_live(new),
-        rows=pa.Table.from_pylist(found, DIFFERENCE),
+        rows=to_table(sorted(found, key=lambda change: change.key), Change),
     )
 
 
-def _change(pair: dict[str, str | None]) -> dict[str, str | None] | None:
-    """Returns the row of a pair that differs, or None if its source was only touched."""
-    old, new = ({name: pair[name + age] for name in _COLUMNS[1:]} for age in (_OLD, _NEW))
-    row = {"key": pair["key"], "split": new["split"] or old["split"], "was": None}
-    was_live, is_live = old["state"] == LIVE, new["state"] == LIVE
-    if not is_live:
+def _differing(old: pa.Table, new: pa.Table) -> Iterator[tuple[SampleRow | None, SampleRow | None]]:
+    """Yields what two versions have of each key, if it is not the same."""
+    place = matching_rows(new, old, ["key"])
+    before = old.take(pa.array(place, mask=place < 0))
+    same = reduce(pc.and_kleene, [pc.equal(before[name], new[name]) for name in _IDENTITY])
+    other = ~np.asarray(pc.fill_null(same, False))
+    known = other & (place >= 0)
+    yield from zip(
+        from_table(before.filter(pa.array(known)), SampleRow),
+        from_table(new.filter(pa.array(known)), SampleRow),
+        strict=True,
+    )
+    for row in from_table(new.filter(pa.array(place < 0)), SampleRow):
+        yield None, row
+    left = np.ones(old.num_rows, bool)
+    left[place[place >= 0]] = False
+    for row in from_table(old.filter(pa.array(left)), SampleRow):
+        yield row, None
+
+
+def _change(old: SampleRow | None, new: SampleRow | None) -> Change | None:
+    """Returns what has changed, or None if the source was only touched."""
+    was_live = old is not None and old.state == State.LIVE
+    if new is None:
+        assert old is not None
         if was_live:
-            return row | {"change": "rejected" if new["state"] == REJECT else "removed"}
-        if new["state"] is None:
-            return row | {"change": "cleared", "was": old["reason"]}
-        return None if old["state"] == REJECT else row | {"change": "rejected"}
-    if not was_live:
-        return row | {"change": "added", "was": old["reason"]}
-    if old["split"] != new["split"]:
-        return row | {"change": "split", "was": old["split"]}
+            return Change(old.key, "removed", old.split)
+        return Change(old.key, "cleared", old.split, old.reason or "")
+    if new.state != State.LIVE:
+        if old is not None and not was_live:
+            return None
+        return Change(new.key, "rejected", new.split)
+    if old is None or not was_live:
+        return Change(new.key, "added", new.split, (old and old.reason) or "")
+    if old.split != new.split:
+        return Change(new.key, "split", new.split, old.split)
     changed = []
-    if (old["digest"], old["suffix"]) != (new["digest"], new["suffix"]):
+    if (old.digest, old.suffix) != (new.digest, new.suffix):
         changed.append("image")
-    if not same_texts(old["fingerprint"] or "", new["fingerprint"] or ""):
+    if old.texts_fingerprint != new.texts_fingerprint:
         changed.append("texts")
-    return row | {"change": " and ".join(changed)} if changed else None
+    return Change(new.key, " and ".join(changed), new.split) if changed else None
 
 
 def _num_live(rows: pa.Table) -> int:
-    return len(rows.filter(pc.equal(rows["state"], LIVE)))
+    return len(rows.filter(pc.equal(rows["state"], State.LIVE)))

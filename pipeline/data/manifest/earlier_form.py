@@ -34,7 +34,7 @@ class Derived:
     """How a column follows from earlier ones."""
 
     earlier: tuple[str, ...]
-    make: Callable[[pa.Table], pa.Array | pa.ChunkedArray]
+    make: Callable[[pa.RecordBatch], pa.Array]
 
 
 @dataclass(frozen=True)
@@ -54,37 +54,37 @@ class EarlierForm:
         needed = (self.derived[n].earlier if n in self.derived else (n,) for n in names)
         return {name for group in needed for name in group}
 
-    def converted(self, rows: pa.Table, fields: pa.Schema) -> pa.Table:
+    def converted(self, rows: pa.RecordBatch, fields: pa.Schema) -> pa.RecordBatch:
         """Returns these present columns of the rows."""
         columns = []
         for wanted in fields:
             if wanted.name in self.derived:
                 column = self.derived[wanted.name].make(rows)
-            elif wanted.name in rows.column_names:
+            elif wanted.name in rows.schema.names:
                 column = rows[wanted.name]
             else:
                 column = pa.nulls(rows.num_rows, wanted.type)
             columns.append(column.cast(wanted.type))
-        return pa.Table.from_arrays(columns, schema=fields)
+        return pa.record_batch(columns, schema=fields)
 
 
-def _image_fingerprint(rows: pa.Table) -> pa.ChunkedArray:
+def _image_fingerprint(rows: pa.RecordBatch) -> pa.Array:
     halves = _fingerprint(rows)
     has_halves = pc.match_substring(halves, "-")
     return pc.if_else(has_halves, pc.replace_substring_regex(halves, "(?s)-.*$", ""), "")
 
 
-def _texts_fingerprint(rows: pa.Table) -> pa.ChunkedArray:
+def _texts_fingerprint(rows: pa.RecordBatch) -> pa.Array:
     return pc.replace_substring_regex(_fingerprint(rows), "^[^-]*-", "")
 
 
-def _fingerprint(rows: pa.Table) -> pa.ChunkedArray:
+def _fingerprint(rows: pa.RecordBatch) -> pa.Array:
     found = rows["fingerprint"].cast(pa.string())
     judged = pc.replace_substring_regex(found, "^[a-z0-9-]+:", "")
     return pc.if_else(pc.is_null(rows["suffix"]), judged, found)
 
 
-def _reason(rows: pa.Table) -> pa.ChunkedArray:
+def _reason(rows: pa.RecordBatch) -> pa.Array:
     reason = rows["reason"].cast(pa.string())
     return pc.if_else(pc.equal(reason, ""), None, reason)
 
@@ -92,8 +92,8 @@ def _reason(rows: pa.Table) -> pa.ChunkedArray:
 _TAR = r"(?s)^(?P<stamp>[^#]*)#(?P<listing>[^#-]*)(?:-(?P<num_records>[0-9]+))?#(?P<location>.*)$"
 
 
-def _tar(rows: pa.Table) -> pa.Array:
-    named = rows["tar"].cast(pa.string()).combine_chunks()
+def _tar(rows: pa.RecordBatch) -> pa.Array:
+    named = rows["tar"].cast(pa.string())
     parts = pc.extract_regex(named, _TAR)
     tar = SAMPLES.field("tar").type
     odd = pc.and_(pc.is_valid(named), pc.is_null(parts))
@@ -139,7 +139,7 @@ def earlier_features(url: str, extractor: str) -> EarlierForm:
     )
 
 
-def _parts(url: str, extractor: str, rows: pa.Table) -> pa.Array:
+def _parts(url: str, extractor: str, rows: pa.RecordBatch) -> pa.Array:
     """Returns the parts of every row, null of an image without a feature."""
     place = {name: rows[name].to_numpy() for name in (*_PLACES, "num_regions")}
     layout = _card_layout(url, extractor)

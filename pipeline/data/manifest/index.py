@@ -31,10 +31,9 @@ import pyarrow as pa
 import xxhash
 
 from pipeline import storage
+from pipeline.data.manifest.schema import SAMPLES, Int64Array
 from pipeline.data.sample import TextKind
 from pipeline.errors import StorageError
-
-Int64Array = npt.NDArray[np.int64]
 
 FORMAT = 1
 KINDS: tuple[TextKind, ...] = ("captions", "questions", "rounds")
@@ -70,8 +69,8 @@ SHARDS = pa.schema(
     ]
 )
 
-# A shard of ours, or, with a stamp, somebody else's tar.
-FILES = pa.schema([("split", pa.string()), ("shard", pa.string()), ("tar", pa.string())])
+# A shard of ours, or somebody else's tar.
+FILES = pa.schema([SAMPLES.field(name) for name in ("split", "shard", "tar")])
 
 SHARDS_HELD = 24  # whose rows a reader keeps: two windows of the order, and some
 

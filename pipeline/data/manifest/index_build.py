@@ -29,7 +29,9 @@ from pipeline.data.manifest.index import (
     IndexCard,
     row_schema,
 )
-from pipeline.data.manifest.manifest import LIVE, Kept, Manifest
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import State
+from pipeline.data.manifest.versions import Kept
 from pipeline.errors import StorageError
 
 _COLUMNS = (
@@ -52,7 +54,7 @@ _OF_FEATURES = ("key", "shard", "num_regions", "parts", "reason")
 # Where parts lie is a few strings in many rows: they are numbered before the rows are sorted.
 _NUMBERED = (
     "CREATE TEMP TABLE places AS SELECT DISTINCT split, shard, texts_shard, tar FROM samples "
-    f"WHERE state = '{LIVE}'",
+    f"WHERE state = '{State.LIVE}'",
     "CREATE TEMP TABLE shards AS "
     "SELECT split, shard, row_number() OVER (ORDER BY split, shard) - 1 AS number "
     "FROM (SELECT DISTINCT split, shard FROM places)",
@@ -150,7 +152,7 @@ def _shards(engine: Engine, parts: Sequence[str] | None) -> Iterator[pa.Table]:
         "ON codes.split = samples.split AND codes.shard = samples.shard "
         "AND codes.texts_shard = samples.texts_shard "
         f"AND codes.tar IS NOT DISTINCT FROM samples.tar {features} "
-        f"WHERE samples.state = '{LIVE}' ORDER BY shard_number, image_offset, samples.key"
+        f"WHERE samples.state = '{State.LIVE}' ORDER BY shard_number, image_offset, samples.key"
     )
     pieces: list[pa.RecordBatch] = []
     for batch in batches:

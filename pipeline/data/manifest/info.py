@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import foreign_tars
 
 REJECT_COLUMNS = ("key", "split", "reason", "detail")
 _COUNTS = ("num_captions", "num_questions", "num_rounds")
@@ -25,7 +26,7 @@ def describe(url: str, version: int | None = None) -> dict[str, Any]:
         splits[name] = {
             "samples": rows.num_rows,
             "shards": len(pc.unique(rows["shard"])),
-            "tars": pc.count_distinct(rows["tar"]).as_py(),  # of others, that keep their images
+            "tars": len(foreign_tars(rows["tar"])[0]),  # of others, that keep their images
             **{count.removeprefix("num_"): pc.sum(rows[count]).as_py() for count in _COUNTS},
             "bytes": pc.sum(rows["image_size"]).as_py() + pc.sum(rows["texts_size"]).as_py(),
         }

@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
-from pipeline.data.manifest.manifest import LIVE, Kept, Manifest
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import State
+from pipeline.data.manifest.versions import Kept
 from pipeline.errors import ManifestError
 
 ShardId = tuple[str, str]  # split and name
@@ -86,7 +88,7 @@ _COLUMNS = ("split", "state", "shard", "texts_shard")
 
 
 def _shards(rows: pa.Table) -> set[ShardId]:
-    rows = rows.filter(pc.equal(rows["state"], LIVE))
+    rows = rows.filter(pc.equal(rows["state"], State.LIVE))
     found: set[ShardId] = set()
     for column in ("shard", "texts_shard"):
         pairs = rows.group_by(["split", column]).aggregate([])

@@ -178,12 +178,6 @@ def part_places(parts: pa.ChunkedArray, name: str) -> tuple[Int64Array, Int64Arr
     return offsets, sizes
 
 
-def part_names(parts: pa.ChunkedArray) -> set[str]:
-    """Returns the names of the parts that any row has."""
-    each = pc.list_flatten(parts.combine_chunks())
-    return set(pc.unique(pc.struct_field(each, "name")).to_pylist())
-
-
 def foreign_tars(column: pa.ChunkedArray) -> tuple[list[ForeignTar], Int64Array]:
     """Returns the different tars of a column, sorted, and for each row the number of its tar.
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from pipeline.data.media.image_file import BadImageError, max_pixels
 from pipeline.data.media.unpacking import most_bytes
+from pipeline.reason import Reason
 
 Values = npt.NDArray[Any]  # (height, width), or uint8 RGB (height, width, 3)
 
@@ -89,7 +90,7 @@ class DicomFile:
 
         if self.photometry in GREY:
             if stored.ndim != 2:
-                raise BadImageError("unsupported-pixels", f"grey of shape {stored.shape}")
+                raise BadImageError(Reason.UNSUPPORTED_PIXELS, f"grey of shape {stored.shape}")
             if self._dataset.get("ModalityLUTSequence"):
                 units: Values = apply_modality_lut(stored, self._dataset)
             else:
@@ -100,7 +101,7 @@ class DicomFile:
             return self._looked_up(stored)
         if stored.ndim != 3 or stored.shape[2] != 3:
             detail = f"{self.photometry} of shape {stored.shape}"
-            raise BadImageError("unsupported-pixels", f"{detail}; expected three colours")
+            raise BadImageError(Reason.UNSUPPORTED_PIXELS, f"{detail}; expected three colours")
         if stored.dtype == np.uint8:
             return stored
         return _to_eight_bits(stored, int(self._dataset.BitsStored))
@@ -141,7 +142,9 @@ class DicomFile:
         from pydicom.pixels.processing import apply_color_lut
 
         if count > 2**bits:  # which it counts in too few bits
-            raise BadImageError("unsupported-pixels", f"a palette of {count} colours in segments")
+            raise BadImageError(
+                Reason.UNSUPPORTED_PIXELS, f"a palette of {count} colours in segments"
+            )
         table = apply_color_lut(np.arange(first, first + count), self._dataset)
         return _to_eight_bits(table[:, : len(_COLOUR_NAMES)], bits)
 
@@ -150,13 +153,13 @@ class DicomFile:
         size = self.width * self.height * samples * -(-int(self._dataset.BitsAllocated) // 8)
         most = most_bytes(self._size_bytes)
         if self.photometry not in (*GREY, _PALETTE, *_COLOURS):
-            raise BadImageError("unsupported-pixels", f"colours of the kind {self.photometry}")
+            raise BadImageError(Reason.UNSUPPORTED_PIXELS, f"colours of the kind {self.photometry}")
         if min(self.width, self.height, self.num_images) < 1:
             detail = f"{self.num_images} images of {self.width} x {self.height} pixels"
-            raise BadImageError("undecodable-dicom", detail)
+            raise BadImageError(Reason.UNDECODABLE_DICOM, detail)
         if size * self.num_images > most or self.width * self.height > max_pixels():
             raise BadImageError(
-                "oversized-image",
+                Reason.OVERSIZED_IMAGE,
                 f"{self.num_images} images of {self.width} x {self.height} pixels in a file of "
                 f"{self._size_bytes} bytes; the most are {most} bytes",
             )
@@ -171,7 +174,7 @@ class DicomFile:
             raise
         except Exception as error:  # readers let many kinds through on damaged files
             detail = f"{type(error).__name__}: {error}; {self._size_bytes} bytes"
-            raise BadImageError("undecodable-dicom", detail) from error
+            raise BadImageError(Reason.UNDECODABLE_DICOM, detail) from error
 
 
 def _inflated(payload: bytes) -> bytes:
@@ -184,7 +187,7 @@ def _inflated(payload: bytes) -> bytes:
     unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
     inflated = unpacker.decompress(payload[start:], most)
     if unpacker.unconsumed_tail:
-        raise BadImageError("oversized-image", f"more than {most} bytes when it is inflated")
+        raise BadImageError(Reason.OVERSIZED_IMAGE, f"more than {most} bytes when it is inflated")
     if not unpacker.eof:
         raise EOFError("deflated, and cut short")
     return header.replace(_DEFLATED, _EXPLICIT) + inflated

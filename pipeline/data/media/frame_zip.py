@@ -13,6 +13,7 @@ from typing import Self
 from pipeline.data.media.image_file import BadImageError
 from pipeline.data.media.unpacking import most_bytes
 from pipeline.data.tars.member_names import is_hidden, natural_order, shown
+from pipeline.reason import Reason
 
 MOST_FRAMES = 100_000
 MOST_FRAME_BYTES = 256 * 1024**2
@@ -28,7 +29,7 @@ class FrameZip:
     def __init__(self, payload: bytes) -> None:
         self._payload = payload
         if payload.count(_ENTRY) > 2 * MOST_FRAMES:  # beside each file its `._` one
-            raise BadImageError("oversized-frames", f"more than {MOST_FRAMES} files in a ZIP")
+            raise BadImageError(Reason.OVERSIZED_FRAMES, f"more than {MOST_FRAMES} files in a ZIP")
         try:
             self._zip = zipfile.ZipFile(io.BytesIO(payload))
         except Exception as error:  # a damaged index fails in many ways
@@ -39,7 +40,7 @@ class FrameZip:
             if not member.filename.endswith("/") and not is_hidden(member.filename)
         ]
         if not frames:
-            raise BadImageError("no-frames", "a folder of frames without any")
+            raise BadImageError(Reason.NO_FRAMES, "a folder of frames without any")
         self._frames = sorted(frames, key=lambda frame: natural_order(frame.filename))
         self._require_bounds()
 
@@ -74,23 +75,23 @@ class FrameZip:
         most = most_bytes(packed)
         if len(self._frames) > MOST_FRAMES or total > most:
             raise BadImageError(
-                "oversized-frames",
+                Reason.OVERSIZED_FRAMES,
                 f"{len(self._frames)} frames of {total} bytes in a ZIP of {packed}; the most are "
                 f"{MOST_FRAMES} frames and {most} bytes",
             )
         for place, frame in enumerate(self._frames):
             if frame.file_size > MOST_FRAME_BYTES:
                 detail = f"{frame.file_size} bytes; the most is {MOST_FRAME_BYTES}"
-                raise BadImageError("oversized-frames", f"{self.name(place)}: {detail}")
+                raise BadImageError(Reason.OVERSIZED_FRAMES, f"{self.name(place)}: {detail}")
             if frame.flag_bits & _ENCRYPTED:
                 detail = f"{self.name(place)}: it takes a password to read; pack without one"
-                raise BadImageError("undecodable-frames", detail)
+                raise BadImageError(Reason.UNDECODABLE_FRAMES, detail)
             if frame.compress_type not in _PACKINGS:
                 method = f"packed by method {frame.compress_type}"
                 detail = f"{self.name(place)}: {method}; expected 0 (stored) or 8 (deflated)"
-                raise BadImageError("undecodable-frames", detail)
+                raise BadImageError(Reason.UNDECODABLE_FRAMES, detail)
 
     def _damaged(self, error: Exception, place: int | None = None) -> BadImageError:
         name = "" if place is None else f"{self.name(place)}: "
         detail = f"{name}{error or type(error).__name__}; a ZIP of {len(self._payload)} bytes"
-        return BadImageError("undecodable-frames", detail)
+        return BadImageError(Reason.UNDECODABLE_FRAMES, detail)

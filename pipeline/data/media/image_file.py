@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from pipeline.data.media.kind import is_picture
+from pipeline.reason import Reason
 
 # Pillow's names; MPO is opened as JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -34,9 +35,9 @@ _MAX_EXPANSION = 1032  # of deflate: bytes that come of one
 
 
 class BadImageError(Exception):
-    """Bytes that are no usable image. `reason` is a reject's: a short slug."""
+    """Bytes that are no usable image. `reason` is a reject's."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
@@ -69,7 +70,7 @@ def is_deep_grey(file: Image.Image) -> bool:
 def _faults_as_reasons(payload: bytes) -> Iterator[None]:
     """Turns what Pillow raises about an image into a BadImageError, and keeps its warnings back."""
     if not payload:
-        raise BadImageError("not-an-image", "the file is empty")
+        raise BadImageError(Reason.NOT_AN_IMAGE, "the file is empty")
     try:
         # Pillow warns of odd metadata and of large pictures; neither makes a picture unusable.
         with warnings.catch_warnings():
@@ -84,12 +85,12 @@ def _faults_as_reasons(payload: bytes) -> Iterator[None]:
         )
         if not is_picture(payload):
             detail = "a video or a DICOM image, of which an extractor makes pictures"
-        raise BadImageError("not-an-image", detail) from error
+        raise BadImageError(Reason.NOT_AN_IMAGE, detail) from error
     except Image.DecompressionBombError as error:
-        raise BadImageError("oversized-image", str(error)) from error
+        raise BadImageError(Reason.OVERSIZED_IMAGE, str(error)) from error
     except Exception as error:  # Pillow's readers let a dozen kinds through on damaged files
         cut_short = "truncated" in str(error).lower()
-        reason = "truncated-image" if cut_short else "undecodable-image"
+        reason = Reason.TRUNCATED_IMAGE if cut_short else Reason.UNDECODABLE_IMAGE
         raise BadImageError(reason, f"{error}; {len(payload)} bytes") from error
 
 
@@ -97,11 +98,11 @@ def _require_supported(file: Image.Image) -> None:
     if is_deep_grey(file):
         return
     if file.mode in ("I", "F"):
-        raise BadImageError("unsupported-pixels", f"mode {file.mode}: 32 bits a channel")
+        raise BadImageError(Reason.UNSUPPORTED_PIXELS, f"mode {file.mode}: 32 bits a channel")
     try:
         Image.new(file.mode, (1, 1)).convert("RGB")
     except ValueError as error:
-        raise BadImageError("unsupported-pixels", f"mode {file.mode}: {error}") from error
+        raise BadImageError(Reason.UNSUPPORTED_PIXELS, f"mode {file.mode}: {error}") from error
 
 
 def _without_long_text(payload: bytes) -> bytes:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import simplejpeg
 
 from pipeline.data.media.image_file import BadImageError
+from pipeline.reason import Reason
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -68,13 +69,13 @@ def decode(payload: bytes, colours: str, **sizes: Any) -> Pixels | None:
                 return _decode(payload + _END, colours, sizes)
             except ValueError:
                 pass
-        raise BadImageError("truncated-image", f"{fault}; {len(payload)} bytes")
+        raise BadImageError(Reason.TRUNCATED_IMAGE, f"{fault}; {len(payload)} bytes")
     if fault.startswith(_CORRUPT):
         for num_zeros in _LAST_ZEROS if _SURPLUS in fault else ():
             with contextlib.suppress(ValueError):
                 return _decode(_without_padding(payload, num_zeros), colours, sizes)
         advice = "fetch it again, or save it anew if it looks as it should"
-        raise BadImageError("corrupt-image", f"{fault}; {len(payload)} bytes; {advice}")
+        raise BadImageError(Reason.CORRUPT_IMAGE, f"{fault}; {len(payload)} bytes; {advice}")
     return None
 
 

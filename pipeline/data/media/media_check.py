@@ -21,6 +21,7 @@ from pipeline.data.media.image_file import max_pixels
 from pipeline.data.media.kind import is_dicom, is_video, is_zip
 from pipeline.data.media.video_file import opened_video
 from pipeline.errors import ConfigError
+from pipeline.reason import Reason
 
 _TIME_SHARE = 0.9  # of a file's stated length that its packets must reach: tracks may differ
 
@@ -47,9 +48,11 @@ def _video_size(payload: bytes, verify: Verify) -> tuple[int, int]:
         with opened_video(payload) as (container, stream):
             width, height = stream.width or 0, stream.height or 0
             if min(width, height) < 1:
-                raise BadImageError("undecodable-video", f"frames of {width} x {height} pixels")
+                raise BadImageError(
+                    Reason.UNDECODABLE_VIDEO, f"frames of {width} x {height} pixels"
+                )
             if width * height > max_pixels():
-                raise BadImageError("oversized-image", f"frames of {width} x {height} pixels")
+                raise BadImageError(Reason.OVERSIZED_IMAGE, f"frames of {width} x {height} pixels")
             if verify == "decode":
                 _require_whole(container, stream)
             return width, height
@@ -68,16 +71,16 @@ def _require_whole(container: Any, stream: Any) -> None:
         if packet.pts is not None:
             end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
     if not num_shown:
-        raise BadImageError("undecodable-video", "there is no frame in it")
+        raise BadImageError(Reason.UNDECODABLE_VIDEO, "there is no frame in it")
     if is_corrupt or num_shown < stream.frames:
         detail = f"{num_shown} of {stream.frames or 'unknown'} frames are whole"
-        raise BadImageError("truncated-video", detail)
+        raise BadImageError(Reason.TRUNCATED_VIDEO, detail)
     stated = (container.duration or 0) / 1e6  # of the file, in microseconds
     if 0 <= end < _TIME_SHARE * stated:
-        raise BadImageError("truncated-video", f"it ends after {end:.1f} s of {stated:.1f} s")
+        raise BadImageError(Reason.TRUNCATED_VIDEO, f"it ends after {end:.1f} s of {stated:.1f} s")
     container.seek(0)
     if next(container.decode(stream), None) is None:
-        raise BadImageError("undecodable-video", "its first frame cannot be decoded")
+        raise BadImageError(Reason.UNDECODABLE_VIDEO, "its first frame cannot be decoded")
 
 
 def _folder_size(payload: bytes, verify: Verify) -> tuple[int, int]:
@@ -91,7 +94,7 @@ def _frame_size(frame: bytes, name: str, verify: Verify) -> tuple[int, int]:
     try:
         if is_video(frame):
             what = "another ZIP" if is_zip(frame) else "a video"
-            raise BadImageError("undecodable-frames", f"{what} in a folder of frames")
+            raise BadImageError(Reason.UNDECODABLE_FRAMES, f"{what} in a folder of frames")
         if is_dicom(frame):
             return _dicom_size(frame, verify, most_images=1)
         return check_image(frame, verify)
@@ -104,7 +107,7 @@ def _dicom_size(payload: bytes, verify: Verify, most_images: int | None = None) 
         file = DicomFile(payload, header_only=verify == "header")
         if most_images is not None and file.num_images > most_images:
             detail = f"a DICOM of {file.num_images} images in a folder of frames"
-            raise BadImageError("undecodable-frames", detail)
+            raise BadImageError(Reason.UNDECODABLE_FRAMES, detail)
         if verify == "decode":
             for _ in file.images():
                 pass

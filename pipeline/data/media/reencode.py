@@ -8,6 +8,7 @@ from pydantic import Field, PositiveInt
 from pipeline.config import Config
 from pipeline.data.media.image_check import BadImageError
 from pipeline.data.media.image_pixels import is_animated, upright_srgb
+from pipeline.reason import Reason
 
 SUFFIX = "jpg"
 
@@ -46,7 +47,7 @@ def reencode(payload: bytes, config: ReencodeConfig) -> StoredImage:
     `animated-image`.
     """
     if config.animated == "reject" and is_animated(payload):
-        raise BadImageError("animated-image", "has several frames, and animated is `reject`")
+        raise BadImageError(Reason.ANIMATED_IMAGE, "has several frames, and animated is `reject`")
     pixels = upright_srgb(payload, config.shorter_side)
     encoded = simplejpeg.encode_jpeg(pixels, config.quality, "RGB", "420")
     height, width, _ = pixels.shape

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from pipeline.data.media.image_file import BadImageError
 from pipeline.errors import PipelineError
+from pipeline.reason import Reason
 
 # Of streams that are beside the video: its cover, and stills to jump by.
 _BESIDE = ("attached_pic", "timed_thumbnails")
@@ -31,7 +32,7 @@ def opened_video(payload: bytes) -> Iterator[tuple[Any, Any]]:
         raise
     except Exception as error:  # readers let many kinds through on damaged files
         detail = f"{type(error).__name__}: {error}; {len(payload)} bytes"
-        raise BadImageError("undecodable-video", detail) from error
+        raise BadImageError(Reason.UNDECODABLE_VIDEO, detail) from error
 
 
 def upright(frame: Any) -> npt.NDArray[np.uint8]:
@@ -64,7 +65,7 @@ def _shown_stream(container: Any) -> Any:
     ]
     if not streams:
         beside = " but its cover" if container.streams.video else ""
-        raise BadImageError("undecodable-video", f"there is no video stream in it{beside}")
+        raise BadImageError(Reason.UNDECODABLE_VIDEO, f"there is no video stream in it{beside}")
     return max(
         streams,
         key=lambda stream: (

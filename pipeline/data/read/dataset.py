@@ -67,8 +67,7 @@ class Dataset:
 
         Two versions have the same if they have the same keys, splits, images to the byte, and
         texts. Where samples lie is no part of it, so that `compact` does not change it, but does
-        change the order of training: a run that goes on needs its version. Of a source whose
-        fingerprints do not tell texts from images, an image's new date counts as new texts.
+        change the order of training: a run that goes on needs its version.
         """
         return kept_content(self._manifest, split, self._index(None).folder)
 

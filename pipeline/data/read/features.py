@@ -16,7 +16,6 @@ from pipeline import storage
 from pipeline.data.read.buffers import BufferPool
 from pipeline.data.read.extractor_card import card_location, read_card
 from pipeline.data.read.rows import Located, SplitRows
-from pipeline.data.read.sidecar_layout import card_layout
 from pipeline.data.tars.foreign_tar import Location
 from pipeline.data.tars.members import Int64Array, Members, Places
 from pipeline.data.tars.shard import sidecar_location
@@ -258,8 +257,7 @@ def open_features(url: str, extractor: str, rows: SplitRows, files: ShardFiles) 
     members = Members(files, Sidecars(url, extractor, rows))
     first = rows.located([0])
     values = ArrayReader(members, "values", first, num_axes=2)
-    arrays = card_layout(url, extractor).arrays
-    if values.dtype == np.int8 and not ("scales" in arrays and "scales" in rows.parts):
+    if values.dtype == np.int8 and "scales" not in rows.parts:
         raise FeatureError(
             f"{url}: features of {extractor!r} are int8 without scales; "
             "run `sightline extract RECIPE`"

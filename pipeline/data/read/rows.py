@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from pipeline import storage
 from pipeline.data.manifest.index import DamagedIndexError, Index, ShardRows
+from pipeline.data.manifest.schema import foreign_tars
 from pipeline.data.sample import TextKind
 from pipeline.data.tars.foreign_tar import ForeignTar, Location
 from pipeline.data.tars.members import Int64Array, Places
@@ -174,8 +175,8 @@ class SplitFiles(Sequence[Location]):
     @property
     def tars_are_local(self) -> bool:
         """Whether the tars of others, if there are any, are on this machine."""
-        tars = self._files["tar"].drop_null().to_pylist()
-        return all(storage.is_local(str(ForeignTar.named(tar))) for tar in tars)
+        tars, _ = foreign_tars(self._files["tar"])
+        return all(storage.is_local(tar.location) for tar in tars)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -189,5 +190,5 @@ class SplitFiles(Sequence[Location]):
             return [self[i] for i in range(*number.indices(len(self)))]
         file = self._files.slice(number, 1).to_pylist()[0]
         if file["tar"] is not None:
-            return ForeignTar.named(file["tar"])
+            return ForeignTar(**file["tar"])
         return shard_location(self._url, file["split"], file["shard"])

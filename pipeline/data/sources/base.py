@@ -14,48 +14,59 @@ import xxhash
 
 from pipeline import storage
 from pipeline.config import Config
-from pipeline.data.sample import Texts
+from pipeline.data.sample import EncodedTexts, Texts
 from pipeline.data.tars.foreign_tar import ForeignTar
 from pipeline.errors import SourceError
+from pipeline.reason import Reason
 
 
-class Record(msgspec.Struct, frozen=True):  # a dataclass takes ten times as long to make
+class Record(
+    msgspec.Struct, frozen=True, omit_defaults=True
+):  # a dataclass takes ten times as long to make
     """One image with its texts, found in a source and not yet read.
 
     `image` is a locator that the same source's `read` understands. `suffix` names the image
-    part (`jpg`, `png`, `webp`). `detail` says what was left out of the texts, if anything. Where
-    the image is to be left where it lies, `tar` is that tar's `ForeignTar.name`, with the image's
-    offset and size in it, in bytes. `num_entries` of the source's index went into it: rows, files.
+    part (`jpg`, `png`, `webp`). `image_fingerprint` comes of `fingerprint`. `detail` says what was
+    left out of the texts, if anything. Where the image is to be left where it lies, `tar` is that
+    tar, with the image's offset and size in it, in bytes. `num_entries` of the source's index went
+    into it: rows, files. `perceptual_hash` is known once an ingest has looked at the image for it.
     """
 
     key: str
     split: str
     image: str
     suffix: str
-    texts: Texts
-    fingerprint: str
+    texts: EncodedTexts
+    image_fingerprint: str
     detail: str = ""
-    tar: str = ""
+    tar: ForeignTar | None = None
     image_offset: int = -1
     image_size: int = -1
     num_entries: int = 1
+    perceptual_hash: int | None = None
+
+    @property
+    def texts_fingerprint(self) -> str:
+        """What tells whether its texts have changed since it was last read."""
+        return self.texts.fingerprint()
 
 
 class Reject(msgspec.Struct, frozen=True):
-    """A record that cannot become a sample: `reason` is a short slug, `detail` names the fault.
+    """A record that cannot become a sample; `detail` names the fault.
 
-    A record rejected here is looked at again when its fingerprint or reason changes. `remains` is
+    A record rejected here is looked at again when a fingerprint or the reason changes. `remains` is
     what there is of it, the image (else "") or the texts: another source may have the rest. `tar`
     and `num_entries` are those of a record.
     """
 
     key: str
     split: str
-    reason: str
+    reason: Reason
     detail: str
-    fingerprint: str
+    image_fingerprint: str
+    texts_fingerprint: str
     remains: Record | None = None
-    tar: str = ""
+    tar: ForeignTar | None = None
     num_entries: int = 1
 
 
@@ -185,43 +196,48 @@ def by_key(**given: Locations | None) -> dict[str, str]:
     return found
 
 
-def fingerprint(image: str, texts: Texts) -> str:
-    """Returns what tells whether a record has changed since it was last read: `image-texts`.
+def fingerprint(image: str) -> str:
+    """Returns what tells whether an image has changed since it was last read.
 
     `image` is anything that changes when the image's bytes do: size and modification time, an
-    object's version, a digest, the seed and version of a generator. The two halves stay apart
-    so that an edited caption can be told from an edited photograph.
+    object's version, a digest, the seed and version of a generator.
     """
-    return f"{xxhash.xxh3_64_hexdigest(image.encode())}-{xxhash.xxh3_64_hexdigest(texts.to_json())}"
+    return xxhash.xxh3_64_hexdigest(image.encode())
 
 
-def with_texts(fingerprint_of_image: str, texts: Texts) -> str:
-    """Returns the fingerprint of the same image with these texts."""
-    image = fingerprint_of_image.partition("-")[0]
-    return f"{image}-{xxhash.xxh3_64_hexdigest(texts.to_json())}"
+def refused(record: Record, reason: Reason, detail: str) -> Reject:
+    """Returns the reject of a record, which remains in it."""
+    return Reject(
+        key=record.key,
+        split=record.split,
+        reason=reason,
+        detail=detail,
+        image_fingerprint=record.image_fingerprint,
+        texts_fingerprint=record.texts_fingerprint,
+        remains=record,
+        tar=record.tar,
+        num_entries=record.num_entries,
+    )
 
 
-def with_image(image: str, fingerprint_of_texts: str) -> str:
-    """Returns the fingerprint of the same texts with this image, named as for `fingerprint`."""
-    texts = fingerprint_of_texts.partition("-")[2]
-    return f"{xxhash.xxh3_64_hexdigest(image.encode())}-{texts}"
+def without_texts(
+    texts: Texts, key: str, split: str, reason: Reason, detail: str, image: str
+) -> Reject:
+    """Returns the reject of what nothing is written about, as its `texts` say.
 
-
-def same_image(one: str, other: str) -> bool:
-    """Whether two fingerprints are of the same image, as far as they tell halves apart."""
-    return "-" in one and one.partition("-")[0] == other.partition("-")[0]
-
-
-def same_texts(one: str, other: str) -> bool:
-    """Whether two fingerprints are of the same texts, as far as they tell halves apart."""
-    return "-" in one and "-" in other and one.partition("-")[2] == other.partition("-")[2]
+    `image` is that of `fingerprint`.
+    """
+    texts_fingerprint = texts.encoded().fingerprint()
+    return Reject(key, split, reason, detail, fingerprint(image), texts_fingerprint)
 
 
 _MAX_DETAIL = 1000  # characters
 _MAX_READABLE = 60
 
 
-def malformed(where: str, split: str, detail: str, reason: str = "malformed-record") -> Reject:
+def malformed(
+    where: str, split: str, detail: str, reason: Reason = Reason.MALFORMED_RECORD
+) -> Reject:
     """Returns the reject of a record that is not what its format says, and so has no key.
 
     `where` is its file and its place in it, such as `captions.json: annotations[5]`.
@@ -230,7 +246,7 @@ def malformed(where: str, split: str, detail: str, reason: str = "malformed-reco
     readable = re.sub(r"[^A-Za-z0-9_]+", "-", where.rpartition("/")[2])[:_MAX_READABLE].strip("-")
     key = f"{readable}-{xxhash.xxh3_64_hexdigest(f'{split} {where}'.encode())}"
     printable = detail[:_MAX_DETAIL].encode("utf-8", "backslashreplace").decode()
-    return Reject(key, split, reason, printable, fingerprint(printable, Texts(key)))
+    return without_texts(Texts(key), key, split, reason, printable, printable)
 
 
 def in_validation(key: str, fraction: float) -> bool:

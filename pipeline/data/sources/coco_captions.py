@@ -19,10 +19,18 @@ from pydantic import Field, model_validator
 
 from pipeline import storage
 from pipeline.data.sample import Texts
-from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, fingerprint
+from pipeline.data.sources.base import (
+    Record,
+    Reject,
+    SourceConfig,
+    by_key,
+    fingerprint,
+    refused,
+)
 from pipeline.data.sources.image_files import ImageFolders, image_key, listed, read_image
 from pipeline.data.sources.readers.json_file import Fields, Groups, Identity, read_json
 from pipeline.data.sources.splits import check_splits, folders_of, hash_split
+from pipeline.reason import Reason
 
 _KIND = "a COCO captions file"
 
@@ -110,19 +118,11 @@ class CocoCaptionsSource:
         self, image_id: Identity, captions: list["_Caption"], location: str, split: str
     ) -> Reject:
         key = image_key(image_id)
-        texts = _Captions(image_id, captions).texts
+        texts = _Captions(image_id, captions).texts.encoded()
         split = split or hash_split(key, self.config.validation_fraction)
-        remains = Record(key, split, "", "", texts, fingerprint("", texts))
+        remains = Record(key, split, "", "", texts, fingerprint(""), num_entries=len(captions))
         detail = f"{len(captions)} captions name image {image_id!r}, which {location} does not list"
-        return Reject(
-            key,
-            split,
-            "unknown-image",
-            detail,
-            remains.fingerprint,
-            remains,
-            num_entries=len(captions),
-        )
+        return refused(remains, Reason.UNKNOWN_IMAGE, detail)
 
 
 class _Image(msgspec.Struct):
@@ -160,14 +160,14 @@ class _Captions:
         self.texts = Texts(image_id, captions=tuple(caption for _, caption in kept))
 
     @property
-    def fault(self) -> tuple[str, str] | None:
+    def fault(self) -> tuple[Reason, str] | None:
         """Why there is nothing to keep, or None."""
         if self.texts.captions:
             return None
         if not self.num_listed:
-            return "no-captions", f"image {self.texts.image_id!r}: nothing describes it"
+            return Reason.NO_CAPTIONS, f"image {self.texts.image_id!r}: nothing describes it"
         detail = f"image {self.texts.image_id!r}: its {self.num_listed} captions are empty"
-        return "empty-captions", detail
+        return Reason.EMPTY_CAPTIONS, detail
 
     @property
     def dropped(self) -> str:

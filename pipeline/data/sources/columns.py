@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Protocol, runtime_checkable
 
+import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -21,6 +22,15 @@ from pipeline.data.sources.base import (
 )
 
 _ROWS_AT_ONCE = 8192
+
+_TAR = pa.struct(
+    [
+        ("location", pa.string()),
+        ("stamp", pa.string()),
+        ("listing", pa.string()),
+        ("num_records", pa.int64()),
+    ]
+)
 
 # What a record or a reject says. A reject has a reason, and no texts; its image is "".
 LISTED = pa.schema(
@@ -38,7 +48,7 @@ LISTED = pa.schema(
         ("num_questions", pa.int32()),
         ("num_rounds", pa.int32()),
         ("num_entries", pa.int32()),
-        ("tar", pa.string()),  # that the image stays in, with its place there
+        ("tar", _TAR),  # that the image stays in, with its place there
         ("image_offset", pa.int64()),
         ("image_size", pa.int64()),
     ]
@@ -53,24 +63,23 @@ def in_batches(entries: Iterable[Record | Reject]) -> Iterator[pa.RecordBatch]:
 
 
 def _columns_of(entry: Record | Reject) -> dict[str, object]:
-    image, texts = entry.fingerprint.split("-")
     both = {
         "key": entry.key,
         "split": entry.split,
         "detail": entry.detail,
-        "image_fingerprint": image,
-        "texts_fingerprint": texts,
+        "image_fingerprint": entry.image_fingerprint,
+        "texts_fingerprint": entry.texts_fingerprint,
         "num_entries": entry.num_entries,
-        "tar": entry.tar or None,
+        "tar": msgspec.to_builtins(entry.tar),
     }
     if isinstance(entry, Reject):
         return both | {"reason": entry.reason}
     return both | {
         "image": entry.image,
         "suffix": entry.suffix,
-        "texts": entry.texts.to_json(),
-        "num_captions": len(entry.texts.captions),
-        "num_questions": len(entry.texts.questions),
+        "texts": entry.texts.payload,
+        "num_captions": entry.texts.num_captions,
+        "num_questions": entry.texts.num_questions,
         "num_rounds": entry.texts.num_rounds,
         "image_offset": entry.image_offset,
         "image_size": entry.image_size,

@@ -32,6 +32,7 @@ from pipeline.data.sources.image_files import (
 from pipeline.data.sources.readers.json_file import read_text, shown
 from pipeline.data.sources.splits import check_splits, folders_of, hash_split
 from pipeline.errors import SourceError
+from pipeline.reason import Reason
 
 
 class FlickrSourceConfig(SourceConfig):
@@ -90,11 +91,14 @@ class FlickrSource:
             if self.config.splits is not None:
                 split, *others = splits.get(name) or ["unlisted"]
                 if name not in splits:
-                    fault = ("no-split", f"{name}: none of the lists in `splits` names it")
+                    fault = (Reason.NO_SPLIT, f"{name}: none of the lists in `splits` names it")
                 elif others:
-                    fault = ("several-splits", f"{name}: listed for {split}, {', '.join(others)}")
+                    fault = (
+                        Reason.SEVERAL_SPLITS,
+                        f"{name}: listed for {split}, {', '.join(others)}",
+                    )
             if not words:
-                fault = ("no-captions", f"{name}: nothing describes it")
+                fault = (Reason.NO_CAPTIONS, f"{name}: nothing describes it")
             yield listed(
                 key=key,
                 split=split,

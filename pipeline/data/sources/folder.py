@@ -32,13 +32,20 @@ from pydantic import Field, model_validator
 
 from pipeline import storage
 from pipeline.data.sample import Texts, safe_key
-from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, fingerprint
+from pipeline.data.sources.base import (
+    Record,
+    Reject,
+    SourceConfig,
+    by_key,
+    without_texts,
+)
 from pipeline.data.sources.image_files import ImageFile, listed, read_image
 from pipeline.data.sources.readers.json_file import read_text
 from pipeline.data.sources.readers.text_columns import TextColumns, gathered, json_object
 from pipeline.data.sources.splits import check_splits, hash_split
 from pipeline.data.tars.member_names import is_hidden, shown
 from pipeline.errors import PipelineError, SourceError, StorageError
+from pipeline.reason import Reason
 
 _TEXT_SUFFIXES = ("txt", "json")
 
@@ -126,7 +133,7 @@ class FolderSource:
             if identity is not None and identity in above:
                 self._num_files[root] += 1
                 detail = f"{shown(folder)}: a link to a folder that it lies in"
-                yield _unread(path.rstrip("/"), split, "link-loop", detail)
+                yield _unread(path.rstrip("/"), split, Reason.LINK_LOOP, detail)
                 continue
             entries = storage.list_entries(folder)
             if _is_dataset(folder, entries):
@@ -181,7 +188,7 @@ class FolderSource:
             location = storage.join(folder, entry.name)
             if not entry.name:
                 detail = f"{folder}: {entry.fault}, which cannot be read"
-                yield _unread(f"{path}unnamed", split, "unnamed-folder", detail)
+                yield _unread(f"{path}unnamed", split, Reason.UNNAMED_FOLDER, detail)
             elif entry.kind == "folder":
                 continue
             elif suffix in _TEXT_SUFFIXES:
@@ -213,11 +220,14 @@ class FolderSource:
     ) -> Record | Reject:
         path = shown(path)
         key = safe_key(path)
-        texts, fault = Texts(path), ("no-texts", f"{path}: no .txt or .json beside it says a word")
+        texts, fault = (
+            Texts(path),
+            (Reason.NO_TEXTS, f"{path}: no .txt or .json beside it says a word"),
+        )
         try:
             texts = gathered([Texts(path), *(self._texts(file, path) for file in files)])
         except (SourceError, ValueError) as error:
-            fault = ("malformed-texts", shown(str(error)))
+            fault = (Reason.MALFORMED_TEXTS, shown(str(error)))
         return listed(
             key=key,
             split=split or hash_split(key, self.config.validation_fraction),
@@ -245,11 +255,11 @@ def _parts(entry: storage.Entry) -> tuple[str, str]:
     return stem, suffix.lower() if stem and entry.kind != "folder" else ""
 
 
-def _unread(path: str, split: str, reason: str, detail: str) -> Reject:
+def _unread(path: str, split: str, reason: Reason, detail: str) -> Reject:
     """Returns the reject of what is in a folder and cannot even be listed."""
     path = shown(path)
     key = safe_key(path)
-    return Reject(key, split or "train", reason, detail, fingerprint(reason, Texts(path)))
+    return without_texts(Texts(path), key, split or "train", reason, detail, image=reason)
 
 
 def _is_dataset(folder: str, entries: Sequence[storage.Entry]) -> bool:

@@ -19,9 +19,10 @@ from typing import NamedTuple
 
 from pipeline import storage
 from pipeline.data.sample import Texts, safe_key
-from pipeline.data.sources.base import Record, Reject, fingerprint
+from pipeline.data.sources.base import Record, Reject, fingerprint, refused
 from pipeline.data.tars.member_names import is_utf8, shown
 from pipeline.errors import SourceError, StorageError
+from pipeline.reason import Reason
 
 MEDIA = ("mp4", "mov", "webm", "mkv", "zip", "dcm")  # videos, frames in a ZIP, DICOM
 SUFFIXES = {
@@ -151,7 +152,7 @@ def listed(
     image: ImageFile,
     texts: Texts,
     detail: str = "",
-    fault: tuple[str, str] | None = None,
+    fault: tuple[Reason, str] | None = None,
     num_entries: int = 1,
 ) -> Record | Reject:
     """Returns what an image with its texts is listed as.
@@ -163,28 +164,26 @@ def listed(
     location, stamp, suffix, forbidden, absence = image
     if not is_utf8(location):
         location, stamp = shown(location), None
-        fault = ("name-not-utf8", f"{location}: its name is not UTF-8; rename it")
+        fault = (Reason.NAME_NOT_UTF8, f"{location}: its name is not UTF-8; rename it")
     elif forbidden:
-        fault = ("forbidden-location", forbidden)
+        fault = (Reason.FORBIDDEN_LOCATION, forbidden)
     elif stamp is None:
-        fault = ("missing-image", f"{location}: {absence}")
+        fault = (Reason.MISSING_IMAGE, f"{location}: {absence}")
     elif suffix is None:
         expected = f"expected a name ending in .{', .'.join(SUFFIXES)}"
-        fault = ("unknown-suffix", f"{location.rpartition('/')[2]!r}: {expected}")
+        fault = (Reason.UNKNOWN_SUFFIX, f"{location.rpartition('/')[2]!r}: {expected}")
     usable = stamp is not None and suffix is not None
     record = Record(
         key=key,
         split=split,
         image=location if usable else "",
         suffix=suffix or "" if usable else "",
-        texts=texts,
-        fingerprint=fingerprint(f"{location} {stamp}", texts),
+        texts=texts.encoded(),
+        image_fingerprint=fingerprint(f"{location} {stamp}"),
         detail=detail,
         num_entries=num_entries,
     )
-    if fault is None:
-        return record
-    return Reject(key, split, *fault, record.fingerprint, remains=record, num_entries=num_entries)
+    return record if fault is None else refused(record, *fault)
 
 
 def read_image(record: Record) -> bytes:

@@ -23,6 +23,7 @@ from pipeline.data.sources.image_files import (
 )
 from pipeline.data.sources.readers.json_file import Fields, read_json
 from pipeline.data.sources.splits import check_names, folders_of
+from pipeline.reason import Reason
 
 _KIND = "one of Karpathy's split files"
 
@@ -96,7 +97,7 @@ class KarpathySource:
             image=_find(entry, name, folders),
             texts=Texts(image_id, captions),
             detail=f"{num_empty} empty captions dropped" if num_empty else "",
-            fault=None if captions else ("no-captions", f"{name}: nothing describes it"),
+            fault=None if captions else (Reason.NO_CAPTIONS, f"{name}: nothing describes it"),
         )
 
 

@@ -13,9 +13,9 @@ VisDial files it is found in, and so is the name of a Flickr image. For each key
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, Self
 
+import msgspec
 from msgspec.structs import replace
 from pydantic import Field
 
@@ -26,7 +26,6 @@ from pipeline.data.sources.base import (
     Source,
     SourceConfig,
     accounted,
-    with_texts,
 )
 from pipeline.data.sources.coco_captions import CocoCaptionsSourceConfig
 from pipeline.data.sources.flickr import FlickrSourceConfig
@@ -92,11 +91,11 @@ class MergedSource:
             for index, source in enumerate(self.sources):
                 num_listed = 0
                 for entry in accounted(source):
-                    found.add(entry.key, _packed(index, entry))
+                    found.add(entry.key, msgspec.to_builtins(_Listed.of(index, entry)))
                     num_listed += 1
                 self._num_listed[f"sources.{index}"] = num_listed
             for key, values in found.groups():
-                yield from _merged(key, [_unpacked(key, value) for value in values])
+                yield from _merged(key, msgspec.convert(values, list[_Listed]))
 
     def read(self, record: Record) -> bytes:
         """Returns the image's bytes from the source that listed it."""
@@ -104,29 +103,45 @@ class MergedSource:
         return self.sources[int(index)].read(replace(record, image=image))
 
 
-@dataclass(frozen=True)
-class _Listed:
-    """What one source lists a key as: a record, or a reject with what there is of one."""
+class _Listed(msgspec.Struct, frozen=True):
+    """What one source lists a key as."""
 
     index: int  # of the source
-    reason: str  # "" of a record
-    why: str  # the detail of a reject
-    record: Record
+    record: Record | None  # what it has of a sample
+    reject: Reject | None  # why it rejects it, if it does
+
+    @classmethod
+    def of(cls, index: int, entry: Record | Reject) -> Self:
+        """Returns it of what the source yields."""
+        if isinstance(entry, Record):
+            return cls(index, replace(entry, num_entries=1), None)
+        return cls(index, entry.remains, replace(entry, remains=None, tar=None, num_entries=1))
+
+    @property
+    def image(self) -> str:
+        """Where the merged source finds the image; "" if there is none."""
+        return f"{self.index}:{self.record.image}" if self.record and self.record.image else ""
 
     @property
     def is_barred(self) -> bool:
         """Whether it has all of a sample and its source still rejects it."""
-        return bool(self.reason and self.record.image and self.record.texts.num_texts)
+        return bool(self.reject and self.image and self.record and self.record.texts.num_texts)
+
+    def split(self) -> str:
+        """Returns the split that the source lists it for."""
+        return self.entry().split
+
+    def texts(self, key: str) -> Texts:
+        """Returns what the source has written about it."""
+        return self.record.texts.decode() if self.record else Texts(key)
 
     def entry(self) -> Record | Reject:
         """Returns what the source listed, as the merged source lists it."""
-        image = f"{self.index}:{self.record.image}" if self.record.image else ""
-        record = replace(self.record, image=image)
-        if not self.reason:
-            return record
-        return Reject(
-            record.key, record.split, self.reason, self.why, record.fingerprint, remains=record
-        )
+        record = self.record and replace(self.record, image=self.image, num_entries=1)
+        if self.reject is not None:
+            return replace(self.reject, remains=record)
+        assert record is not None
+        return record
 
 
 def _merged(key: str, found: list[_Listed]) -> Iterator[Record | Reject]:
@@ -141,28 +156,27 @@ def _merged(key: str, found: list[_Listed]) -> Iterator[Record | Reject]:
 
 def _joined(key: str, found: list[_Listed]) -> Record | Reject:
     allowed = [listed for listed in found if not listed.is_barred]
-    with_image = next((listed for listed in found if listed.record.image), None)
-    texts = _together([listed.record.texts for listed in found])
-    if not allowed or with_image is None or not texts.num_texts:
+    pictured = next((listed for listed in found if listed.image), None)
+    if not allowed or pictured is None or pictured.record is None:
         return found[0].entry()
-    split = allowed[0].record.split
-    details = [listed.record.detail for listed in found if listed.record.detail]
+    texts = pictured.record.texts
+    if len(found) > 1:
+        texts = _together([listed.texts(key) for listed in found]).encoded()
+    if not texts.num_texts:
+        return found[0].entry()
+    split = allowed[0].split()
+    details = [listed.record.detail for listed in found if listed.record and listed.record.detail]
     details += [
-        f"sources.{listed.index} lists it for {listed.record.split}"
+        f"sources.{listed.index} lists it for {listed.split()}"
         for listed in allowed
-        if listed.record.split != split
+        if listed.split() != split
     ]
-    return Record(
-        key=key,
+    return replace(
+        pictured.record,
         split=split,
-        image=f"{with_image.index}:{with_image.record.image}",
-        suffix=with_image.record.suffix,
+        image=pictured.image,
         texts=texts,
-        fingerprint=with_texts(with_image.record.fingerprint, texts),
         detail="; ".join(details),
-        tar=with_image.record.tar,
-        image_offset=with_image.record.image_offset,
-        image_size=with_image.record.image_size,
     )
 
 
@@ -182,29 +196,3 @@ def _together(all_texts: Sequence[Texts]) -> Texts:
             together.dialogs + tuple(text for text in texts.dialogs if text not in dialogs),
         )
     return together
-
-
-def _packed(index: int, entry: Record | Reject) -> list[Any]:
-    """Returns an entry as JSON values."""
-    if isinstance(entry, Record):
-        reason, why, record = "", "", entry
-    else:
-        reason, why = entry.reason, entry.detail
-        nothing = Record(
-            entry.key, entry.split, "", "", Texts(entry.key), entry.fingerprint, detail=""
-        )
-        record = entry.remains or nothing
-    texts = record.texts.to_json().decode()
-    return [
-        index, reason, why,
-        record.split, record.image, record.suffix, texts, record.fingerprint, record.detail,
-        record.tar, record.image_offset, record.image_size,
-    ]  # fmt: skip
-
-
-def _unpacked(key: str, values: list[Any]) -> _Listed:
-    index, reason, why, split, image, suffix, texts, fingerprint, detail, *place = values
-    words = Texts.from_json(texts.encode())
-    return _Listed(
-        index, reason, why, Record(key, split, image, suffix, words, fingerprint, detail, *place)
-    )

@@ -84,8 +84,8 @@ class ShapesSource:
             split=split,
             image=str(index),
             suffix="jpg",
-            texts=texts,
-            fingerprint=fingerprint(f"{REVISION} {size} {scene!r}", texts),
+            texts=texts.encoded(),
+            image_fingerprint=fingerprint(f"{REVISION} {size} {scene!r}"),
         )
 
 

@@ -365,7 +365,7 @@ class TableSource:
         """Returns a row's key and what it says; raises _RowError if it cannot be used."""
         config = self.config
         if row.values is None:
-            raise _RowError("malformed-row", row.fault)
+            raise _RowError(Reason.MALFORMED_ROW, row.fault)
         try:
             name, suffix = self._image(row, images)
             identity, key = self._key(row, name)
@@ -373,9 +373,9 @@ class TableSource:
                 split = _split(cell(row.values, config.split), config.split)
             texts = config.texts.texts(row.values, identity).to_json().decode()
         except (ValueError, TypeError, ShardError) as error:
-            raise _RowError("malformed-row", str(error)) from error
+            raise _RowError(Reason.MALFORMED_ROW, str(error)) from error
         except RecursionError as error:
-            raise _RowError("malformed-row", "its values are nested too deeply") from error
+            raise _RowError(Reason.MALFORMED_ROW, "its values are nested too deeply") from error
         split = split or hash_split(key, config.validation_fraction)
         if row.image_bytes:
             image = {"cell": f"{_CELL}{row.image_bytes}", "stamp": stamp, "suffix": suffix}
@@ -403,11 +403,11 @@ class TableSource:
             suffix = SUFFIXES.get(path.rpartition(".")[2].lower(), self.config.image_suffix)
             return path, suffix
         if path is None or path == "":
-            raise _RowError("no-image", f"column {column!r} is empty")
+            raise _RowError(Reason.NO_IMAGE, f"column {column!r} is empty")
         if not isinstance(path, str):
-            raise _RowError("malformed-row", f"{column}: expected a path: {shown(path)}")
+            raise _RowError(Reason.MALFORMED_ROW, f"{column}: expected a path: {shown(path)}")
         if not is_utf8(path) or "\0" in path:
-            raise _RowError("malformed-row", f"{column}: no file is called {shown(path)}")
+            raise _RowError(Reason.MALFORMED_ROW, f"{column}: no file is called {shown(path)}")
         known = self._schemes(images)
         found = "data" if path.startswith("data:") else storage.scheme(path)
         if found not in known:
@@ -415,7 +415,7 @@ class TableSource:
             if found.isalnum() and found not in _NEVER:
                 hint = f"`image_schemes: [{found}]` of the source allows it"
             raise _RowError(
-                "forbidden-location",
+                Reason.FORBIDDEN_LOCATION,
                 f"{column}: found {shown(path)}, a {found!r} location; rows may name those of "
                 f"{', '.join(known)}; {hint}",
             )
@@ -453,7 +453,7 @@ class TableSource:
                 image=self._image_file(image, folders),
                 texts=texts,
                 detail=f"also listed for {', '.join(others)}" if others else "",
-                fault=None if texts.num_texts else ("no-texts", "nothing is written about it"),
+                fault=None if texts.num_texts else (Reason.NO_TEXTS, "nothing is written about it"),
                 num_entries=len(of_image),
             )
 
@@ -487,7 +487,7 @@ def _digest(image_bytes: str) -> str:
     try:
         found: str = xxhash.xxh3_128_hexdigest(read_cell(image_bytes))
     except SourceError as error:
-        raise _RowError("no-image", str(error)) from error
+        raise _RowError(Reason.NO_IMAGE, str(error)) from error
     return found
 
 
@@ -505,7 +505,7 @@ def _renamed(texts: Texts, identity: str) -> Texts:
 class _RowError(Exception):
     """A row cannot be used: a reject's reason and detail."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
@@ -514,11 +514,13 @@ class _RowError(Exception):
 def _identity(value: Any, column: str) -> int | str:
     """Returns a key column's value; decimal digits, as CSV writes numbers, are a number."""
     if value is None or value == "":
-        raise _RowError("no-key", f"column {column!r} is empty")
+        raise _RowError(Reason.NO_KEY, f"column {column!r} is empty")
     if type(value) is int and abs(value) <= _MAX_NUMBER:
         return value
     if not isinstance(value, str) or not is_utf8(value):
-        raise _RowError("malformed-row", f"{column}: expected a number or a string: {shown(value)}")
+        raise _RowError(
+            Reason.MALFORMED_ROW, f"{column}: expected a number or a string: {shown(value)}"
+        )
     if value.isdecimal() and len(value) <= _MAX_NUMBER_DIGITS and str(int(value)) == value:
         return int(value)
     return value
@@ -529,7 +531,7 @@ def _split(value: Any, column: str) -> str:
     if value is None or value == "":
         return ""
     if not isinstance(value, str):
-        raise _RowError("malformed-row", f"{column}: expected a split's name: {shown(value)}")
+        raise _RowError(Reason.MALFORMED_ROW, f"{column}: expected a split's name: {shown(value)}")
     check_names(value)
     return value
 

@@ -24,7 +24,13 @@ from pydantic import Field, model_validator
 
 from pipeline import storage
 from pipeline.data.sample import Dialog, Round, Texts
-from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, fingerprint
+from pipeline.data.sources.base import (
+    Record,
+    Reject,
+    SourceConfig,
+    by_key,
+    without_texts,
+)
 from pipeline.data.sources.image_files import ImageFolders, image_key, listed, read_image
 from pipeline.data.sources.readers.json_file import (
     Fields,
@@ -35,6 +41,7 @@ from pipeline.data.sources.readers.json_file import (
     shown,
 )
 from pipeline.data.sources.splits import check_splits, folders_of, hash_split
+from pipeline.reason import Reason
 
 _DIALOGS = "a VisDial v1.0 file"
 _DENSE = "a VisDial v1.0 dense annotations file"
@@ -132,7 +139,7 @@ class VisdialSource:
                 split=split or hash_split(key, self.config.validation_fraction),
                 image=folders.numbered(image_id),
                 texts=texts,
-                fault=None if texts.num_rounds else ("no-rounds", "its dialogs have no round"),
+                fault=None if texts.num_rounds else (Reason.NO_ROUNDS, "its dialogs have no round"),
                 num_entries=len(found),
             )
         yield from listed_dialogs.rejects(split)
@@ -146,14 +153,15 @@ class VisdialSource:
 
     def _orphan(self, image_id: Identity, detail: str, split: str) -> Reject:
         key = image_key(image_id)
-        return Reject(
+        reject = without_texts(
+            Texts(image_id),
             key=key,
             split=split or hash_split(key, self.config.validation_fraction),
-            reason="unknown-image",
+            reason=Reason.UNKNOWN_IMAGE,
             detail=f"image {image_id!r}: {detail}",
-            fingerprint=fingerprint(detail, Texts(image_id)),
-            num_entries=0,
+            image=detail,
         )
+        return msgspec.structs.replace(reject, num_entries=0)
 
 
 class _Words:

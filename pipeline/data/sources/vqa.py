@@ -22,11 +22,18 @@ from pydantic import Field, model_validator
 
 from pipeline import storage
 from pipeline.data.sample import Question, Texts, safe_key
-from pipeline.data.sources.base import Record, Reject, SourceConfig, by_key, fingerprint
+from pipeline.data.sources.base import (
+    Record,
+    Reject,
+    SourceConfig,
+    by_key,
+    without_texts,
+)
 from pipeline.data.sources.image_files import ImageFolders, image_key, listed, read_image
 from pipeline.data.sources.readers.json_file import Fields, Groups, Identity, JsonList, read_json
 from pipeline.data.sources.splits import check_splits, folders_of, hash_split
 from pipeline.errors import SourceError
+from pipeline.reason import Reason
 
 _QUESTIONS = "a VQA v2 questions file"
 _ANNOTATIONS = "a VQA v2 annotations file"
@@ -124,7 +131,10 @@ class VqaSource:
             num_used += len(kept)
             num_dropped = len(found) - len(kept)
             detail = f"{num_dropped} questions without answers dropped" if num_dropped else ""
-            fault = ("no-answers", f"image {image_id!r}: {answers} answers no question about it")
+            fault = (
+                Reason.NO_ANSWERS,
+                f"image {image_id!r}: {answers} answers no question about it",
+            )
             yield listed(
                 key=key,
                 split=split or hash_split(key, self.config.validation_fraction),
@@ -151,15 +161,16 @@ class VqaSource:
             unknown = [found for found in unknown if found is not None and found not in asked]
             if unknown:
                 key = safe_key(f"{image_key(image_id)}-unknown-questions")
-                yield Reject(
+                reject = without_texts(
+                    Texts(image_id),
                     key=key,
                     split=split or hash_split(image_key(image_id), self.config.validation_fraction),
-                    reason="unknown-question",
+                    reason=Reason.UNKNOWN_QUESTION,
                     detail=f"{len(unknown)} annotations of image {image_id!r} answer questions "
                     f"that {location} does not ask of it, such as {unknown[0]!r}",
-                    fingerprint=fingerprint(repr(unknown), Texts(image_id)),
-                    num_entries=0,
+                    image=repr(unknown),
                 )
+                yield replace(reject, num_entries=0)
 
 
 def _check_fields(annotations: JsonList) -> None:

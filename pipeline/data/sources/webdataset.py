@@ -54,6 +54,7 @@ from pipeline.data.tars.member_names import is_hidden, is_utf8, shown
 from pipeline.data.tars.read_ahead import ReadAhead, ReadAheadFile
 from pipeline.data.tars.tar_listing import TarMember, list_tar
 from pipeline.errors import ShardError, SourceError, StorageError
+from pipeline.reason import Reason
 
 _METHOD = 3  # raised when the same settings list other samples, so that tars are listed anew
 _MOST_TEXT_BYTES = 64 * 1024**2  # of a text part, which is read into memory
@@ -271,11 +272,11 @@ class WebDatasetSource:
             no_texts += (
                 "; if it is one part of several of a sample, name it by `image`, as `left.png`"
             )
-        texts, fault = Texts(name), ("no-texts", no_texts)
-        unusable: tuple[str, str] | None = None
+        texts, fault = Texts(name), (Reason.NO_TEXTS, no_texts)
+        unusable: tuple[Reason, str] | None = None
         suffix = next((suffix for suffix in self.config.images() if suffix in parts), None)
         if not is_named:
-            unusable = ("name-not-utf8", "a name that is not UTF-8; pack it under another")
+            unusable = (Reason.NAME_NOT_UTF8, "a name that is not UTF-8; pack it under another")
         elif suffix is not None and parts[suffix].fault is not None:
             unusable = parts[suffix].fault
         elif suffix is not None:
@@ -285,7 +286,7 @@ class WebDatasetSource:
         try:
             texts = self._texts(name, parts, file)
         except (ValueError, TypeError) as error:
-            fault = ("malformed-texts", f"{location}: {name}: {error}")
+            fault = (Reason.MALFORMED_TEXTS, f"{location}: {name}: {error}")
         entry = listed(
             key=key,
             split=split or hash_split(key, self.config.validation_fraction),
@@ -304,10 +305,10 @@ class WebDatasetSource:
     ) -> Record | Reject:
         """Returns an entry whose image stays in its tar."""
         if isinstance(entry, Record):
-            return replace(entry, tar=tar.name, image_offset=offset, image_size=size)
+            return replace(entry, tar=tar, image_offset=offset, image_size=size)
         remains = entry.remains and self._left(entry.remains, tar, offset, size)
         assert remains is None or isinstance(remains, Record)
-        return replace(entry, tar=tar.name, remains=remains)
+        return replace(entry, tar=tar, remains=remains)
 
     def _settings(self, split: str) -> str:
         """Returns what differs if a tar of this split may be listed otherwise."""

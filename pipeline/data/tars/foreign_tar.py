@@ -10,9 +10,8 @@ from typing import Self
 
 import msgspec
 import xxhash
-from msgspec.structs import replace
 
-from pipeline.errors import ManifestError, ShardError
+from pipeline.errors import ShardError
 
 REFERENCE = ".ref"  # ends the name of a part that stands for an image
 
@@ -22,40 +21,15 @@ class ForeignTar(msgspec.Struct, frozen=True):
 
     location: str  # absolute
     stamp: str  # as `storage.stamp` gives it: it changes when the tar does
-    listing: str = ""  # by which settings it was listed, and how many records were found
+    listing: str = ""  # tells the settings apart by which it was listed
     num_records: int = -1  # that were listed of it; -1 before it is listed
 
     def __str__(self) -> str:
         return self.location
 
-    @property
-    def name(self) -> str:
-        """What the manifest has of it."""
-        return f"{self.stamp.replace('#', '')}#{self.listing}#{self.location}"
-
-    @classmethod
-    def named(cls, name: str) -> Self:
-        """Returns the tar of a name in the manifest; raises ManifestError if it is none."""
-        parts = name.split("#", 2)
-        if len(parts) != 3:
-            raise ManifestError(f"{name!r}: expected a tar's stamp, listing and location")
-        stamp, listing, location = parts
-        return cls(location, stamp, listing)
-
-    def of(self, num_records: int) -> Self:
-        """Returns the tar as the manifest names it once it has all of its records."""
-        return replace(self, listing=f"{self.listing}-{num_records}")
-
-    def counted(self) -> tuple[Self, int]:
-        """Returns the tar before `of`, and the number; -1 if it was never counted."""
-        listing, _, number = self.listing.rpartition("-")
-        if not number.isdecimal() or not listing:
-            return self, -1
-        return replace(self, listing=listing), int(number)
-
     def check_stamp(self, found: str) -> None:
         """Raises ShardError unless the tar is still the one that was indexed."""
-        if found.replace("#", "") != self.stamp.replace("#", ""):
+        if found != self.stamp:
             raise ShardError(
                 f"{self.location}: the tar has changed since it was indexed (size and time, or "
                 f"version, were {self.stamp}, are {found}); ingest again, then extract"

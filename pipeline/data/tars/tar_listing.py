@@ -15,6 +15,7 @@ from typing import IO, NamedTuple, NoReturn
 
 from pipeline.data.tars.member_names import shown
 from pipeline.errors import SourceError
+from pipeline.reason import Reason
 
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
@@ -54,7 +55,7 @@ class TarMember(NamedTuple):
     name: str
     offset: int  # of its first byte in the tar
     size: int  # in bytes
-    fault: tuple[str, str] | None = None
+    fault: tuple[Reason, str] | None = None
 
 
 class _Header(NamedTuple):
@@ -145,9 +146,12 @@ class _Reader:
         if kind in _LINKS or kind in _SPECIAL:
             what = (_LINKS | _SPECIAL)[kind]
             detail = f"{what}, whose bytes are not in it; pack with --dereference"
-            fault = ("special-file", f"{detail} and --hard-dereference")
+            fault = (Reason.SPECIAL_FILE, f"{detail} and --hard-dereference")
         elif sparse:
-            fault = ("sparse-member", "stored as a sparse file, in pieces; pack without --sparse")
+            fault = (
+                Reason.SPARSE_MEMBER,
+                "stored as a sparse file, in pieces; pack without --sparse",
+            )
         return TarMember(name, place, size, fault)
 
     def _header(self, block: bytes) -> _Header:

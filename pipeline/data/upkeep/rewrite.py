@@ -2,23 +2,32 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
+from msgspec.structs import replace
 
 from pipeline import storage
-from pipeline.data.manifest.manifest import FEATURES, LIVE, SAMPLES, Manifest
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import (
+    FeaturePart,
+    FeatureRow,
+    SampleRow,
+    State,
+    from_table,
+    matching_rows,
+    part_suffix,
+    to_table,
+)
 from pipeline.data.sample import Sample
 from pipeline.data.tars.members import Int64Array, sorted_codes
 from pipeline.data.tars.shard import (
     Member,
     Shard,
     ShardWriter,
-    list_members,
     read_member,
     shard_location,
     sidecar_location,
@@ -29,7 +38,7 @@ from pipeline.errors import ShardError
 
 _SMALL = 0.5  # a shard with fewer samples than this share of the fullest one is joined with others
 
-Row = dict[str, Any]
+_FEATURE_OF = ("key", "shard")
 
 
 @dataclass(frozen=True)
@@ -94,24 +103,27 @@ def rewrite(plan: RewritePlan, files: ShardFiles) -> Rewritten:
     """
     rows = []
     with ShardWriter(storage.join(plan.url, "shards", plan.split)) as writer:
-        for row in plan.samples.to_pylist():
-            parts = {"json": _part(plan, row, "texts", "json", files)}
+        for row in from_table(plan.samples, SampleRow):
+            texts = Member(row.texts_offset, row.texts_size)
+            parts = {"json": _part(plan, row, row.texts_shard, "json", texts, files)}
             if not plan.texts_only:
-                parts[row["suffix"]] = _part(plan, row, "image", row["suffix"], files)
-            members = writer.write(Sample(row["key"], parts))
-            rows.append(row | _located("texts", members["json"]))
+                parts[row.suffix] = _image(plan, row, files)
+            members = writer.write(Sample(row.key, parts))
+            texts = members["json"]
+            row = replace(row, texts_offset=texts.offset, texts_size=texts.size, sequence=-1)
             if not plan.texts_only:
-                rows[-1] |= _located("image", members[row["suffix"]])
+                image = members[row.suffix]
+                row = replace(row, image_offset=image.offset, image_size=image.size)
+            rows.append(row)
     name = writer.shard.name
-    for row in rows:
-        row["texts_shard"] = name
-        row["shard"] = row["shard"] if plan.texts_only else name
-        row["sequence"] = None
+    rows = [
+        replace(row, texts_shard=name, shard=row.shard if plan.texts_only else name) for row in rows
+    ]
     features = {
         extractor: _carry_over(plan.url, extractor, name, listed, files)
         for extractor, listed in plan.features.items()
     }
-    return Rewritten(writer.shard, pa.Table.from_pylist(rows, SAMPLES), features)
+    return Rewritten(writer.shard, to_table(rows, SampleRow), features)
 
 
 def _carry_over(
@@ -119,67 +131,56 @@ def _carry_over(
 ) -> pa.Table:
     """Copies features, byte for byte, into the sidecar of the new shard; returns its rows."""
     rows = []
-    known: dict[str, dict[str, dict[str, Member]]] = {}  # by sidecar, key and suffix
     with ShardWriter(storage.join(url, "features", extractor), shard) as writer:
-        for row in listed.to_pylist():
-            if row["reason"] is not None:  # there is no feature to be copied
-                rows.append(row | {"shard": shard, "sequence": None})
-                continue
-            key, location = row["key"], sidecar_location(url, extractor, row["shard"])
-            file = files.open(location)
-            if location not in known:
-                known[location] = _members_by_key(location, file.descriptor)
-            found = known[location].get(key, {})
-            if found.get("npy") != (row["values_offset"], row["values_size"]):
-                raise ShardError(
-                    f"{location}: sample {key!r}: its features do not lie where the manifest "
-                    "says; `sightline data verify` finds all such faults"
-                )
-            # All parts, not only the two that the manifest lists: a card may imply others.
-            parts = {
-                suffix: read_member(file.descriptor, f"{key}.{suffix}", *member)
-                for suffix, member in found.items()
-            }
-            members = writer.write(Sample(key, parts))
-            row |= _located("values", members["npy"])
-            if row["boxes_offset"] >= 0:
-                row |= _located("boxes", members["boxes.npy"])
-            rows.append(row | {"shard": shard, "sequence": None})
-    return pa.Table.from_pylist(rows, FEATURES)
+        for row in from_table(listed, FeatureRow):
+            parts = row.parts
+            if row.reason is None:  # else there is no feature to be copied
+                location = sidecar_location(url, extractor, row.shard)
+                parts = _copied(writer, row, files.open(location).descriptor, location)
+            rows.append(replace(row, shard=shard, parts=parts, sequence=-1))
+    return to_table(rows, FeatureRow)
 
 
-def _members_by_key(location: str, descriptor: int) -> dict[str, dict[str, Member]]:
-    found: dict[str, dict[str, Member]] = {}
-    try:
-        for name, member in list_members(descriptor):
-            key, _, suffix = name.partition(".")
-            found.setdefault(key, {})[suffix] = member
-    except ShardError as error:
-        raise ShardError(f"{location}: {error}") from error
-    return found
+def _copied(
+    writer: ShardWriter, row: FeatureRow, descriptor: int, location: str
+) -> tuple[FeaturePart, ...]:
+    payloads = {}
+    for part in row.parts:
+        suffix = part_suffix(part.name)
+        try:
+            payloads[suffix] = read_member(
+                descriptor, f"{row.key}.{suffix}", part.offset, part.size
+            )
+        except ShardError as error:
+            raise ShardError(
+                f"{location}: sample {row.key!r}: its features do not lie where the manifest "
+                f"says ({error}); `sightline data verify` finds all such faults"
+            ) from error
+    members = writer.write(Sample(row.key, payloads))
+    return tuple(FeaturePart(part.name, *members[part_suffix(part.name)]) for part in row.parts)
 
 
-def _part(plan: RewritePlan, row: Row, part: str, suffix: str, files: ShardFiles) -> bytes:
-    shard = row["shard" if part == "image" else "texts_shard"]
-    location = shard_location(plan.url, plan.split, shard)
-    payload = _read(files.open(location).descriptor, location, row, part, f"{row['key']}.{suffix}")
-    if part == "image" and xxhash.xxh3_128_hexdigest(payload) != row["digest"]:
+def _image(plan: RewritePlan, row: SampleRow, files: ShardFiles) -> bytes:
+    place = Member(row.image_offset, row.image_size)
+    payload = _part(plan, row, row.shard, row.suffix, place, files)
+    if xxhash.xxh3_128_hexdigest(payload) != row.digest:
+        location = shard_location(plan.url, plan.split, row.shard)
         raise ShardError(
-            f"{location}: sample {row['key']!r}: the image is not the one that was stored; "
+            f"{location}: sample {row.key!r}: the image is not the one that was stored; "
             "`sightline data verify` finds all such faults"
         )
     return payload
 
 
-def _read(descriptor: int, location: str, row: Row, part: str, name: str) -> bytes:
+def _part(
+    plan: RewritePlan, row: SampleRow, shard: str, suffix: str, place: Member, files: ShardFiles
+) -> bytes:
+    location = shard_location(plan.url, plan.split, shard)
+    descriptor = files.open(location).descriptor
     try:
-        return read_member(descriptor, name, row[f"{part}_offset"], row[f"{part}_size"])
+        return read_member(descriptor, f"{row.key}.{suffix}", place.offset, place.size)
     except ShardError as error:
-        raise ShardError(f"{location}: sample {row['key']!r}: {error}") from error
-
-
-def _located(part: str, member: Member) -> Row:
-    return {f"{part}_offset": member.offset, f"{part}_size": member.size}
+        raise ShardError(f"{location}: sample {row.key!r}: {error}") from error
 
 
 class _Usage:
@@ -243,7 +244,7 @@ class _Usage:
 def _most_samples(manifest: Manifest) -> int:
     """Returns how many samples the fullest shard was written with, as far as is known yet."""
     rows = manifest.rows_after(-1, ["state", "shard", "tar", "key"])
-    rows = rows.filter(pc.and_(pc.equal(rows["state"], LIVE), pc.is_null(rows["tar"])))
+    rows = rows.filter(pc.and_(pc.equal(rows["state"], State.LIVE), pc.is_null(rows["tar"])))
     samples = rows.group_by(["shard", "key"]).aggregate([])
     return max(samples["shard"].value_counts().field("counts").to_pylist(), default=1)
 
@@ -265,9 +266,7 @@ def _complete_features(
     complete: list[tuple[str, ...]] = [()] * num_shards
     for name, listed in sorted(features.items()):
         lacking = np.zeros(num_shards, bool)
-        names = ["key", "shard"]
-        missing = _numbered(samples).join(listed.select(names), names, join_type="left anti")
-        lacking[shard_of_row[missing["place"].to_numpy()]] = True
+        lacking[shard_of_row[matching_rows(samples, listed, _FEATURE_OF) < 0]] = True
         complete = [
             extractors if lacks else (*extractors, name)
             for extractors, lacks in zip(complete, lacking.tolist(), strict=True)
@@ -277,13 +276,7 @@ def _complete_features(
 
 def _of(listed: pa.Table, samples: pa.Table) -> pa.Table:
     """Returns the features of these samples, row for row."""
-    found = _numbered(samples).join(listed, ["key", "shard"], join_type="inner")
-    return found.sort_by("place").select(FEATURES.names)
-
-
-def _numbered(samples: pa.Table) -> pa.Table:
-    places = pa.array(np.arange(samples.num_rows))
-    return samples.select(["key", "shard"]).append_column("place", places)
+    return listed.take(pa.array(matching_rows(samples, listed, _FEATURE_OF)))
 
 
 def _hashes(keys: pa.ChunkedArray) -> npt.NDArray[np.uint64]:

@@ -3,13 +3,13 @@
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,29 +17,30 @@ import pyarrow.compute as pc
 import xxhash
 
 from pipeline import storage
-from pipeline.data.manifest.manifest import OPTIONAL_COLUMNS, Manifest
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import (
+    OPTIONAL_COLUMNS,
+    FeatureRow,
+    Int64Array,
+    SampleRow,
+    foreign_tars,
+    from_table,
+    matching_rows,
+    part_places,
+    part_suffix,
+)
 from pipeline.data.read.features import card_boxes
-from pipeline.data.read.sidecar_layout import SidecarLayout, card_layout
 from pipeline.data.sample import Texts
 from pipeline.data.tars.foreign_tar import ForeignTar
 from pipeline.data.tars.members import sorted_codes
-from pipeline.data.tars.shard import read_member, shard_location, sidecar_location
+from pipeline.data.tars.shard import Member, read_member, shard_location, sidecar_location
 from pipeline.data.tars.shard_files import ShardFiles
 from pipeline.errors import FeatureError, ShardError
 
 _THREADS = 4  # shards read at a time; hashing and reading release the interpreter's lock
 _CHUNK_BYTES = 8 * 1024**2
 
-_PART_COLUMNS = {
-    "image": ("key", "suffix", "image_offset", "image_size", "digest"),
-    "texts": (
-        "key", "texts_offset", "texts_size", "num_captions", "num_questions", "num_rounds",
-    ),
-}  # fmt: skip
-_FEATURE_COLUMNS = (
-    "key", "shard", "values_offset", "values_size", "boxes_offset", "boxes_size", "num_regions",
-    "reason",
-)  # fmt: skip
+File = TypeVar("File", str, ForeignTar)
 
 
 @dataclass(frozen=True)
@@ -170,33 +171,33 @@ _Check = Callable[[ShardFiles], _Found]
 def _shard_checks(url: str, samples: pa.Table) -> Iterator[_Check]:
     """Yields a check for each tar that holds images or texts of these samples."""
     kept, left = (samples.filter(is_kept(samples["tar"])) for is_kept in (pc.is_null, pc.is_valid))
-    images = _by_file(kept, _shard_of_row(kept, "shard"), _PART_COLUMNS["image"])
-    texts = _by_file(samples, _shard_of_row(samples, "texts_shard"), _PART_COLUMNS["texts"])
-    referring = pc.unique(_shard_of_row(left, "shard")).to_pylist()
+    images = _by_file(kept, *_shard_of_row(kept, "shard"))
+    texts = _by_file(samples, *_shard_of_row(samples, "texts_shard"))
+    referring, _ = _shard_of_row(left, "shard")
     for name in sorted({*images, *texts, *referring}):
         split, _, shard = name.partition("/")
         location = shard_location(url, split, shard)
         yield partial(_check_shard, location, shard, images.get(name), texts.get(name))
-    for name, rows in _by_file(left, left["tar"], _PART_COLUMNS["image"]).items():
-        yield partial(_check_foreign_tar, ForeignTar.named(name), rows)
+    for tar, rows in _by_file(left, *foreign_tars(left["tar"])).items():
+        yield partial(_check_foreign_tar, tar, rows)
 
 
-def _shard_of_row(samples: pa.Table, column: str) -> pa.ChunkedArray:
-    """Returns split and shard of each row, as `train/0123456789abcdef`."""
-    return pc.binary_join_element_wise(samples["split"], samples[column], "/")
+def _shard_of_row(samples: pa.Table, column: str) -> tuple[list[str], Int64Array]:
+    """Returns the shards, as `train/0123456789abcdef`, and for each row the number of its."""
+    names = pc.binary_join_element_wise(samples["split"], samples[column], "/")
+    return sorted_codes(pa.chunked_array(names.chunks, pa.string()))
 
 
 def _by_file(
-    samples: pa.Table, file_of_row: pa.ChunkedArray, columns: Sequence[str]
-) -> dict[str, pa.Table]:
+    samples: pa.Table, files: Sequence[File], file_of_row: Int64Array
+) -> dict[File, pa.Table]:
     """Returns the rows of each file, as slices of one sorted table."""
-    names, codes = sorted_codes(pa.chunked_array(file_of_row.chunks, pa.string()))
-    ordered = samples.select(list(columns)).take(np.argsort(codes, kind="stable"))
-    counts = np.bincount(codes, minlength=len(names))
+    ordered = samples.take(np.argsort(file_of_row, kind="stable"))
+    counts = np.bincount(file_of_row, minlength=len(files))
     starts = np.cumsum(counts) - counts
     return {
-        name: ordered.slice(start, count)
-        for name, start, count in zip(names, starts.tolist(), counts.tolist(), strict=True)
+        file: ordered.slice(start, count)
+        for file, start, count in zip(files, starts.tolist(), counts.tolist(), strict=True)
     }
 
 
@@ -216,12 +217,14 @@ def _check_shard(
     if digest[: len(name)] != name:
         detail = f"its bytes have the digest {digest[: len(name)]}, which should be its name"
         faults.append(Fault("changed-file", location, "", detail))
-    for row in [] if images is None else images.to_pylist():
-        payload = _member(file.descriptor, location, row, "image", row["suffix"], faults)
+    for row in [] if images is None else from_table(images, SampleRow):
+        place = Member(row.image_offset, row.image_size)
+        payload = _member(file.descriptor, location, row.key, row.suffix, place, faults)
         if payload is not None:
             faults += _image_faults(location, row, payload)
-    for row in [] if texts is None else texts.to_pylist():
-        payload = _member(file.descriptor, location, row, "texts", "json", faults)
+    for row in [] if texts is None else from_table(texts, SampleRow):
+        place = Member(row.texts_offset, row.texts_size)
+        payload = _member(file.descriptor, location, row.key, "json", place, faults)
         if payload is not None:
             faults += _texts_faults(location, row, payload)
     return _Found(location, size_bytes, faults)
@@ -234,71 +237,60 @@ def _check_foreign_tar(tar: ForeignTar, images: pa.Table, files: ShardFiles) -> 
     except ShardError as error:
         return _Found(location, 0, [Fault("unreadable-file", location, "", str(error))])
     faults: list[Fault] = []
-    for row in images.to_pylist():
+    for row in from_table(images, SampleRow):
         try:
-            payload = os.pread(file.descriptor, row["image_size"], row["image_offset"])
+            payload = os.pread(file.descriptor, row.image_size, row.image_offset)
         except OSError as error:
-            faults.append(Fault("misplaced-member", location, row["key"], str(error)))
+            faults.append(Fault("misplaced-member", location, row.key, str(error)))
         else:
             faults += _image_faults(location, row, payload)
     return _Found(location, os.fstat(file.descriptor).st_size, faults)
 
 
-def _image_faults(location: str, row: dict[str, Any], payload: bytes) -> Iterator[Fault]:
+def _image_faults(location: str, row: SampleRow, payload: bytes) -> Iterator[Fault]:
     digest = xxhash.xxh3_128_hexdigest(payload)
-    if digest != row["digest"]:
-        detail = f"the image has the digest {digest}, the manifest says {row['digest']}"
-        yield Fault("changed-image", location, row["key"], detail)
+    if digest != row.digest:
+        detail = f"the image has the digest {digest}, the manifest says {row.digest}"
+        yield Fault("changed-image", location, row.key, detail)
 
 
-def _texts_faults(location: str, row: dict[str, Any], payload: bytes) -> Iterator[Fault]:
+def _texts_faults(location: str, row: SampleRow, payload: bytes) -> Iterator[Fault]:
     try:
         texts = Texts.from_json(payload)
     except ShardError as error:
-        yield Fault("malformed-texts", location, row["key"], str(error))
+        yield Fault("malformed-texts", location, row.key, str(error))
         return
     found = {
-        "captions": len(texts.captions),
-        "questions": len(texts.questions),
-        "rounds": texts.num_rounds,
+        "captions": (len(texts.captions), row.num_captions),
+        "questions": (len(texts.questions), row.num_questions),
+        "rounds": (texts.num_rounds, row.num_rounds),
     }
-    for kind, number in found.items():
-        if number != row[f"num_{kind}"]:
-            detail = f"{number} {kind}, the manifest says {row[f'num_{kind}']}"
-            yield Fault("miscounted-texts", location, row["key"], detail)
+    for kind, (number, listed) in found.items():
+        if number != listed:
+            detail = f"{number} {kind}, the manifest says {listed}"
+            yield Fault("miscounted-texts", location, row.key, detail)
 
 
 def _current_features(manifest: Manifest, extractor: str, samples: pa.Table) -> pa.Table:
     """Returns the listed features of these samples' own shards."""
-    listed = manifest.features(extractor).rows(_FEATURE_COLUMNS)
-    names = ["key", "shard"]
-    return listed.join(samples.select(names), names, join_type="inner")
+    listed = manifest.features(extractor).rows()
+    return listed.filter(pa.array(matching_rows(listed, samples, ["key", "shard"]) >= 0))
 
 
 def _sidecar_checks(url: str, extractor: str, listed: pa.Table) -> Iterator[_Check]:
     """Yields a check for each sidecar."""
     boxes: int | str = 0
     try:
-        if pc.any(pc.less(listed["boxes_offset"], 0)).as_py():
+        if (part_places(listed["parts"], "boxes")[0] < 0).any():
             boxes = len(card_boxes(url, extractor))
     except FeatureError as error:
         boxes = str(error)
-    layout = card_layout(url, extractor)
-    names, codes = sorted_codes(listed["shard"])
-    listed = listed.take(np.argsort(codes, kind="stable"))
-    ends = np.cumsum(np.bincount(codes, minlength=len(names)))
-    for name, start, end in zip(names, [0, *ends[:-1].tolist()], ends.tolist(), strict=True):
-        rows = listed.slice(start, end - start)
-        location = sidecar_location(url, extractor, name)
-        yield partial(_check_sidecar, location, rows, boxes, layout)
+    for name, rows in _by_file(listed, *sorted_codes(listed["shard"])).items():
+        yield partial(_check_sidecar, sidecar_location(url, extractor, name), rows, boxes)
 
 
 def _check_sidecar(
-    location: str,
-    rows: pa.Table,
-    implied_boxes: int | str,
-    layout: SidecarLayout,
-    files: ShardFiles,
+    location: str, rows: pa.Table, implied_boxes: int | str, files: ShardFiles
 ) -> _Found:
     """`implied_boxes`: how many boxes the card implies, or why it does not say."""
     try:
@@ -308,55 +300,41 @@ def _check_sidecar(
         return _Found(location, 0, [Fault("unreadable-file", location, "", str(error))])
     faults: list[Fault] = []
     form = ""
-    for row in rows.to_pylist():
-        key, num_regions = row["key"], row["num_regions"]
-        values = _array(file.descriptor, location, row, "values", "npy", faults)
+    for row in from_table(rows, FeatureRow):
+        payloads = {}
+        for part in row.parts:
+            place = Member(part.offset, part.size)
+            suffix = part_suffix(part.name)
+            payload = _member(file.descriptor, location, row.key, suffix, place, faults)
+            if payload is not None:
+                payloads[part.name] = payload
+        values = _array(location, row.key, "values", payloads, faults)
         if values is not None:
             row_form = f"{values.shape[-1]} {values.dtype} values a region"
             form = form or row_form
-            if values.ndim != 2 or len(values) != num_regions:
-                detail = f"values of shape {values.shape}, the manifest says {num_regions} regions"
-                faults.append(Fault("misshapen-feature", location, key, detail))
+            if values.ndim != 2 or len(values) != row.num_regions:
+                detail = (
+                    f"values of shape {values.shape}, the manifest says {row.num_regions} regions"
+                )
+                faults.append(Fault("misshapen-feature", location, row.key, detail))
             elif row_form != form:
                 detail = f"{row_form}, but {form} in the samples before it"
-                faults.append(Fault("misshapen-feature", location, key, detail))
+                faults.append(Fault("misshapen-feature", location, row.key, detail))
             elif values.dtype.kind == "f" and not np.isfinite(values).all():
                 detail = "values that are no numbers, or infinite"
-                faults.append(Fault("not-finite", location, key, detail))
-        if row["boxes_offset"] < 0:
+                faults.append(Fault("not-finite", location, row.key, detail))
+        if not any(part.name == "boxes" for part in row.parts):
             if isinstance(implied_boxes, str):
-                faults.append(Fault("missing-boxes", location, key, implied_boxes))
-            elif implied_boxes != num_regions:
-                detail = f"{num_regions} regions, but the card implies {implied_boxes} boxes"
-                faults.append(Fault("misshapen-feature", location, key, detail))
+                faults.append(Fault("missing-boxes", location, row.key, implied_boxes))
+            elif implied_boxes != row.num_regions:
+                detail = f"{row.num_regions} regions, but the card implies {implied_boxes} boxes"
+                faults.append(Fault("misshapen-feature", location, row.key, detail))
             continue
-        boxes = _array(file.descriptor, location, row, "boxes", "boxes.npy", faults)
-        if boxes is not None and boxes.shape != (num_regions, 4):
-            detail = f"boxes of shape {boxes.shape}, expected ({num_regions}, 4)"
-            faults.append(Fault("misshapen-feature", location, key, detail))
-    faults += _part_faults(file.descriptor, location, rows, layout)
+        boxes = _array(location, row.key, "boxes", payloads, faults)
+        if boxes is not None and boxes.shape != (row.num_regions, 4):
+            detail = f"boxes of shape {boxes.shape}, expected ({row.num_regions}, 4)"
+            faults.append(Fault("misshapen-feature", location, row.key, detail))
     return _Found(location, size_bytes, faults, form)
-
-
-def _part_faults(
-    descriptor: int, location: str, rows: pa.Table, layout: SidecarLayout
-) -> Iterator[Fault]:
-    """Looks for the parts that the manifest does not list, where the card implies them."""
-    places = layout.places(
-        rows["values_offset"].to_numpy(),
-        rows["values_size"].to_numpy(),
-        rows["num_regions"].to_numpy(),
-        with_boxes=pc.all(pc.greater_equal(rows["boxes_offset"], 0)).as_py(),
-    )
-    for name in layout.arrays:
-        offsets, sizes = places[name]
-        for key, offset, size in zip(
-            rows["key"].to_pylist(), offsets.tolist(), sizes.tolist(), strict=True
-        ):
-            try:
-                read_member(descriptor, f"{key}.{name}.npy", offset, size)
-            except ShardError as error:
-                yield Fault("misplaced-member", location, key, str(error))
 
 
 def _odd_ones(sidecars: Sequence[_Found]) -> list[Fault]:
@@ -371,38 +349,26 @@ def _odd_ones(sidecars: Sequence[_Found]) -> list[Fault]:
 
 
 def _array(
-    descriptor: int,
-    location: str,
-    row: dict[str, Any],
-    part: str,
-    suffix: str,
-    faults: list[Fault],
+    location: str, key: str, part: str, payloads: Mapping[str, bytes], faults: list[Fault]
 ) -> np.ndarray | None:
-    payload = _member(descriptor, location, row, part, suffix, faults)
-    if payload is None:
+    """Returns an array of a feature, or adds a fault if the payload, if there is one, is none."""
+    if part not in payloads:
         return None
     try:
-        array: np.ndarray = np.load(io.BytesIO(payload), allow_pickle=False)
+        array: np.ndarray = np.load(io.BytesIO(payloads[part]), allow_pickle=False)
     except (ValueError, EOFError) as error:
         detail = f"its {part} are no .npy payload ({error})"
-        faults.append(Fault("malformed-feature", location, row["key"], detail))
+        faults.append(Fault("malformed-feature", location, key, detail))
         return None
     return array
 
 
 def _member(
-    descriptor: int,
-    location: str,
-    row: dict[str, Any],
-    part: str,
-    suffix: str,
-    faults: list[Fault],
+    descriptor: int, location: str, key: str, suffix: str, place: Member, faults: list[Fault]
 ) -> bytes | None:
     """Returns a part's payload, or adds a fault if it does not lie where the manifest says."""
     try:
-        return read_member(
-            descriptor, f"{row['key']}.{suffix}", row[f"{part}_offset"], row[f"{part}_size"]
-        )
+        return read_member(descriptor, f"{key}.{suffix}", place.offset, place.size)
     except ShardError as error:
-        faults.append(Fault("misplaced-member", location, row["key"], str(error)))
+        faults.append(Fault("misplaced-member", location, key, str(error)))
         return None

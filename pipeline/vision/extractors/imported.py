@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
-import pyarrow as pa
 from pydantic import Field
 
 from pipeline import storage
 from pipeline.config import Config
-from pipeline.data.manifest.manifest import FEATURES, Manifest
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import FeatureRow, to_table
 from pipeline.data.read.extractor_card import (
     ExtractionEnvironment,
     ExtractorCard,
@@ -23,6 +23,7 @@ from pipeline.data.sample import safe_key
 from pipeline.data.sources.image_files import image_name
 from pipeline.data.tars.shard import ShardWriter
 from pipeline.errors import ConfigError, FeatureError, UnusableImageError
+from pipeline.reason import Reason
 from pipeline.vision.compress.storage_dtype import (
     Storage,
     describe_storage,
@@ -161,9 +162,8 @@ def import_features(
                     rows.append(write_feature(writer, shard, key, feature))
                 except UnusableImageError as error:
                     rows.append(list_reject(shard, key, error))
-        schema = FEATURES.remove(FEATURES.get_field_index("sequence"))
-        listed.commit(pa.Table.from_pylist(rows, schema))
-        with_feature = sum("reason" not in row for row in rows)
+        listed.commit(to_table(rows, FeatureRow))
+        with_feature = sum(row.reason is None for row in rows)
         num_images += with_feature
         if with_feature:  # an empty one is not published
             size_bytes += writer.shard.size_bytes
@@ -270,7 +270,7 @@ def _check_parts(card: ExtractorCard, feature: Feature) -> None:
     expected = {name: part.shape[1:] for name, part in card.parts.items() if name != "scales"}
     if found != expected or feature.values.shape[1] != card.dim:
         raise UnusableImageError(
-            "other-layout",
+            Reason.OTHER_LAYOUT,
             f"published with {feature.values.shape[1]} values a region and {found}, others with "
             f"{card.dim} and {expected}",
         )

@@ -28,6 +28,7 @@ import xxhash
 from pipeline import storage
 from pipeline.data.tars.member_names import is_hidden
 from pipeline.errors import FeatureError, UnusableImageError
+from pipeline.reason import Reason
 from pipeline.vision.compress.storage_dtype import Storage, to_storage
 from pipeline.vision.feature import Feature
 
@@ -104,7 +105,7 @@ class PublishedFeatures(ABC):
         except UnusableImageError as error:
             raise UnusableImageError(error.reason, f"{where}: {error.detail}") from error
         except (FeatureError, LookupError, TypeError, ValueError) as error:
-            raise UnusableImageError("unreadable-features", f"{where}: {error!r}") from error
+            raise UnusableImageError(Reason.UNREADABLE_FEATURES, f"{where}: {error!r}") from error
 
     def is_only(self, image_ids: Iterable[str], boxes: Boxes) -> bool:
         """Whether all boxes of some images that can be read are of a form, and of no other."""
@@ -181,12 +182,12 @@ class _Table(PublishedFeatures):
             detail = (
                 f"{where}: image {image_id!r}: otherwise in line {self._contradicted[image_id]}"
             )
-            raise UnusableImageError("contradictory-features", detail)
+            raise UnusableImageError(Reason.CONTRADICTORY_FEATURES, detail)
         line = storage.read_range(str(self._path), offset, size_bytes)
         cells = line.rstrip(b"\r\n").split(b"\t")
         if len(cells) != len(self._columns):
             detail = f"{where}: {len(cells)} columns, expected {len(self._columns)}"
-            raise UnusableImageError("cut-short", detail)
+            raise UnusableImageError(Reason.CUT_SHORT, detail)
         fields: dict[str, Any] = {}
         for name, cell in zip(self._columns, cells, strict=True):
             try:
@@ -198,20 +199,23 @@ class _Table(PublishedFeatures):
                     payload = base64.b64decode(cell, validate=True)
                     fields[name] = np.frombuffer(payload, _TABLE_TYPES.get(name, np.float32))
             except (ValueError, binascii.Error) as error:
-                raise UnusableImageError("cut-short", f"{where}: {name}: {error}") from error
+                raise UnusableImageError(Reason.CUT_SHORT, f"{where}: {name}: {error}") from error
         count = fields.pop("num_boxes")
         if not count:
-            raise UnusableImageError("no-regions", f"{where}: image {image_id!r}: num_boxes is 0")
+            raise UnusableImageError(
+                Reason.NO_REGIONS, f"{where}: image {image_id!r}: num_boxes is 0"
+            )
         for name in ("boxes", "features"):
             if count < 0 or not fields[name].size or fields[name].size % count:
                 raise UnusableImageError(
-                    "cut-short", f"{where}: {name}: {fields[name].size} values for {count} boxes"
+                    Reason.CUT_SHORT,
+                    f"{where}: {name}: {fields[name].size} values for {count} boxes",
                 )
             fields[name] = fields[name].reshape(count, -1)
         if fields["boxes"].shape[1] != _BOX_VALUES:
             detail = f"{where}: boxes of {fields['boxes'].shape[1]} values, expected {_BOX_VALUES}"
             detail += " in float32"
-            raise UnusableImageError("unreadable-features", detail)
+            raise UnusableImageError(Reason.UNREADABLE_FEATURES, detail)
         return where, fields
 
 
@@ -244,7 +248,7 @@ class _NpzFolder(PublishedFeatures):
             with np.load(io.BytesIO(payload), allow_pickle=False) as found:
                 arrays = {name: found[name] for name in found.files if name in _NAMES}
         except Exception as error:  # readers of damaged archives let many kinds through
-            raise UnusableImageError("unreadable-features", f"{path}: {error!r}") from error
+            raise UnusableImageError(Reason.UNREADABLE_FEATURES, f"{path}: {error!r}") from error
         return str(path), _renamed(arrays)
 
 
@@ -279,7 +283,7 @@ class _Hdf5(PublishedFeatures):
             arrays = {name: group[name][()] for name in group if name in _NAMES}
         except Exception as error:  # of damage, too, the library lets many kinds through
             detail = f"{self._path}: image {image_id!r}: {error!r}"
-            raise UnusableImageError("unreadable-features", detail) from error
+            raise UnusableImageError(Reason.UNREADABLE_FEATURES, detail) from error
         return str(self._path), _renamed(arrays)
 
 
@@ -324,16 +328,16 @@ def _feature(fields: Mapping[str, Any], stored: Storage, form: Boxes) -> Feature
     if values.ndim != 2:
         raise FeatureError(f"features: expected (regions, values), found shape {values.shape}")
     if not len(values):
-        raise UnusableImageError("no-regions", f"features of shape {values.shape}")
+        raise UnusableImageError(Reason.NO_REGIONS, f"features of shape {values.shape}")
     if not np.isfinite(values).all():
         raise UnusableImageError(
-            "not-finite", f"features: {int((~np.isfinite(values)).sum())} values"
+            Reason.NOT_FINITE, f"features: {int((~np.isfinite(values)).sum())} values"
         )
     corners = _corners(fields, form)
     if corners.shape != (len(values), 4):
         raise FeatureError(f"boxes of shape {corners.shape} for {len(values)} regions")
     if fault := _faults(corners):
-        raise UnusableImageError("bad-boxes", fault)
+        raise UnusableImageError(Reason.BAD_BOXES, fault)
     boxes = np.clip(corners, 0, 1).astype(np.float32)
     parts = {}
     for name, (part, dtype) in _PARTS.items():

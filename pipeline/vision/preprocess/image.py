@@ -17,6 +17,7 @@ from pipeline.data.media.image_file import BadImageError, max_pixels
 from pipeline.data.media.image_pixels import DECODING, Pixels, scaled
 from pipeline.data.media.kind import is_dicom, is_video
 from pipeline.errors import FeatureError, UnusableImageError
+from pipeline.reason import Reason
 from pipeline.vision.preprocess.window import (
     AnyWindow,
     Window,
@@ -243,6 +244,6 @@ def _resize(
         return pixels
     if width * height > max_pixels():
         found = f"{pixels.shape[1]} × {pixels.shape[0]} pixels"
-        raise UnusableImageError("oversized-image", f"{found} would become {width} × {height}")
+        raise UnusableImageError(Reason.OVERSIZED_IMAGE, f"{found} would become {width} × {height}")
     picture = Image.fromarray(pixels)
     return np.asarray(picture.resize((width, height), resampling))

@@ -16,11 +16,11 @@ from tests.data.tiny_dataset import make_dataset
 def test_the_digest_is_that_of_the_lines_sorted_by_key(tmp_path: Path, split: str | None) -> None:
     make_dataset(str(tmp_path))
     manifest = Manifest.open(str(tmp_path))
-    samples = manifest.samples(("key", "split", "digest", "fingerprint")).sort_by("key")
+    samples = manifest.samples(("key", "split", "digest", "texts_fingerprint")).sort_by("key")
     if split is not None:
         samples = samples.filter(pc.equal(samples["split"], split))
     lines = [
-        "\t".join([row["key"], row["split"], row["digest"], row["fingerprint"].split("-")[1], "\n"])
+        "\t".join([row["key"], row["split"], row["digest"], row["texts_fingerprint"], "\n"])
         for row in samples.to_pylist()
     ]
     expected = xxhash.xxh3_128_hexdigest("".join(lines).encode())

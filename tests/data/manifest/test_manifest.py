@@ -1,29 +1,41 @@
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from deltalake import DeltaTable, write_deltalake
+from deltalake import write_deltalake
 
 from pipeline.data.manifest.engine import Engine
-from pipeline.data.manifest.manifest import FEATURES, SAMPLES, Manifest
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import (
+    SAMPLES,
+    SampleRow,
+    State,
+    to_table,
+)
 from pipeline.errors import ManifestError
 
 
 def rows(state: str = "live", **fingerprints: str) -> pa.Table:
-    return pa.Table.from_pylist(
+    return to_table(
         [
-            {"key": key, "split": "train", "state": state, "fingerprint": fingerprint}
+            SampleRow(
+                key=key,
+                split="train",
+                state=State(state),
+                suffix="jpg",
+                image_fingerprint=fingerprint,
+                texts_fingerprint="texts",
+            )
             for key, fingerprint in fingerprints.items()
         ],
-        SAMPLES,
+        SampleRow,
     )
 
 
 def held(manifest: Manifest) -> dict[str, str]:
-    table = manifest.samples(["key", "fingerprint"]).to_pydict()
-    return dict(zip(table["key"], table["fingerprint"], strict=True))
+    table = manifest.samples(["key", "image_fingerprint"]).to_pydict()
+    return dict(zip(table["key"], table["image_fingerprint"], strict=True))
 
 
 def test_the_newest_row_of_a_key_holds(tmp_path: Path) -> None:
@@ -44,7 +56,7 @@ def test_an_engine_reads_the_rows_that_hold(tmp_path: Path) -> None:
     manifest = Manifest.create(str(tmp_path))
     for fingerprints in ({"a": "1", "b": "1"}, {"a": "2"}, {"c": "1"}):
         manifest = manifest.commit(rows(**fingerprints))
-    columns = ["fingerprint", "key", "sequence"]
+    columns = ["image_fingerprint", "key", "sequence"]
     with Engine() as engine:
         for version in range(4):
             manifest = Manifest.open(str(tmp_path), version)
@@ -147,7 +159,6 @@ def test_a_lost_file_of_the_manifest_is_named(tmp_path: Path) -> None:
 
 
 def test_another_table_is_not_taken_for_a_manifest(tmp_path: Path) -> None:
-    from deltalake import write_deltalake
 
     write_deltalake(str(tmp_path / "manifest" / "samples"), pa.table({"x": [1]}))
     with pytest.raises(ManifestError, match="columns"):
@@ -160,68 +171,3 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         manifest.commit(pa.table({"key": ["a"]}))
     with pytest.raises(ManifestError, match="only 1 different key"):
         manifest.commit(pa.concat_tables([rows(a="1"), rows(a="2")]))
-
-
-def feature_rows(shard: str, *keys: str, offset: int = 512) -> pa.Table:
-    return pa.Table.from_pylist(
-        [{"key": key, "shard": shard, "values_offset": offset, "num_regions": 9} for key in keys],
-        FEATURES,
-    )
-
-
-def test_features_are_listed_for_each_extractor(tmp_path: Path) -> None:
-    manifest = Manifest.create(str(tmp_path))
-    assert manifest.extractors() == []
-    assert manifest.features("grid-1").rows().num_rows == 0
-    assert manifest.features("grid-1").commit(feature_rows("s1", "a", "b")) == 1
-    assert manifest.features("grid-1").commit(feature_rows("s2", "c")) == 2
-    assert manifest.extractors() == ["grid-1"]
-    assert manifest.features("grid-1").shards() == {"s1", "s2"}
-    assert manifest.features("pixels-2").shards() == set()
-
-
-def test_a_sample_keeps_the_features_of_its_older_shard(tmp_path: Path) -> None:
-    features = Manifest.create(str(tmp_path)).features("grid-1")
-    features.commit(feature_rows("s1", "a"))
-    features.commit(feature_rows("s2", "a"))
-    features.commit(feature_rows("s2", "a", offset=1024))
-    found = features.rows(["shard", "values_offset"]).to_pylist()
-    assert sorted((row["shard"], row["values_offset"]) for row in found) == [
-        ("s1", 512),
-        ("s2", 1024),
-    ]
-
-
-def test_a_list_made_before_there_were_rejects_is_read_and_added_to(tmp_path: Path) -> None:
-    manifest = Manifest.create(str(tmp_path))
-    features = manifest.features("grid-1")
-    location = str(tmp_path / "manifest" / "features" / "grid-1")
-    names = [name for name in FEATURES.names if name not in ("reason", "detail")]
-    old = pa.schema([FEATURES.field(name) for name in names])
-    DeltaTable.create(location, old)
-    rows = feature_rows("s1", "a", "b").select(names)
-    sequence = pa.array([1, 1], pa.int64())
-    rows = rows.set_column(names.index("sequence"), "sequence", sequence)
-    write_deltalake(location, rows, mode="append")
-    assert features.rejects().num_rows == 0
-    assert features.rows(["key", "reason"])["reason"].null_count == 2
-
-    reject = {"key": "c", "shard": "s2", "reason": "truncated-image", "detail": "9 bytes"}
-    features.commit(pa.Table.from_pylist([reject], FEATURES))
-    assert features.rejects().to_pylist() == [reject]
-    assert features.rows().num_rows == 3
-    features.shrink({"s2"}, datetime.now(UTC) + timedelta(days=1))
-    assert features.rows(["key"])["key"].to_pylist() == ["c"]
-
-
-def test_features_listed_twice_at_once_are_kept_once(tmp_path: Path) -> None:
-    url = str(tmp_path)
-    Manifest.create(url)
-
-    def work(writer: int) -> None:
-        for shard in ("s1", "s2", "s3"):
-            Manifest.open(url).features("grid-1").commit(feature_rows(shard, "a", f"b{writer}"))
-
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(work, range(3)))
-    assert Manifest.open(url).features("grid-1").rows().num_rows == 3 * 4

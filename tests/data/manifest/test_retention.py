@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.ingest.ingest import IngestConfig, ingest
-from pipeline.data.manifest.manifest import Kept, Manifest
+from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.manifest.retention import Retention, needed_by, versions_of_run
+from pipeline.data.manifest.versions import Kept
 from pipeline.errors import ManifestError, StorageError
 from tests.data.world import Item, World
 

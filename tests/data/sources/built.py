@@ -40,6 +40,10 @@ def record(source: Source, key: str) -> Record:
     return entry
 
 
+def fingerprints(entry: Record | Reject) -> tuple[str, str]:
+    return entry.image_fingerprint, entry.texts_fingerprint
+
+
 def ingested(source: Source, folder: Path) -> IngestReport:
     config = IngestConfig(shards_in_flight=0, max_reject_fraction=1.0, verify="header")
     return ingest(source, str(folder / "dataset"), config)

@@ -14,28 +14,32 @@ from pipeline.data.sources.base import (
     by_key,
     fingerprint,
     in_validation,
-    same_image,
-    same_texts,
-    with_texts,
+    refused,
 )
 from pipeline.errors import SourceError
+from pipeline.reason import Reason
 from tests.data.world import Item, World
 
 
-def test_a_fingerprint_tells_an_edited_image_from_edited_texts() -> None:
-    before = fingerprint("photo 1", Texts("a", ("a cat",)))
-    edited_texts = fingerprint("photo 1", Texts("a", ("a dog",)))
-    edited_image = fingerprint("photo 2", Texts("a", ("a cat",)))
-    assert len({before, edited_texts, edited_image}) == 3
-    assert same_image(before, edited_texts)
-    assert not same_texts(before, edited_texts)
-    assert same_texts(before, edited_image)
-    assert not same_image(before, edited_image)
+def test_fingerprints_tell_an_edited_image_from_edited_texts() -> None:
+    def record(image: str, caption: str) -> Record:
+        texts = Texts("a", (caption,)).encoded()
+        return Record("a", "train", "a.jpg", "jpg", texts, fingerprint(image))
+
+    before = record("photo 1", "a cat")
+    edited_texts, edited_image = record("photo 1", "a dog"), record("photo 2", "a cat")
+    assert edited_texts.image_fingerprint == before.image_fingerprint
+    assert edited_texts.texts_fingerprint != before.texts_fingerprint
+    assert edited_image.image_fingerprint != before.image_fingerprint
+    assert edited_image.texts_fingerprint == before.texts_fingerprint
 
 
-def test_other_texts_of_the_same_image_have_its_fingerprint_with_their_own_half() -> None:
-    one, other = Texts("a", ("a cat",)), Texts("a", ("a dog",))
-    assert with_texts(fingerprint("photo 1", one), other) == fingerprint("photo 1", other)
+def test_what_is_refused_remains() -> None:
+    record = Record("a", "train", "", "", Texts("a", ("a cat",)).encoded(), fingerprint("1"))
+    reject = refused(record, Reason.MISSING_IMAGE, "gone")
+    assert reject.remains == record
+    assert reject.image_fingerprint == record.image_fingerprint
+    assert reject.texts_fingerprint == record.texts_fingerprint
 
 
 def test_locations_are_named_by_the_keys_that_give_them() -> None:
@@ -46,11 +50,6 @@ def test_locations_are_named_by_the_keys_that_give_them() -> None:
         "images.test": "c",
         "table": "t",
     }
-
-
-def test_fingerprints_without_halves_are_never_half_the_same() -> None:
-    assert not same_image("abc", "abd")
-    assert not same_texts("abc", "abd")
 
 
 def test_a_split_by_hash_is_stable_and_grows_with_its_fraction() -> None:

@@ -44,7 +44,7 @@ def test_flickr30k_has_7_samples_and_1194_missing_images(shared_data: Path) -> N
         captions=str(folder / "results_20130124.token"),
     )
     assert reasons(source) == {"live": 7, "missing-image": 1194}
-    assert len(record(source, "100652400").texts.captions) == 5
+    assert len(record(source, "100652400").texts.decode().captions) == 5
 
 
 def test_each_fault_has_its_reason(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_each_fault_has_its_reason(tmp_path: Path) -> None:
         "silent": ("no-captions", "train"),
         "lost": ("missing-image", "dev"),
     }
-    assert record(source, "good").texts.captions == ("A dog .",)
+    assert record(source, "good").texts.decode().captions == ("A dog .",)
     assert entries["good"].detail == "1 empty captions dropped"
 
 
@@ -102,7 +102,7 @@ def test_lines_may_end_as_on_any_system(tmp_path: Path, end: str) -> None:
         splits={"train": str(tmp_path / "train.txt")},
     )
     assert reasons(source) == {"live": 2}
-    assert record(source, "a").texts.captions == ("one", "two")
+    assert record(source, "a").texts.decode().captions == ("one", "two")
 
 
 def test_lists_and_a_fraction_exclude_each_other() -> None:

@@ -26,12 +26,12 @@ def test_images_have_the_texts_beside_them(tmp_path: Path) -> None:
     (tmp_path / "both.json").write_text(json.dumps({"captions": ["two"]}))
     source = build("folder", folder=str(tmp_path), validation_fraction=0.0)
     found = record(source, "dog")
-    assert found.texts.captions == ("A dog.", "A brown dog.")
+    assert found.texts.decode().captions == ("A dog.", "A brown dog.")
     assert source.read(found) == (tmp_path / "dog.jpg").read_bytes()
     (key,) = (key for key in listed(source) if key.startswith("sub-cat-"))
-    assert record(source, key).texts.questions[0].answers == ("a cat",)
+    assert record(source, key).texts.decode().questions[0].answers == ("a cat",)
     assert record(source, key).suffix == "png"
-    assert set(record(source, "both").texts.captions) == {"one", "two"}
+    assert set(record(source, "both").texts.decode().captions) == {"one", "two"}
 
 
 def test_each_fault_has_its_reason(tmp_path: Path) -> None:
@@ -105,9 +105,9 @@ def test_videos_dicom_and_folders_of_frames_are_samples_too(tmp_path: Path) -> N
     with zipfile.ZipFile(io.BytesIO(payload)) as frames:
         assert frames.namelist() == ["10.png", "2.png"]
         assert frames.read("2.png") == (tmp_path / "steps" / "2.png").read_bytes()
-    before = record(source, "steps").fingerprint
+    before = record(source, "steps").image_fingerprint
     draw(tmp_path / "steps" / "3.png")
-    assert record(source, "steps").fingerprint != before
+    assert record(source, "steps").image_fingerprint != before
 
 
 def described(folder: Path, *names: str) -> None:

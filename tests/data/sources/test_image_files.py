@@ -13,6 +13,7 @@ from pipeline.data.sources.image_files import (
     read_image,
 )
 from pipeline.errors import SourceError
+from pipeline.reason import Reason
 from tests.data.sources.built import draw
 
 
@@ -108,7 +109,7 @@ def test_an_absent_folder_is_named(tmp_path: Path) -> None:
 
 def test_the_image_is_at_fault_before_the_texts() -> None:
     texts = Texts(1, ("words",))
-    fault = ("no-captions", "nothing describes it")
+    fault = (Reason.NO_CAPTIONS, "nothing describes it")
     missing = listed("k", "train", ImageFile.at("/a/x.jpg", None), texts, fault=fault)
     unknown = listed("k", "train", ImageFile.at("/a/x.jpg.1", "7"), texts, fault=fault)
     silent = listed("k", "train", ImageFile.at("/a/x.jpg", "7"), Texts(1), fault=fault)
@@ -118,7 +119,7 @@ def test_the_image_is_at_fault_before_the_texts() -> None:
     assert (missing.reason, unknown.reason) == ("missing-image", "unknown-suffix")
     assert (silent.reason, silent.detail) == fault
     assert missing.remains is not None
-    assert (missing.remains.image, missing.remains.texts) == ("", texts)
+    assert (missing.remains.image, missing.remains.texts) == ("", texts.encoded())
     assert silent.remains is not None
     assert silent.remains.image == "/a/x.jpg"
     live = listed("k", "train", ImageFile.at("/a/x.jpg", "7"), texts, detail="less")

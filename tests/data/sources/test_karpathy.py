@@ -47,8 +47,8 @@ def test_flickr30k_has_7_samples_and_1194_missing_images(shared_data: Path) -> N
     splits = Counter(entry.split for entry in entries.values())
     assert splits == {"train": 904, "val": 150, "test": 147}
     found = record(source, "6338542128")
-    assert found.texts.image_id == "6338542128"
-    assert len(found.texts.captions) == 5
+    assert found.texts.decode().image_id == "6338542128"
+    assert len(found.texts.decode().captions) == 5
 
 
 def test_coco_images_are_found_in_their_subfolder_beside_it_or_by_number(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_coco_images_are_found_in_their_subfolder_beside_it_or_by_number(tmp_pat
         entries["000000000004"].detail
     )
     found = record(source, "000000000002")
-    assert (found.texts.image_id, found.texts.captions) == (2, ("two",))
+    assert (found.texts.decode().image_id, found.texts.decode().captions) == (2, ("two",))
     assert found.detail == "1 empty captions dropped"
     assert source.read(found) == (tmp_path / names[1]).read_bytes()
 

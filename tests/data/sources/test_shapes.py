@@ -32,7 +32,7 @@ def test_it_lists_every_scene_once_under_a_key_of_its_own() -> None:
     records = list(make_source().records())
     assert [record.split for record in records] == ["train"] * 7 + ["validation"] * 3
     assert len({record.key for record in records}) == 10
-    assert len({record.fingerprint for record in records}) == 10
+    assert len({record.image_fingerprint for record in records}) == 10
 
 
 def test_listing_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,8 +48,8 @@ def test_the_same_settings_give_the_same_records_and_bytes() -> None:
 
 
 def test_more_scenes_keep_the_records_of_fewer() -> None:
-    few = {record.fingerprint for record in make_source().records()}
-    assert few < {record.fingerprint for record in make_source(11, 6).records()}
+    few = {record.image_fingerprint for record in make_source().records()}
+    assert few < {record.image_fingerprint for record in make_source(11, 6).records()}
 
 
 def test_another_seed_gives_other_scenes() -> None:
@@ -60,7 +60,7 @@ def test_another_seed_gives_other_scenes() -> None:
 def test_a_larger_picture_is_another_fingerprint_of_the_same_texts() -> None:
     small, large = next(make_source().records()), next(make_source(image_size=96).records())
     assert (small.key, small.texts) == (large.key, large.texts)
-    assert small.fingerprint != large.fingerprint
+    assert small.image_fingerprint != large.image_fingerprint
 
 
 @pytest.mark.parametrize("image_size", [48, 100])
@@ -108,7 +108,7 @@ def test_a_thing_has_the_color_it_is_said_to_have() -> None:
 def test_a_record_of_another_source_is_refused() -> None:
     source = make_source()
     record = next(source.records())
-    foreign = Record("photo", "train", "photo.jpg", "jpg", texts=record.texts, fingerprint="1-2")
+    foreign = Record("photo", "train", "photo.jpg", "jpg", record.texts, "1")
     with pytest.raises(SourceError, match="photo"):
         source.read(foreign)
 

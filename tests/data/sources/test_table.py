@@ -13,7 +13,16 @@ from pipeline import storage
 from pipeline.data.read.dataset import Dataset
 from pipeline.data.sources import table as table_module
 from pipeline.errors import ConfigError, SourceError
-from tests.data.sources.built import build, draw, ingested, listed, reason, reasons, record
+from tests.data.sources.built import (
+    build,
+    draw,
+    fingerprints,
+    ingested,
+    listed,
+    reason,
+    reasons,
+    record,
+)
 from tests.vision.video_files import dicom, video
 
 
@@ -34,8 +43,8 @@ def test_rows_of_one_image_are_one_sample(tmp_path: Path) -> None:
     columns = {"captions": "text", "question": "q", "answers": "a"}
     source = build("table", table=table, image="file", texts=columns)
     found = record(source, "a")
-    assert found.texts.captions == ("one", "four")
-    assert [asked.answers for asked in found.texts.questions] == [("x", "y")]
+    assert found.texts.decode().captions == ("one", "four")
+    assert [asked.answers for asked in found.texts.decode().questions] == [("x", "y")]
     assert (found.suffix, source.read(found)) == ("png", (tmp_path / "a.png").read_bytes())
     assert len(listed(source)) == 2
 
@@ -51,10 +60,10 @@ def test_daquars_csv_has_one_sample_for_each_of_105_images(shared_data: Path) ->
     )
     entries = listed(source)
     assert Counter(map(reason, entries.values())) == {"live": 105}
-    questions = [asked for e in entries.values() for asked in e.texts.questions]  # type: ignore[union-attr]
+    questions = [asked for e in entries.values() for asked in e.texts.decode().questions]  # type: ignore[union-attr]
     assert sum(len(asked.answers) for asked in questions) == 957
     assert len({asked.question_id for asked in questions}) == len(questions)
-    assert record(source, "image1032").texts.questions[1].answers == ("1",)
+    assert record(source, "image1032").texts.decode().questions[1].answers == ("1",)
 
 
 @pytest.mark.parametrize("with_path", [True, False])
@@ -130,7 +139,7 @@ def test_each_fault_has_its_reason(tmp_path: Path) -> None:
     found = next(entry for entry in source.records() if reason(entry) == "live")
     assert (found.key, found.split) == ("000000000001", "train")
     assert found.detail == "also listed for test"
-    assert found.texts.captions == ("one", "two")  # type: ignore[union-attr]
+    assert found.texts.decode().captions == ("one", "two")  # type: ignore[union-attr]
     details = {entry.key: entry.detail for entry in source.records()}
     assert any("t.jsonl: line 13: not valid JSON" in detail for detail in details.values())
 
@@ -166,9 +175,11 @@ def test_order_of_rows_does_not_change_keys_or_splits(tmp_path: Path) -> None:
     for order in (rows, rows[::-1]):
         table = write_jsonl(tmp_path / "t.jsonl", *order)
         source = build("table", table=table, image="file", texts={"captions": "text"})
-        splits.append({entry.key: (entry.split, entry.fingerprint) for entry in source.records()})
+        splits.append(
+            {entry.key: (entry.split, *fingerprints(entry)) for entry in source.records()}
+        )
     assert splits[0] == splits[1]
-    assert {split for split, _ in splits[0].values()} == {"train", "validation"}
+    assert {split for split, *_ in splits[0].values()} == {"train", "validation"}
 
 
 def test_a_table_may_be_on_an_object_store(tmp_path: Path, object_store: str) -> None:
@@ -237,7 +248,7 @@ def embedded(*files: Path, **settings: Any) -> Any:
 
 
 def captions(source: Any) -> dict[str, tuple[str, ...]]:
-    return {entry.key: entry.texts.captions for entry in source.records()}
+    return {entry.key: entry.texts.decode().captions for entry in source.records()}
 
 
 def test_embedded_images_of_one_name_are_samples_of_their_own(
@@ -257,7 +268,7 @@ def test_embedded_images_of_one_name_are_samples_of_their_own(
     assert captions(source) == expected
     for image, key in own.items():
         assert source.read(record(source, key)) == image
-        assert record(source, key).texts.image_id == key
+        assert record(source, key).texts.decode().image_id == key
     assert (ingested(source, tmp_path).num_live, ingested(source, tmp_path).num_unchanged) == (3, 3)
 
 
@@ -302,7 +313,7 @@ def test_embedded_images_without_a_path_have_their_digest_for_a_key(
     assert {reason(entry) for entry in found.values()} == {"live", "no-image"}
     assert record(
         embedded(tmp_path / "a.parquet"), xxhash.xxh3_128_hexdigest(red)
-    ).texts.captions == ("red", "red again")
+    ).texts.decode().captions == ("red", "red again")
     write_embedded(tmp_path / "b.parquet", *rows[::-1], group=3)
     live = {key for key, entry in found.items() if reason(entry) == "live"}
     again = listed(embedded(tmp_path / "b.parquet"))
@@ -318,7 +329,7 @@ def test_other_bytes_under_a_known_key_are_a_duplicate_not_a_caption_more(
     source = embedded(tmp_path / "a.parquet", key="id", image_suffix="png")
     report = ingested(source, tmp_path)
     assert (report.num_live, report.rejects) == (1, {"duplicate-id": 1})
-    assert next(iter(source.records())).texts.captions == ("a", "c")
+    assert next(iter(source.records())).texts.decode().captions == ("a", "c")
 
 
 @pytest.mark.parametrize(

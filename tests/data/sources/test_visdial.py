@@ -51,7 +51,7 @@ def test_official_dialogs_have_one_judged_round_each(
     assert sum(samples["num_rounds"].to_pylist()) == 10 * number
     judged = json.loads((folder / "visdial_1.0_val_dense_annotations.json").read_text())
     for entry, dense in zip(source.records(), judged, strict=True):
-        (dialog,) = entry.texts.dialogs  # type: ignore[union-attr]
+        (dialog,) = entry.texts.decode().dialogs  # type: ignore[union-attr]
         assert entry.key == f"{dense['image_id']:012d}"
         for place, found in enumerate(dialog.rounds, 1):
             assert len(found.options) == 100
@@ -59,7 +59,7 @@ def test_official_dialogs_have_one_judged_round_each(
             expected = dense["gt_relevance"] if place == dense["round_id"] else []
             assert list(found.relevance) == expected
     first = official["dialogs"][0]
-    (dialog,) = record(source, f"{ids[0]:012d}").texts.dialogs
+    (dialog,) = record(source, f"{ids[0]:012d}").texts.decode().dialogs
     assert dialog.caption == first["caption"]
     assert dialog.rounds[3].question == official["questions"][first["dialog"][3]["question"]]
 
@@ -91,7 +91,7 @@ def test_daquar_reads_as_visdial(shared_data: Path) -> None:
 
 def test_the_last_round_of_a_test_dialog_has_no_answer(tmp_path: Path) -> None:
     settings = write(tmp_path, turn(), {"question": 1, "answer_options": [0, 2]})
-    (dialog,) = record(build("visdial", **settings), "000000000009").texts.dialogs
+    (dialog,) = record(build("visdial", **settings), "000000000009").texts.decode().dialogs
     assert dialog.caption == "a ball"
     assert (dialog.rounds[0].answer, dialog.rounds[0].options) == ("yes", ("maybe", "yes", "no"))
     last = dialog.rounds[1]
@@ -103,7 +103,7 @@ def test_the_last_round_of_a_test_dialog_has_no_answer(tmp_path: Path) -> None:
 def test_rounds_are_counted_from_one_in_dense_annotations(tmp_path: Path, name: str) -> None:
     settings = write(tmp_path, turn(), turn(question=1))
     dense = write_dense(tmp_path, {"image_id": 9, "round_id": 2, name: [0.0, 1.0, 0.5]})
-    (dialog,) = record(build("visdial", **settings, **dense), "000000000009").texts.dialogs
+    (dialog,) = record(build("visdial", **settings, **dense), "000000000009").texts.decode().dialogs
     assert [found.relevance for found in dialog.rounds] == [(), (0.0, 1.0, 0.5)]
 
 

@@ -16,8 +16,9 @@ from pipeline import storage
 from pipeline.data.ingest.ingest import IngestConfig, ingest
 from pipeline.data.ingest.ingest_plan import plan_ingest
 from pipeline.data.ingest.treatment import Treatment
-from pipeline.data.manifest.manifest import FEATURES, Manifest
+from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.manifest.retention import Retention
+from pipeline.data.manifest.schema import FeaturePart, FeatureRow, to_table
 from pipeline.data.read.dataset import Dataset
 from pipeline.data.sample import Sample
 from pipeline.data.tars.shard import ShardWriter
@@ -54,8 +55,6 @@ def values_of(key: str) -> np.ndarray:
 
 def extract(url: str, extractor: str = EXTRACTOR, missing: tuple[str, ...] = ()) -> None:
     """Gives the samples features, shard by shard, but for those that are `missing`."""
-    import pyarrow as pa
-
     manifest = Manifest.open(url)
     storage.write_bytes(f"{url}/features/{extractor}/card.json", CARD)
     listed = manifest.features(extractor).shards()
@@ -68,15 +67,15 @@ def extract(url: str, extractor: str = EXTRACTOR, missing: tuple[str, ...] = ())
         rows = []
         with ShardWriter(f"{url}/features/{extractor}", shard) as writer:
             for key in keys:
-                # As a detector does, with a part whose place the card implies.
-                parts = {"npy": npy(values_of(key)), "scores.npy": npy(values_of(key)[:, 0])}
-                member = writer.write(Sample(key, parts))["npy"]
-                rows.append(
-                    {"key": key, "shard": shard, "values_offset": member.offset,
-                     "values_size": member.size, "boxes_offset": -1, "boxes_size": 0,
-                     "num_regions": 6}
-                )  # fmt: skip
-        manifest.features(extractor).commit(pa.Table.from_pylist(rows, FEATURES))
+                # As a detector does, with a part beside the values.
+                payloads = {"npy": npy(values_of(key)), "scores.npy": npy(values_of(key)[:, 0])}
+                members = writer.write(Sample(key, payloads))
+                parts = (
+                    FeaturePart("values", *members["npy"]),
+                    FeaturePart("scores", *members["scores.npy"]),
+                )
+                rows.append(FeatureRow(key=key, shard=shard, num_regions=6, parts=parts))
+        manifest.features(extractor).commit(to_table(rows, FeatureRow))
 
 
 def files(url: str) -> set[str]:
@@ -392,9 +391,9 @@ def test_a_break_at_any_write_or_removal_leaves_a_valid_dataset(
             for name in ("remove", "write_bytes", "_flush"):
                 patch.setattr(storage, name, after(step, getattr(storage, name)))
             for name in ("write_deltalake",):
-                import pipeline.data.manifest.manifest as manifest_module
+                import pipeline.data.manifest.table as table_module
 
-                patch.setattr(manifest_module, name, after(step, getattr(manifest_module, name)))
+                patch.setattr(table_module, name, after(step, getattr(table_module, name)))
             with contextlib.suppress(Killed):
                 compact(url, NOW)
                 finished = True

@@ -38,7 +38,9 @@ def overwrite(path: str, offset: int, payload: bytes) -> None:
 def commit(url: str, row: dict, **changes: object) -> None:
     """Lists a sample anew, with other values."""
     manifest = Manifest.open(url)
-    table = pa.Table.from_pylist([row | changes | {"fingerprint": "other"}], manifest.rows().schema)
+    table = pa.Table.from_pylist(
+        [row | changes | {"image_fingerprint": "other"}], manifest.rows().schema
+    )
     manifest.commit(table)
 
 

@@ -194,7 +194,7 @@ def search_path() -> list[str]:
 
 _RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray looks at its ranks every two seconds; a start and an end wait for a few such looks.
+    # Ray polls its ranks every two seconds; a start and an end wait for a few such polls.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }

@@ -34,14 +34,18 @@ def run_ahead(items: Generator[Item, None, None], depth: int) -> Generator[Item,
 
 
 def map_ahead(
-    make: Callable[[Given], Made], items: Iterable[Given], threads: int, depth: int
+    make: Callable[[Given], Made],
+    items: Iterable[Given],
+    threads: int,
+    depth: int,
+    name: str = "look-ahead",
 ) -> Generator[Made, None, None]:
     """Yields what is made of each item in turn, while threads make that of the next `depth`.
 
-    The items themselves are taken in the caller's thread.
+    The items themselves are taken in the caller's thread. `name` begins that of each thread.
     """
     waiting = iter(items)
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="look-ahead")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
     try:
         ahead = deque(pool.submit(make, item) for item in islice(waiting, depth))
         while ahead:

@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.cluster import connection, probe
 from pipeline.errors import ClusterError, ConfigError
 
-SECONDS_BETWEEN_LOOKS = 5.0  # for room, while work waits
+SECONDS_BETWEEN_CHECKS = 5.0  # for room, while work waits
 SECONDS_UNTIL_BUSY = 20.0  # that work waits for a cluster whose room others have
 SECONDS_BETWEEN_REMINDERS = 300.0
 SECONDS_UNTIL_LOST = 20.0  # without an answer; Ray ends this process by itself after 60
@@ -32,7 +32,7 @@ class Waiting:
         if not connection.address and self._room() < self._number:
             raise ConfigError(f"{self._lacking()}; ask for less, or join a cluster that has it")
 
-    def look(self, is_pending: Callable[[], bool]) -> None:
+    def tell_if_waiting(self, is_pending: Callable[[], bool]) -> None:
         """Tells, now and then, what is waited for; call it every few seconds while work is done.
 
         `is_pending` tells whether a part of the work has not started. Raises ClusterError if the
@@ -83,10 +83,10 @@ def wait(references: Sequence[Any], waiting: Waiting, has_begun: bool) -> list[A
     import ray
 
     while True:
-        done: list[Any] = ray.wait(list(references), timeout=SECONDS_BETWEEN_LOOKS)[0]
+        done: list[Any] = ray.wait(list(references), timeout=SECONDS_BETWEEN_CHECKS)[0]
         if done:
             return done
-        waiting.look(is_pending=lambda: not has_begun)
+        waiting.tell_if_waiting(is_pending=lambda: not has_begun)
 
 
 def _nodes() -> list[dict[str, float]]:
@@ -112,7 +112,7 @@ def require_cluster() -> None:
     while not _answers():
         if time.monotonic() > deadline:
             raise _lost()
-        time.sleep(SECONDS_BETWEEN_LOOKS / 5)
+        time.sleep(SECONDS_BETWEEN_CHECKS / 5)
 
 
 def _answers() -> bool:

@@ -12,7 +12,9 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 SHARING_RAY = (
-    "tests/training/launch/test_launch.py",
+    "tests/training/launch/test_ray_train.py",
+    "tests/training/launch/test_process_group.py",
+    "tests/training/launch/test_gauges.py",
     "tests/vision/test_extract.py",
     "tests/data/ingest/test_ingest.py",
     "tests/data/ingest/test_shard_tasks.py",

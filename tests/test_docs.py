@@ -24,10 +24,22 @@ def test_every_module_that_the_architecture_names_is_there() -> None:
         assert (ROOT / "pipeline" / module).exists() or (ROOT / module).exists(), module
 
 
-def test_every_module_of_the_data_is_named_in_the_architecture() -> None:
+def test_every_module_of_the_rooms_is_named_in_the_architecture() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
-    for path in (ROOT / "pipeline" / "data").glob("[a-z]*.py"):
-        assert f"`{path.stem}`" in text, path.name
+    for hall in ("data", "vision", "training"):
+        for path in (ROOT / "pipeline" / hall).rglob("[a-z]*.py"):
+            assert f"`{path.stem}`" in text, f"{hall}: {path.name}"
+
+
+def test_every_function_on_the_trip_of_a_record_is_there() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    (trip,) = re.findall(r"```\n(.*?)```", text, re.DOTALL)
+    stations = re.findall(r"((?:\w+/)+\w+\.py) +([A-Za-z_][\w., ]*\w)", trip)
+    assert len(stations) > 12
+    for module, names in stations:
+        code = (ROOT / "pipeline" / module).read_text()
+        for name in re.split(r"[., ]+", names):
+            assert re.search(rf"(def|class) {name}\b", code), f"{module}: {name}"
 
 
 def test_pages_that_the_readme_links_to_are_there() -> None:

@@ -113,6 +113,8 @@ ORDER: dict[str, list[str]] = {
         "evaluation",
         "held_out",
         "assembly",
+        "non_finite",
+        "result",
         "loop",
         "launch",
     ],

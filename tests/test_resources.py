@@ -20,7 +20,7 @@ def told(
     address = ray.get_runtime_context().gcs_address
     monkeypatch.setattr(cluster.connection, "address", address)
     monkeypatch.setattr(cluster.connection, "tell", told.append)
-    monkeypatch.setattr(room, "SECONDS_BETWEEN_LOOKS", 0.2)
+    monkeypatch.setattr(room, "SECONDS_BETWEEN_CHECKS", 0.2)
     monkeypatch.setattr(room, "SECONDS_UNTIL_BUSY", 1.0)
     return told
 
@@ -35,12 +35,12 @@ def test_work_that_a_cluster_has_no_room_for_says_so_and_waits(told: list[str]) 
     waiting = Waiting("pretrain", 3, {"CPU": 1, "GPU": 0})
     waiting.require_room()  # of a cluster that may get nodes, it is waited for
     for _ in range(3):
-        waiting.look(lambda: True)
+        waiting.tell_if_waiting(lambda: True)
     (said,) = told  # not again for a while
     assert said.startswith("pretrain: 3 x 1 CPU asked for, and the cluster at 127.0.0.1:")
     assert said.endswith(" has 2 CPU; it waits for nodes, which may come")
     gpus = Waiting("extract", 1, {"CPU": 1, "GPU": 1})
-    gpus.look(lambda: False)
+    gpus.tell_if_waiting(lambda: False)
     assert "extract: 1 x 1 CPU and 1 GPU asked for, and the cluster at" in told[1]
     assert "has 2 CPU and 0 GPU; it waits" in told[1]
 
@@ -48,9 +48,9 @@ def test_work_that_a_cluster_has_no_room_for_says_so_and_waits(told: list[str]) 
 def test_room_is_counted_by_node(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [{"CPU": 3.0}, {"CPU": 3.0, "GPU": 1.0}]
     monkeypatch.setattr(room, "_nodes", lambda: nodes)
-    Waiting("pretrain", 2, {"CPU": 2, "GPU": 0}).look(lambda: False)
+    Waiting("pretrain", 2, {"CPU": 2, "GPU": 0}).tell_if_waiting(lambda: False)
     assert told == []
-    Waiting("pretrain", 3, {"CPU": 2, "GPU": 0}).look(lambda: False)
+    Waiting("pretrain", 3, {"CPU": 2, "GPU": 0}).tell_if_waiting(lambda: False)
     assert "has 2 nodes: 3 CPU, 3 CPU; it waits" in told[0]
 
 
@@ -83,9 +83,9 @@ def test_a_head_that_does_not_answer_was_lost(
 ) -> None:
     monkeypatch.setattr(cluster.connection, "address", "127.0.0.1:9")
     waiting = Waiting("pretrain", 99, {"CPU": 1})
-    waiting.look(lambda: True)  # for a moment
+    waiting.tell_if_waiting(lambda: True)  # for a moment
     monkeypatch.setattr(room, "SECONDS_UNTIL_LOST", 0.0)
     with pytest.raises(ClusterError, match=r"the Ray at 127.0.0.1:9 was lost: .* the same command"):
-        waiting.look(lambda: True)
+        waiting.tell_if_waiting(lambda: True)
     monkeypatch.setattr(cluster.connection, "silent_since", None)
     assert told == []

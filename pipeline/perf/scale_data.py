@@ -18,7 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.data.manifest.manifest import LIVE, SAMPLES, Manifest
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import SAMPLES, State
 from pipeline.data.sample import Sample, Texts
 from pipeline.data.sources.digests import digests, in_hex
 from pipeline.data.sources.table import TableSource, TableSourceConfig
@@ -70,7 +71,7 @@ class ScaleData:
         for start in range(0, self.num_samples, _ROWS_A_COMMIT):
             places = np.arange(start, min(start + _ROWS_A_COMMIT, self.num_samples))
             lines = places * _STRIDE % self.num_samples
-            yield _rows(2 * lines, *self._places(places), _fingerprints(lines, file, stamp))
+            yield _rows(2 * lines, *self._places(places), *_fingerprints(lines, file, stamp))
 
     def _places(self, places: Int64Array) -> tuple[pa.Array, Int64Array]:
         """Returns the shard of each sample, and its number in there."""
@@ -128,7 +129,11 @@ def write_table(path: Path, numbers: npt.ArrayLike, rows_a_group: int = _SMALL_G
 
 
 def _rows(
-    numbers: Int64Array, shard: pa.Array, place: Int64Array, fingerprints: pa.Array
+    numbers: Int64Array,
+    shard: pa.Array,
+    place: Int64Array,
+    image_fingerprints: pa.Array,
+    texts_fingerprints: pa.Array,
 ) -> pa.Table:
     """Returns rows of live samples, as ingest lists them."""
     random = np.random.default_rng(int(numbers[0]))
@@ -137,10 +142,9 @@ def _rows(
     columns: dict[str, object] = {
         "key": pc.utf8_lpad(pa.array(numbers).cast(pa.string()), 12, "0"),
         "split": SPLIT,
-        "state": LIVE,
-        "reason": "",
-        "detail": "",
-        "fingerprint": fingerprints,
+        "state": State.LIVE.value,
+        "image_fingerprint": image_fingerprints,
+        "texts_fingerprint": texts_fingerprints,
         "digest": pc.binary_join_element_wise(*digest, ""),
         "shard": shard,
         "suffix": "jpg",
@@ -168,8 +172,8 @@ def _column(value: object, kind: pa.DataType, length: int) -> pa.Array:
     return pa.repeat(pa.scalar(value, kind), length)
 
 
-def _fingerprints(lines: Int64Array, file: str, stamp: str) -> pa.Array:
-    """Returns what the table's source tells the records of these lines by."""
+def _fingerprints(lines: Int64Array, file: str, stamp: str) -> tuple[pa.Array, pa.Array]:
+    """Returns what the table's source tells images and texts of these lines by."""
     group, index = (pa.array(part).cast(pa.string()) for part in divmod(lines, _ROWS_A_GROUP))
     numbers = 2 * lines
     location = pc.binary_join_element_wise(
@@ -178,7 +182,7 @@ def _fingerprints(lines: Int64Array, file: str, stamp: str) -> pa.Array:
     found = caption_texts(pa.array(numbers).cast(pa.string()), [_captions(numbers)])
     assert found is not None
     texts, _ = found
-    return pc.binary_join_element_wise(in_hex(digests(location)), in_hex(digests(texts)), "-")
+    return in_hex(digests(location)), in_hex(digests(texts))
 
 
 def _captions(numbers: Int64Array) -> pa.Array:

@@ -109,13 +109,12 @@ def read_energon(folder: Path) -> Iterator[Any]:
     """Yields samples of a rank."""
     energon = importlib.import_module("megatron.energon")
 
-    @energon.stateless
     def cook(sample: Any) -> Any:
         keys = energon.basic_sample_keys(sample)
         return energon.TextSample(**keys, text=sample["json"]["captions"][0])
 
     encoder = energon.DefaultTaskEncoder()
-    encoder.cookers = [energon.Cooker(cook)]
+    encoder.cookers = [energon.Cooker(energon.stateless(cook))]
     dataset = energon.get_train_dataset(
         folder,
         worker_config=energon.WorkerConfig(rank=0, world_size=1, num_workers=0),

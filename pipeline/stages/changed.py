@@ -19,10 +19,11 @@ from pipeline.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.pretrained.files import extractor_of, is_model
 from pipeline.training.assembly import MODEL
 from pipeline.training.checkpoints import checkpoint
+from pipeline.training.checkpoints.checkpoint import CHECKPOINTS
 from pipeline.training.continuation import Difference, differences, fixed
 from pipeline.training.launch.recorded_spec import SPEC, read_spec
 from pipeline.training.lease import only_writer
-from pipeline.training.loop import CHECKPOINTS, finished_result
+from pipeline.training.result import finished_result
 from pipeline.training.spec import TrainingResult, TrainingSpec, training_key
 
 Note = Callable[[str], None]

@@ -18,10 +18,10 @@ from pipeline.pretrained import files as model_files
 from pipeline.pretrained import folder as model_folder
 from pipeline.pretrained.card import ModelCard
 from pipeline.training.checkpoints import checkpoint
+from pipeline.training.checkpoints.checkpoint import CHECKPOINTS
 from pipeline.training.continuation import differences, fixed
 from pipeline.training.engine.optimizer import EMA_WEIGHTS
 from pipeline.training.launch.recorded_spec import read_spec
-from pipeline.training.loop import CHECKPOINTS
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.tracking.metrics_log import read_metrics
 

@@ -21,7 +21,7 @@ from pipeline.pretrained.folder import initialise, require_same_words
 from pipeline.recipe import Recipe
 from pipeline.stages.devices import missing_devices
 from pipeline.training.engine.requirements import require_known_keys, require_precision
-from pipeline.training.spec import Environment
+from pipeline.training.spec import RankContext
 
 FEW_SAMPLES = 20  # of a held-out split: fewer tell little
 
@@ -65,7 +65,7 @@ def preflight(recipe: Recipe, stages: Sequence[str] = ()) -> None:
     except ConfigError as error:
         faults.append(str(error))
     device = "cuda:0" if recipe.cluster.gpus_per_worker else "cpu"
-    rank = Environment(0, recipe.cluster.workers, 0, device)
+    rank = RankContext(0, recipe.cluster.workers, 0, device)
     for name in ("pretrain", "finetune"):
         training = getattr(recipe.training, name)
         if training is not None:

@@ -1,1 +1,1 @@
-"""From a batch to a trained model: the loop, its engine, its checkpoints and its launch."""
+"""The training of a model from batches: the loop with its engine, checkpoints and launch."""

@@ -32,7 +32,7 @@ from pipeline.pretrained.files import is_model, read_own
 from pipeline.training.evaluation import Evaluate
 from pipeline.training.feed.micro_batch import MicroBatch
 from pipeline.training.held_out import evaluate, held_out_parts
-from pipeline.training.spec import Environment, MixedIn, TrainingSpec
+from pipeline.training.spec import MixedIn, RankContext, TrainingSpec
 
 MODEL = "model"  # RUN/<phase>/model
 
@@ -289,8 +289,8 @@ def _evaluation(spec: TrainingSpec) -> Evaluate | None:
     training = spec.training
     parts = held_out_parts(feed.loaders, feed.collators, spec.seed, training.evaluation.examples)
 
-    def evaluate_held_out(module: nn.Module, environment: Environment) -> dict[str, float]:
-        return evaluate(module, parts, training, environment)
+    def evaluate_held_out(module: nn.Module, rank_context: RankContext) -> dict[str, float]:
+        return evaluate(module, parts, training, rank_context)
 
     return evaluate_held_out
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import Change, as_now, change_of, settings, value_at
+from pipeline.errors import CheckpointError
 from pipeline.training.config import TrainingConfig
 from pipeline.training.spec import TrainingSpec, training_key
 
@@ -116,3 +117,17 @@ def _shown(value: Any) -> str:
         return f"{len(value)} entries"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}…"
+
+
+def changed(
+    spec: TrainingSpec, reproducibility_key: dict[str, Any], where: str
+) -> tuple[Difference, ...]:
+    """Returns the settings that are not those recorded; CheckpointError if it is another run's."""
+    found = differences(reproducibility_key, spec.reproducibility_key(), spec.phase)
+    others = fixed(found)
+    if others:
+        raise CheckpointError(
+            f"{where} belongs to another run; it differs in {'; '.join(map(str, others))}. "
+            "Choose another folder, or move this one away"
+        )
+    return found

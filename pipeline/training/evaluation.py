@@ -8,14 +8,14 @@ from torch import nn
 
 from pipeline.errors import TrainingError
 from pipeline.training.feed.micro_batch import MicroBatch
-from pipeline.training.spec import Environment
+from pipeline.training.spec import RankContext
 
 # Every rank calls it with the module in evaluation mode; what rank 0 returns is what counts.
-Evaluate = Callable[[nn.Module, Environment], Mapping[str, float]]
+Evaluate = Callable[[nn.Module, RankContext], Mapping[str, float]]
 
 
 def held_out_losses(
-    module: nn.Module, batches: Iterable[MicroBatch], environment: Environment, num_passes: int
+    module: nn.Module, batches: Iterable[MicroBatch], rank_context: RankContext, num_passes: int
 ) -> dict[str, float]:
     """Returns the mean `loss`, and that of each objective, over the samples of all ranks.
 
@@ -23,7 +23,7 @@ def held_out_losses(
     `num_passes`, which are those of the rank that has most.
     """
     dtype = next(module.parameters()).dtype
-    device = torch.device(environment.device)
+    device = torch.device(rank_context.device)
     totals: dict[str, torch.Tensor] = {}
     num_samples = made = 0
     for batch in batches:
@@ -35,7 +35,7 @@ def held_out_losses(
             total = totals.get(name, torch.zeros((), dtype=torch.float64, device=device))
             totals[name] = total + mean.double() * batch.num_samples
     if not totals:
-        raise TrainingError(f"rank {environment.rank}: it has no held-out samples to evaluate on")
+        raise TrainingError(f"rank {rank_context.rank}: it has no held-out samples to evaluate on")
     for _ in range(num_passes - made):  # for nothing: ZeRO stage 3 gathers the weights for each
         module(moved)
     names = sorted(totals)

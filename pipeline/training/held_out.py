@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.objectives.stream import CollatedBatch, StreamCollator
 from pipeline.training.config import TrainingConfig
 from pipeline.training.evaluation import held_out_losses
-from pipeline.training.spec import Environment
+from pipeline.training.spec import RankContext
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,14 @@ def evaluate(
     module: nn.Module,
     parts: Sequence[HeldOutPart],
     config: TrainingConfig,
-    environment: Environment,
+    rank_context: RankContext,
 ) -> dict[str, float]:
     """Returns the mean loss of each objective over its examples, and their weighted sum, `loss`.
 
     Collective. Where a step trains one objective, the sum is the mean over steps. Raises
     ConfigError if there are fewer examples than ranks.
     """
-    rank, world_size = environment.rank, environment.world_size
+    rank, world_size = rank_context.rank, rank_context.world_size
     total, means = 0.0, {}
     for part in parts:
         if part.num_examples < world_size:
@@ -103,7 +103,7 @@ def evaluate(
             )
         with contextlib.closing(part.batches(config, rank, world_size)) as batches:
             num_passes = part.num_passes(config, world_size)
-            found = held_out_losses(module, batches, environment, num_passes)
+            found = held_out_losses(module, batches, rank_context, num_passes)
         total += part.weight * found.pop("loss")
         means.update(found)
     return {"loss": total, **means}

@@ -97,7 +97,7 @@ class TrainingSpec(Config):
 
 
 @dataclass(frozen=True)
-class Environment:
+class RankContext:
     """Where one rank runs. `device` is a torch device such as `cpu` or `cuda:0`."""
 
     rank: int

@@ -28,7 +28,7 @@ def test_every_shard_can_be_read(tmp_path: Path) -> None:
     data.write()
     split = Dataset.open(data.url).split(SPLIT)
     assert len(split.shard_starts) - 1 == 8
-    assert len(set(split.keys.tolist())) == 70
+    assert len(set(split.each_key())) == 70
     found = split.texts(range(70), "captions")
     assert len(found) == 70
     assert all(isinstance(texts, Texts) and len(texts.captions) == 1 for texts in found)

@@ -10,12 +10,12 @@ from pipeline.perf import steps
 from pipeline.perf.steps import BARE, OURS, Marked, _BareLoop
 from pipeline.training.engine.engine import Engine
 from pipeline.training.loop import train
-from pipeline.training.spec import Environment
+from pipeline.training.spec import RankContext
 from pipeline.training.tracking.metrics_log import read_metrics
 from tests.training.conftest import alone as alone
 from tests.training.stand_in import make_spec, stand_in, without_dropout
 
-HERE = Environment(rank=0, world_size=1, local_rank=0, device="cpu")
+HERE = RankContext(rank=0, world_size=1, local_rank=0, device="cpu")
 
 
 @pytest.mark.usefixtures("alone")

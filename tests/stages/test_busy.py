@@ -16,7 +16,7 @@ from pipeline.cli import BUSY_STATUS
 from pipeline.stages.run import run_stages
 from pipeline.training.tracking.metrics_log import read_metrics
 from tests.processes import DISK_AND_OBJECT_STORE
-from tests.stages.test_run import QUICKSTART, SMALL, small
+from tests.stages.small_recipe import QUICKSTART, SMALL, small
 
 STEPS = 60
 LONGER = [

@@ -15,8 +15,8 @@ from pipeline.cluster import ClusterConfig
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.pretrained.files import extractor_of
 from pipeline.stages.changed import Begun, OnChange, aside, make_way, refuse
+from pipeline.training.checkpoints.checkpoint import CHECKPOINTS
 from pipeline.training.launch.launch import launch
-from pipeline.training.loop import CHECKPOINTS
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.tracking.metrics_log import read_metrics, read_stretches
 from tests.data.cards import make_card

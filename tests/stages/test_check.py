@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 from pipeline.stages import check as checking
-from pipeline.stages.check import Report, activation_bytes, check
+from pipeline.stages.check import activation_bytes, check
+from pipeline.stages.estimate import Report
 from pipeline.stages.preflight import small_validation
 from pipeline.stages.run import run_stages
 from pipeline.stages.train import DataInputs
-from tests.stages.test_run import small
+from tests.stages.small_recipe import small
 
 QUIET = Console(stderr=True, quiet=True)
 

@@ -8,7 +8,7 @@ from pipeline.stages import devices as module
 from pipeline.stages.preflight import preflight
 from pipeline.stages.run import STAGES
 from pipeline.stages.state import Record
-from tests.stages.test_run import QUICKSTART, small
+from tests.stages.small_recipe import QUICKSTART, small
 
 ALL = list(STAGES)
 

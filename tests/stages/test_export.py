@@ -18,7 +18,7 @@ from pipeline.pretrained.folder import load_model
 from pipeline.stages.export import export
 from pipeline.stages.predict import predict
 from pipeline.stages.run import STAGES, run_stages
-from tests.stages.test_run import small
+from tests.stages.small_recipe import small
 
 POSITION_FOURIER = 8  # of the small recipe
 LXMERT = [

@@ -19,7 +19,7 @@ from pipeline.stages.run import STAGES, run_stages
 from pipeline.stages.train import finetune
 from pipeline.training.launch.recorded_spec import read_spec
 from pipeline.vision.extractors.grid import GridConfig
-from tests.stages.test_run import small
+from tests.stages.small_recipe import small
 
 BACKBONE = (
     "features={live: true, augment: {area: [0.6, 1.0]}, extractor: {type: grid, weights: random, "

@@ -15,7 +15,7 @@ from pipeline.recipe import Recipe
 from pipeline.report.preview import write_preview
 from pipeline.stages.run import run_stages
 from pipeline.training.tracking.metrics_log import read_metrics
-from tests.stages.test_run import small
+from tests.stages.small_recipe import small
 from tests.vision.photo_dataset import picture
 from tests.vision.video_files import dicom, folder, frame, video
 

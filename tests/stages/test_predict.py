@@ -23,7 +23,7 @@ from pipeline.pretrained.folder import GENERATION, load_model
 from pipeline.recipe import Recipe
 from pipeline.stages.predict import predict
 from pipeline.stages.run import STAGES, run_stages
-from tests.stages.test_run import small
+from tests.stages.small_recipe import small
 
 SEED = 11
 FILES = (

@@ -21,48 +21,7 @@ from pipeline.stages.run import STAGES, run_stages
 from pipeline.stages.state import Record
 from pipeline.training.launch.recorded_spec import read_spec
 from pipeline.training.tracking.metrics_log import read_metrics
-
-QUICKSTART = str(Path(__file__).resolve().parents[2] / "jobs" / "recipes" / "quickstart.yaml")
-SMALL = [
-    "dataset.source.scenes=40",
-    "dataset.source.validation_scenes=12",
-    "dataset.ingest.samples_per_shard=16",
-    "cluster={runner: process, workers: 1}",
-    "model.sizes={width: 16, num_layers: 1, num_heads: 2, intermediate_size: 24, "
-    "max_positions: 32, dropout: 0.0, position_fourier: 8}",
-    *(
-        f"training.{phase}.{setting}"
-        for phase in ("pretrain", "finetune")
-        for setting in (
-            "steps=3",
-            "global_batch_size=8",
-            "micro_batch_size=4",
-            "schedule.warmup_steps=1",
-        )
-    ),
-]
-
-
-def small(run: Path, *overrides: str) -> Recipe:
-    places = [f"run={run / 'run'}", f"dataset.path={run / 'data'}"]
-    return config.load(Recipe, QUICKSTART, [*SMALL, *places, *overrides])
-
-
-@pytest.fixture(scope="module")
-def run_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A folder in which the small recipe has been run once, and a copy of it."""
-    folder, copy = tmp_path_factory.mktemp("finished"), tmp_path_factory.mktemp("copy")
-    run_stages(small(folder), list(STAGES), Console(stderr=True, quiet=True))
-    return folder, Path(shutil.copytree(folder, copy / "finished"))
-
-
-@pytest.fixture
-def finished(run_once: tuple[Path, Path]) -> Path:
-    """The folder as it was after its run, whatever other tests have made of it since."""
-    folder, copy = run_once
-    shutil.rmtree(folder)
-    shutil.copytree(copy, folder)
-    return folder
+from tests.stages.small_recipe import QUICKSTART, SMALL, small
 
 
 def states(

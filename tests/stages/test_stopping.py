@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pipeline.stages.run import run_stages
 from pipeline.training.tracking.metrics_log import read_metrics
-from tests.stages.test_run import QUICKSTART, SMALL, small
+from tests.stages.small_recipe import QUICKSTART, SMALL, small
 
 STEPS = 200
 LONGER = [

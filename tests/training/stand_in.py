@@ -27,7 +27,7 @@ from pipeline.training.assembly import Assembly
 from pipeline.training.config import TrainingConfig
 from pipeline.training.evaluation import Evaluate, held_out_losses
 from pipeline.training.loop import train
-from pipeline.training.spec import Environment, TrainingSpec
+from pipeline.training.spec import RankContext, TrainingSpec
 from pipeline.training.tracking.metrics_log import read_metrics
 
 OnStep = Callable[[int, int], None]
@@ -188,15 +188,15 @@ def evaluated(
 ) -> Assembly:
     """The stand-in with an evaluation: its losses on rows that no step trains on."""
 
-    def held_out(module: nn.Module, environment: Environment) -> Mapping[str, float]:
-        places = range(environment.rank, 12, environment.world_size)
+    def held_out(module: nn.Module, rank_context: RankContext) -> Mapping[str, float]:
+        places = range(rank_context.rank, 12, rank_context.world_size)
         rows = torch.stack([_row(99, 0, place) for place in places])
         batches = (
             StandInBatch(part[:, :FEATURES], part[:, FEATURES:], len(part), len(part), 1)
             for part in torch.split(rows, 4)
         )
-        num_passes = math.ceil(math.ceil(12 / environment.world_size) / 4)
-        return held_out_losses(module, batches, environment, num_passes)
+        num_passes = math.ceil(math.ceil(12 / rank_context.world_size) / 4)
+        return held_out_losses(module, batches, rank_context, num_passes)
 
     return replace(stand_in(spec, on_step), evaluate=evaluate or held_out)
 
@@ -206,10 +206,10 @@ def evaluated_without_dropout(spec: TrainingSpec, on_step: OnStep | None = None)
     assembly = without_dropout(spec, on_step)
     held_out = stand_in(spec).batches
 
-    def evaluate(module: nn.Module, environment: Environment) -> Mapping[str, float]:
-        step = next(held_out(0, environment.rank, environment.world_size))
-        num_passes = spec.training.accumulation_steps(environment.world_size)
-        return held_out_losses(module, step, environment, num_passes)
+    def evaluate(module: nn.Module, rank_context: RankContext) -> Mapping[str, float]:
+        step = next(held_out(0, rank_context.rank, rank_context.world_size))
+        num_passes = spec.training.accumulation_steps(rank_context.world_size)
+        return held_out_losses(module, step, rank_context, num_passes)
 
     return replace(assembly, evaluate=evaluate)
 
@@ -251,7 +251,7 @@ def train_on(world_size: int, spec: TrainingSpec, assembled: Assembled = stand_i
 
 
 def train_rank(rank: int, spec: TrainingSpec, assembled: Assembled) -> None:
-    train(spec, Environment(rank, dist.get_world_size(), rank, "cpu"), assembled)
+    train(spec, RankContext(rank, dist.get_world_size(), rank, "cpu"), assembled)
 
 
 def train_and_die(
@@ -320,8 +320,8 @@ def ray_worker(config: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     for document in config["specs"]:
         spec = TrainingSpec.model_validate(document)
-        environment = Environment(rank, world_size, context.get_local_rank(), "cpu")
-        train(spec, environment, unhurried)
+        rank_context = RankContext(rank, world_size, context.get_local_rank(), "cpu")
+        train(spec, rank_context, unhurried)
 
 
 def leave_pid(spec: TrainingSpec, rank: int) -> None:

@@ -19,12 +19,12 @@ from pipeline.pretrained.folder import load_model
 from pipeline.training.assembly import Assembly, assemble
 from pipeline.training.config import TrainingConfig
 from pipeline.training.loop import train
-from pipeline.training.spec import Environment, TrainingSpec
+from pipeline.training.spec import RankContext, TrainingSpec
 from pipeline.training.tracking.metrics_log import read_events, read_metrics
 from tests.data.tiny_dataset import EXTRACTOR, make_dataset, make_texts
 from tests.training.stand_in import in_processes, train_on
 
-HERE = Environment(rank=0, world_size=1, local_rank=0, device="cpu")
+HERE = RankContext(rank=0, world_size=1, local_rank=0, device="cpu")
 TRAINING = {"steps": 6, "global_batch_size": 12, "micro_batch_size": 3}
 ANSWERS = ("yes", "no", "a cat")
 SIZES = {
@@ -258,14 +258,14 @@ def held_out(data: Path, folder: Path, sizes: tuple[int, int], **changes: Any) -
 
 
 @torch.no_grad()
-def figures(spec: TrainingSpec, environment: Environment = HERE) -> dict[str, float]:
+def figures(spec: TrainingSpec, rank_context: RankContext = HERE) -> dict[str, float]:
     assembly = assemble(spec)
     assert assembly.evaluate is not None
-    return dict(assembly.evaluate(assembly.module.eval(), environment))
+    return dict(assembly.evaluate(assembly.module.eval(), rank_context))
 
 
 def figures_of_rank(rank: int, spec: TrainingSpec, expected: dict[str, float]) -> None:
-    here = Environment(rank, torch.distributed.get_world_size(), rank, "cpu")
+    here = RankContext(rank, torch.distributed.get_world_size(), rank, "cpu")
     assert figures(spec, here) == pytest.approx(expected, rel=1e-5)
 
 
@@ -479,4 +479,4 @@ def train_to_step_5(rank: int, spec: TrainingSpec) -> None:
 
         return replace(assembly, batches=batches)
 
-    train(spec, Environment(rank, 2, rank, "cpu"), assemble_ending)
+    train(spec, RankContext(rank, 2, rank, "cpu"), assemble_ending)

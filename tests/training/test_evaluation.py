@@ -6,10 +6,10 @@ import torch.distributed as dist
 
 from pipeline.errors import TrainingError
 from pipeline.training.evaluation import held_out_losses
-from pipeline.training.spec import Environment, TrainingSpec
+from pipeline.training.spec import RankContext, TrainingSpec
 from tests.training.stand_in import StandIn, StandInBatch, in_processes, make_spec, stand_in
 
-HERE = Environment(rank=0, world_size=1, local_rank=0, device="cpu")
+HERE = RankContext(rank=0, world_size=1, local_rank=0, device="cpu")
 SIZES = (2, 3, 1, 4)
 
 
@@ -23,7 +23,7 @@ def module_of(spec: TrainingSpec) -> torch.nn.Module:
 
 
 def losses_of_a_rank(rank: int, spec: TrainingSpec, expected: dict[str, float]) -> None:
-    here = Environment(rank, dist.get_world_size(), rank, "cpu")
+    here = RankContext(rank, dist.get_world_size(), rank, "cpu")
     with torch.no_grad():
         found = held_out_losses(module_of(spec), make_batches()[rank::2], here, 2)
     assert found == pytest.approx(expected, rel=1e-6)

@@ -12,7 +12,7 @@ from pipeline.objectives.base import Stream
 from pipeline.objectives.turns import Turns
 from pipeline.training.config import TrainingConfig
 from pipeline.training.held_out import HeldOutPart, evaluate, held_out_parts
-from pipeline.training.spec import Environment
+from pipeline.training.spec import RankContext
 
 CAPTIONS = Stream("captions", "full")
 
@@ -93,6 +93,6 @@ def test_objectives_that_take_turns_count_by_their_shares() -> None:
 
 
 def test_fewer_examples_than_ranks_are_refused() -> None:
-    here = Environment(rank=0, world_size=3, local_rank=0, device="cpu")
+    here = RankContext(rank=0, world_size=3, local_rank=0, device="cpu")
     with pytest.raises(ConfigError, match="has 2 captions, fewer than the 3 ranks"):
         evaluate(nn.Linear(1, 1), [part(2)], config(6, 2), here)

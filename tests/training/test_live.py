@@ -17,7 +17,7 @@ from pipeline.pretrained.folder import BACKBONE_WEIGHTS, load_model
 from pipeline.training.assembly import Assembly, assemble
 from pipeline.training.config import OptimizerConfig
 from pipeline.training.loop import train
-from pipeline.training.spec import Environment, TrainingSpec
+from pipeline.training.spec import RankContext, TrainingSpec
 from pipeline.training.tracking.metrics_log import read_metrics
 from pipeline.vision.extractors.grid import GridConfig
 from pipeline.vision.extractors.live import live_card
@@ -27,7 +27,7 @@ from tests.training.stand_in import OnStep, in_processes, train_and_die, train_o
 from tests.training.test_assembly import SIZES
 from tests.training.test_assembly import make_spec as stored_spec
 
-HERE = Environment(rank=0, world_size=1, local_rank=0, device="cpu")
+HERE = RankContext(rank=0, world_size=1, local_rank=0, device="cpu")
 GRID = GridConfig(network="squeezenet1_0", node="features.3", weights="random", image_size=32)
 NAME = "*.backbone.*"
 

@@ -6,7 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
+from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.schema import FeatureRow, from_table, to_table
 from pipeline.data.read.dataset import Dataset
 from pipeline.errors import FeatureError
 from pipeline.vision.extract import MEASURED_IMAGES, ExtractConfig, extract
@@ -110,13 +113,20 @@ def test_the_card_carries_invariance_error_and_size(tmp_path: Path) -> None:
     assert environment["batch_invariance"]["images"] == MEASURED_IMAGES
 
 
-def test_a_card_without_the_scales_of_int8_is_refused(tmp_path: Path) -> None:
+def test_int8_without_scales_and_a_damaged_card_are_refused(tmp_path: Path) -> None:
     name = extracted(tmp_path, with_storage(GRID, "int8"))
     location = tmp_path / "features" / name / "card.json"
     card = json.loads(location.read_text())
-    location.write_text(json.dumps(card | {"parts": {}}))
+    features = Manifest.open(str(tmp_path)).features(name)
+    whole = list(from_table(features.rows(), FeatureRow))
+    without = [
+        replace(row, parts=tuple(part for part in row.parts if part.name != "scales"))
+        for row in whole
+    ]
+    features.commit(to_table(without, FeatureRow))
     with pytest.raises(FeatureError, match="int8 without scales"):
         Dataset.open(str(tmp_path)).split("train", name)
+    features.commit(to_table(whole, FeatureRow))
     location.write_text(json.dumps(card | {"parts": {"scales": 3}}))
     with pytest.raises(FeatureError, match=r"card\.json: not the card of .*parts\.scales"):
         Dataset.open(str(tmp_path)).split("train", name)

@@ -1,7 +1,7 @@
 """The comparison of a listing with a manifest: a join by key, in the engine's bounded memory.
 
-The listing and what the manifest knows are two tables of the engine, which lie on the disk beyond
-its bound. Only what differs is fetched from them.
+What is compared of the listing and of the manifest are two tables of the engine, which lie on the
+disk beyond its bound. The rest of the listing is in a spool, from which what differs is taken.
 """
 
 from collections import Counter
@@ -10,7 +10,9 @@ from collections.abc import Collection, Iterator
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from pipeline.data.ingest.listing_spool import ListingSpool
 from pipeline.data.manifest.engine import Engine
 from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.manifest.schema import SAMPLES
@@ -37,6 +39,13 @@ CREATE TEMP TABLE known AS SELECT
 FROM rows WHERE state <> 'removed'
 """
 
+# Of every listed record: as much as is compared. The rest is in the spool.
+_LISTED = """
+SELECT number, key, reason, hash(tar) AS tar,
+    hash(split, image_fingerprint, texts_fingerprint, coalesce(reason, '')) AS identity
+FROM batch
+"""
+
 # The records that differ, or may do so: `copy` is one whose image is a copy of another's.
 _DIFFERENT = """
 CREATE TEMP TABLE different AS SELECT
@@ -50,11 +59,7 @@ CREATE TEMP TABLE different AS SELECT
     known.duplicate_of,
     coalesce(listed.tar <> known.tar, false) AS is_moved,
     coalesce(known.is_unopened, false) AS is_unopened
-FROM (
-    SELECT number, key, reason, hash(tar) AS tar,
-        hash(split, image_fingerprint, texts_fingerprint, coalesce(reason, '')) AS identity
-    FROM listing
-) AS listed FULL JOIN known ON listed.key = known.key
+FROM listing AS listed FULL JOIN known ON listed.key = known.key
 WHERE CASE
     WHEN listed.number IS NULL THEN NOT known.is_unopened
     WHEN known.key IS NULL THEN true
@@ -87,6 +92,7 @@ class Comparison:
     def __init__(
         self,
         engine: Engine,
+        spool: ListingSpool,
         manifest: Manifest,
         batches: Iterator[pa.RecordBatch],
         unopened: Collection[ForeignTar] = (),
@@ -98,12 +104,13 @@ class Comparison:
         record in an unopened tar, and ShardError of a new key that can be none.
         """
         self._engine = engine
-        self._manifest = manifest
+        self._spool = spool
         manifest.register(engine, "rows", _COMPARED)
         tars = pa.array(msgspec.to_builtins([*unopened]), LISTED.field("tar").type)
         engine.register("unopened", pa.table({"tar": tars}))
         engine.run(_KNOWN)
-        self.num_listed = self._list(batches)
+        self._list(batches)
+        self.num_listed = spool.num_listed
         self.num_unopened: int = engine.value("SELECT count(*) FROM known WHERE is_unopened")
         self._rename_copies()
         engine.run(_DIFFERENT)
@@ -115,17 +122,16 @@ class Comparison:
             check_key(unsafe)
         engine.run(_FREED)
 
-    def _list(self, batches: Iterator[pa.RecordBatch]) -> int:
-        columns = ", ".join(["number", *LISTED.names])
+    def _list(self, batches: Iterator[pa.RecordBatch]) -> None:
+        compared = ["key", *_IDENTITY, "reason", "tar"]
         self._engine.register("batch", _numbered(LISTED.empty_table(), 0))
-        self._engine.run(f"CREATE TEMP TABLE listing AS SELECT {columns} FROM batch")
-        num_listed = 0
+        self._engine.run(f"CREATE TEMP TABLE listing AS {_LISTED}")
         for batch in batches:
-            rows = _numbered(pa.Table.from_batches([batch], LISTED), num_listed)
-            self._engine.register("batch", rows)
-            self._engine.run(f"INSERT INTO listing SELECT {columns} FROM batch")
-            num_listed += batch.num_rows
-        return num_listed
+            rows = pa.Table.from_batches([batch.select(compared)])
+            self._engine.register("batch", _numbered(rows, self._spool.num_listed))
+            self._engine.run(f"INSERT INTO listing {_LISTED}")
+            self._spool.add(batch)
+        self._spool.finish()
 
     def _rename_copies(self) -> None:
         self._engine.run(
@@ -139,11 +145,13 @@ class Comparison:
             return
         keys = copies["key"].to_pylist()
         names = self._free_names(Counter(keys))
-        renamed = pa.table({"number": copies["number"], "name": [next(names[key]) for key in keys]})
+        records = self._spool.take(copies["number"].to_numpy())
+        renamed = records.select(_IDENTITY).append_column("number", copies["number"])
+        renamed = renamed.append_column("name", pa.array([next(names[key]) for key in keys]))
         self._engine.register("renamed", renamed)
         self._engine.run(
-            "UPDATE listing SET key = renamed.name, reason = 'duplicate-id', detail = "
-            "concat('key ', listing.key, ' is listed more than once; its first record holds') "
+            "UPDATE listing SET key = name, reason = 'duplicate-id', identity = "
+            "hash(split, image_fingerprint, texts_fingerprint, 'duplicate-id') "
             "FROM renamed WHERE listing.number = renamed.number"
         )
 
@@ -182,11 +190,21 @@ class Comparison:
         return self._listed("is_same AND is_moved").select(["key", "tar"])
 
     def _listed(self, condition: str) -> pa.Table:
-        columns = ", ".join(LISTED.names)
-        return self._engine.table(
-            f"SELECT {columns} FROM listing WHERE number IN "
-            f"(SELECT number FROM different WHERE is_listed AND ({condition}))"
-        ).cast(LISTED)
+        found = self._engine.table(
+            "SELECT number, key, reason FROM different "
+            f"WHERE is_listed AND ({condition}) ORDER BY number"
+        )
+        records = self._spool.take(found["number"].to_numpy())
+        is_copy = pc.fill_null(pc.not_equal(records["key"], found["key"]), False)
+        detail = pc.binary_join_element_wise(
+            "key ", records["key"], " is listed more than once; its first record holds", ""
+        )
+        columns = {
+            "key": found["key"],
+            "reason": found["reason"],
+            "detail": pc.if_else(is_copy, detail, records["detail"]),
+        }
+        return pa.table([columns.get(name, records[name]) for name in LISTED.names], schema=LISTED)
 
     def removed(self) -> pa.Table:
         """Returns key, split and fingerprints of what is listed no more."""

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.ingest.comparison import Comparison
+from pipeline.data.ingest.listing_spool import ListingSpool
 from pipeline.data.ingest.treatment import Treatment
 from pipeline.data.manifest.engine import Engine
 from pipeline.data.manifest.manifest import Manifest
@@ -152,8 +153,8 @@ def plan_ingest(
     the first cannot be told. Raises SourceError if nothing is listed: an empty listing would
     remove every sample.
     """
-    with Engine() as engine:
-        found = Comparison(engine, manifest, listed(source), unopened)
+    with Engine() as engine, ListingSpool() as spool:
+        found = Comparison(engine, spool, manifest, listed(source), unopened)
         num_listed = found.num_listed + found.num_unopened
         if not num_listed:
             raise SourceError(

@@ -3,7 +3,6 @@
 import contextlib
 import threading
 import zlib
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -23,6 +22,7 @@ from pipeline.data.load.order import Examples, Order, RowOrder
 from pipeline.data.read.dataset import FeatureBatch, Split, TextKind
 from pipeline.data.sample import Texts
 from pipeline.errors import ConfigError, ShardError
+from pipeline.look_ahead import map_ahead
 
 Int64Array = npt.NDArray[np.int64]
 AnySplit = Split | MixedSplit
@@ -362,13 +362,7 @@ def _read_ahead(
 
     `close` is called when no thread reads any more.
     """
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="sightline-loader")
     try:
-        reads = deque(pool.submit(read, place) for place in islice(places, prefetch))
-        while reads:
-            batch = reads.popleft().result()
-            reads.extend(pool.submit(read, place) for place in islice(places, 1))
-            yield batch
+        yield from map_ahead(read, places, threads, prefetch, "sightline-loader")
     finally:
-        pool.shutdown(cancel_futures=True)
         close()

@@ -20,7 +20,13 @@ from pipeline.data.sources.file_fingerprints import FileFingerprints
 from pipeline.data.sources.image_files import SUFFIXES
 from pipeline.data.sources.readers.tables import TablePart
 from pipeline.data.sources.splits import hash_splits
-from pipeline.data.sources.text_kernels import caption_texts, json_strings, safe_keys, strings
+from pipeline.data.sources.text_kernels import (
+    are_safe_keys,
+    caption_texts,
+    json_strings,
+    safe_keys,
+    strings,
+)
 from pipeline.reason import Reason
 
 BoolArray = npt.NDArray[np.bool_]
@@ -43,6 +49,14 @@ class _Images(NamedTuple):
     name: pa.Array  # without an image's suffix
 
 
+class _Identities(NamedTuple):
+    """What images are called by."""
+
+    texts: pa.Array
+    is_number: pa.Array | None  # which of them are; None: none is
+    is_safe: bool  # whether all can be keys as they are
+
+
 @dataclass(frozen=True)
 class TableColumns:
     """The columns of a table, as a recipe names them, that hold images and captions alone."""
@@ -57,7 +71,7 @@ class TableColumns:
 
     def keys(self, part: TablePart) -> pa.Array:
         """Returns the key of each row, null where it is to be found out row by row."""
-        return self._identities(part)[0]
+        return self._keys(self._identities(part))
 
     def listed(
         self, part: TablePart, images: str, stamp: str, split: str
@@ -66,8 +80,9 @@ class TableColumns:
 
         `images` is the folder that paths begin in, `stamp` the file's, `split` that of the table.
         """
-        keys, image_ids = self._identities(part)
-        texts = self._texts(part, image_ids)
+        identities = self._identities(part)
+        keys = self._keys(identities)
+        texts = self._texts(part, _in_json(identities))
         found = self._images(part, images)
         splits = self._splits(part, split)
         is_plain = np.logical_and.reduce(
@@ -86,16 +101,22 @@ class TableColumns:
         else:
             fingerprints, is_there = self._found(images, locations)
         there, speaks = pa.array(is_there), pc.greater(num_captions, 0)
-        detail = pc.binary_join_element_wise(locations, _ABSENT, ": ")
+        is_usual = bool(is_there.all()) and pc.all(speaks).as_py() is not False
+        nothing = pa.nulls(len(keys), pa.string())
+        detail = nothing if is_usual else pc.binary_join_element_wise(locations, _ABSENT, ": ")
         columns = {
             "key": keys,
             "split": splits,
-            "reason": pc.if_else(
+            "reason": nothing
+            if is_usual
+            else pc.if_else(
                 there, pc.if_else(speaks, None, Reason.NO_TEXTS.value), Reason.MISSING_IMAGE.value
             ),
-            "detail": pc.if_else(there, pc.if_else(speaks, "", _SILENT), detail),
-            "image": pc.if_else(there, locations, ""),
-            "suffix": pc.if_else(there, suffixes, ""),
+            "detail": pa.repeat("", len(keys))
+            if is_usual
+            else pc.if_else(there, pc.if_else(speaks, "", _SILENT), detail),
+            "image": locations if is_usual else pc.if_else(there, locations, ""),
+            "suffix": suffixes if is_usual else pc.if_else(there, suffixes, ""),
             "image_fingerprint": in_hex(fingerprints),
             "texts_fingerprint": in_hex(digests(payloads)),
             "texts": payloads.cast(pa.binary()),
@@ -110,27 +131,29 @@ class TableColumns:
         ordered = [columns[name].cast(LISTED.field(name).type) for name in LISTED.names]
         return pa.record_batch(ordered, LISTED), is_plain
 
-    def _identities(self, part: TablePart) -> tuple[pa.Array, pa.Array]:
-        """Returns keys, and the ids of images in JSON; null where a row is odd."""
+    def _identities(self, part: TablePart) -> _Identities:
+        """Returns what images are called by; null where a row is odd."""
         if self.key is None:
             names = self._names(part)
-            return _safe_keys(names), json_strings(names)
+            return _Identities(names, None, are_safe_keys(names))
         values = _column(part, self.key)
         if values is not None and pa.types.is_integer(values.type):
             values = _whole_numbers(values)
-            return pc.utf8_lpad(values, _KEY_DIGITS, "0"), values
+            return _Identities(values, pc.is_valid(values), True)
         texts = None if values is None else strings(values)
         if texts is None:
-            return pa.nulls(part.num_rows, pa.string()), pa.nulls(part.num_rows, pa.string())
+            return _Identities(pa.nulls(part.num_rows, pa.string()), None, True)
         texts = pc.if_else(pc.equal(texts, ""), None, texts)
         is_number = pc.match_substring_regex(texts, _NUMBER)
-        if not pc.any(is_number).as_py():
-            return _safe_keys(texts), json_strings(texts)
-        numbered = pc.utf8_lpad(texts, _KEY_DIGITS, "0")
-        return (
-            pc.if_else(is_number, numbered, _safe_keys(texts)),
-            pc.if_else(is_number, texts, json_strings(texts)),
-        )
+        has_numbers = pc.any(is_number).as_py()
+        return _Identities(texts, is_number if has_numbers else None, are_safe_keys(texts))
+
+    def _keys(self, identities: _Identities) -> pa.Array:
+        texts, is_number, is_safe = identities
+        keys = texts if is_safe else _safe_keys(texts)
+        if is_number is None:
+            return keys
+        return pc.if_else(is_number, pc.utf8_lpad(texts, _KEY_DIGITS, "0"), keys)
 
     def _texts(self, part: TablePart, image_ids: pa.Array) -> tuple[pa.Array, pa.Array]:
         columns = [_column(part, name) for name in self.captions]
@@ -212,6 +235,12 @@ class TableColumns:
             named = pc.binary_join_element_wise(locations.filter(absent), "None", " ")
             found[~is_there] = digests(named)
         return found, is_there
+
+
+def _in_json(identities: _Identities) -> pa.Array:
+    texts, is_number, is_safe = identities
+    quoted = pc.binary_join_element_wise('"', texts, '"', "") if is_safe else json_strings(texts)
+    return quoted if is_number is None else pc.if_else(is_number, texts, quoted)
 
 
 def _column(part: TablePart, path: str) -> pa.Array | None:

@@ -17,6 +17,8 @@ _SPACE = (
 _AT_AN_END = rf"^[{_SPACE}]+|[{_SPACE}]+$"
 _ESCAPED_OTHERWISE = r"[\x00-\x1f]"  # than with a backslash alone
 _MAY_BE_A_LIST = r"^[\[{(]|^array\(\["  # in a cell of text: see `text_columns.parsed`
+# What is in none of most captions: they are JSON between quotation marks as they are.
+_UNUSUAL = rf"""["\\\x00-\x1f]|^[{_SPACE}]|[{_SPACE}]$|{_MAY_BE_A_LIST}"""
 _SAFE_KEY = rf"^[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}$"
 _READABLE_LENGTH = MAX_KEY_LENGTH - 16 - 1  # before a digest
 
@@ -61,7 +63,14 @@ def captions(column: pa.Array) -> tuple[pa.Array, pa.Array] | None:
     texts = strings(column)
     if texts is None:
         return None
-    texts = _stripped(pc.fill_null(texts, ""))
+    texts = pc.fill_null(texts, "")
+    if not pc.any(pc.match_substring_regex(texts, _UNUSUAL)).as_py():
+        empty = pc.equal(texts, "")
+        quoted = pc.binary_join_element_wise('"', texts, '"', "")
+        if not pc.any(empty).as_py():
+            return quoted, pa.repeat(pa.scalar(1, pa.int64()), len(texts))
+        return pc.if_else(empty, "", quoted), pc.if_else(empty, 0, _ones(texts))
+    texts = _stripped(texts)
     odd = pc.match_substring_regex(texts, _MAY_BE_A_LIST)
     if pc.any(odd).as_py():
         texts = pc.if_else(odd, None, texts)
@@ -103,6 +112,11 @@ def caption_texts(image_id: pa.Array, columns: list[pa.Array]) -> tuple[pa.Array
         '{"captions":[', joined, '],"dialogs":[],"image_id":', image_id, ',"questions":[]}', ""
     )
     return texts, number
+
+
+def are_safe_keys(values: pa.Array) -> bool:
+    """Whether every string can be a key as it is, and so in JSON; nulls aside."""
+    return bool(pc.all(pc.match_substring_regex(values, _SAFE_KEY)).as_py() is not False)
 
 
 def safe_keys(values: pa.Array) -> pa.Array:

@@ -30,6 +30,7 @@ from pipeline.training.checkpoints.run_state import RunState
 FORMAT = 4
 # Read, no longer written: other names for two of a manifest's fields, and none for its own digest.
 RENAMED_FORMAT, UNDIGESTED_FORMAT = 3, 2
+CHECKPOINTS = "checkpoints"  # RUN/<phase>/checkpoints
 MANIFEST = "manifest.json"
 
 _NAME = re.compile(r"step-(\d{8})")

@@ -7,14 +7,14 @@ from pipeline.errors import ConfigError
 from pipeline.training.config import TrainingConfig
 from pipeline.training.engine.async_io import is_swapped
 from pipeline.training.engine.optimizer import state_kinds
-from pipeline.training.spec import Environment
+from pipeline.training.spec import RankContext
 
 
 def engine_config(
-    config: TrainingConfig, environment: Environment, num_parameters: int
+    config: TrainingConfig, rank_context: RankContext, num_parameters: int
 ) -> dict[str, Any]:
     """Returns DeepSpeed's configuration, or raises ConfigError for an impossible combination."""
-    precision = config.resolved_precision(environment.device)
+    precision = config.resolved_precision(rank_context.device)
     # A bucket is allocated whole: DeepSpeed's 500 million elements would be 2 GB for any model.
     # It must be a multiple of an alignment that depends on the world size.
     bucket = min(500_000_000, -(-num_parameters // 4096) * 4096)
@@ -22,7 +22,7 @@ def engine_config(
         # Its third number, the samples of a step, would be their product, which ours need not be:
         # what a micro-batch counts for, and which is a step's last, is said by `advance`.
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation_steps(environment.world_size),
+        "gradient_accumulation_steps": config.accumulation_steps(rank_context.world_size),
         "gradient_clipping": 0.0 if config.zero_stage == 0 else config.optimizer.clip_norm,
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},

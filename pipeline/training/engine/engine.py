@@ -19,7 +19,7 @@ from pipeline.training.engine.requirements import require_halves
 from pipeline.training.engine.schedule import rate_factor
 from pipeline.training.engine.state import ReadTensor, TrainingState, load
 from pipeline.training.engine.swap_folder import SwapFolder
-from pipeline.training.spec import Environment
+from pipeline.training.spec import RankContext
 
 # What DeepSpeed's dynamic loss scaler goes by, which a run must go on with.
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -41,7 +41,7 @@ class Engine:
         self,
         module: nn.Module,
         config: TrainingConfig,
-        environment: Environment,
+        rank_context: RankContext,
         step: int = 0,
         restored: ReadTensor | None = None,
         *,
@@ -53,13 +53,13 @@ class Engine:
         `restored` then gives the tensors of `states` by name, and `loss_scale` what
         `loss_scale` returned. Raises ConfigError for what this machine cannot run.
         """
-        deepspeed = deepspeed_0_19.import_deepspeed(environment.device)
+        deepspeed = deepspeed_0_19.import_deepspeed(rank_context.device)
         if restored is not None:
             # Before ZeRO takes the weights: stage 3 does not refresh its low-precision copies.
             load(module, restored)
-        module.to(environment.device)
+        module.to(rank_context.device)
         count = sum(parameter.numel() for parameter in module.parameters())
-        self.config = engine_config(config, environment, count)
+        self.config = engine_config(config, rank_context, count)
         if self.config["fp16"]["enabled"]:
             require_halves("training.precision")
         async_io.require_ability(self.config["zero_optimization"], deepspeed_0_19.async_io_builder)
@@ -77,10 +77,10 @@ class Engine:
             dist_init_required=False,
             config=merged(self.config, {"zero_optimization": self._make_swap_folder()}),
         )
-        self.device = torch.device(environment.device)
+        self.device = torch.device(rank_context.device)
         kinds = state_kinds(config.optimizer)
         self._state = TrainingState(self._engine, config.zero_stage, kinds, self.device)
-        self.dtype = _DTYPES[config.resolved_precision(environment.device)]
+        self.dtype = _DTYPES[config.resolved_precision(rank_context.device)]
         self._state.make(updates=step - skipped)
         if restored is not None:
             self._state.restore(restored)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pipeline.training.config import TrainingConfig
 from pipeline.training.engine.async_io import is_swapped
 from pipeline.training.engine.deepspeed_config import engine_config
-from pipeline.training.spec import Environment
+from pipeline.training.spec import RankContext
 
 FP32_BYTES = 4
 
@@ -27,7 +27,7 @@ class StateBytes:
 
 def state_bytes(
     config: TrainingConfig,
-    environment: Environment,
+    rank_context: RankContext,
     num_parameters: int,
     num_trained: int,
 ) -> StateBytes:
@@ -35,9 +35,9 @@ def state_bytes(
 
     Raises ConfigError for a stage and precision that do not go together.
     """
-    world_size, stage = environment.world_size, config.zero_stage
-    precision = config.resolved_precision(environment.device)
-    zero = engine_config(config, environment, num_parameters)["zero_optimization"]
+    world_size, stage = rank_context.world_size, config.zero_stage
+    precision = config.resolved_precision(rank_context.device)
+    zero = engine_config(config, rank_context, num_parameters)["zero_optimization"]
     size = FP32_BYTES if precision == "fp32" else 2  # of a weight, and of its gradient
     copies = 2 + (
         config.optimizer.ema_decay is not None

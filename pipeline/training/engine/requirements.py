@@ -13,16 +13,16 @@ from pipeline.training.engine import async_io
 from pipeline.training.engine.deepspeed_0_19 import async_io_builder, import_deepspeed
 from pipeline.training.engine.deepspeed_config import engine_config
 from pipeline.training.engine.known_keys import AskedFor, invalid
-from pipeline.training.spec import Environment
+from pipeline.training.spec import RankContext
 
 
-def require_precision(config: TrainingConfig, environment: Environment, key: str) -> None:
+def require_precision(config: TrainingConfig, rank_context: RankContext, key: str) -> None:
     """Raises ConfigError, naming `key`, if this machine cannot compute in the config's precision.
 
     DeepSpeed is imported only if that is in doubt.
     """
-    if config.precision == "fp16" and not environment.device.startswith("cuda"):
-        import_deepspeed(environment.device)
+    if config.precision == "fp16" and not rank_context.device.startswith("cuda"):
+        import_deepspeed(rank_context.device)
         require_halves(key)
 
 
@@ -35,29 +35,29 @@ def require_halves(key: str) -> None:
         raise ConfigError(f"{key}: fp16 needs a GPU, or a CPU that computes in halves; use bf16")
 
 
-def require_swapping(config: TrainingConfig, environment: Environment) -> None:
+def require_swapping(config: TrainingConfig, rank_context: RankContext) -> None:
     """Raises ConfigError if optimizer state is to be in files and cannot be on this machine.
 
     DeepSpeed is imported only if it is to be, and nothing is compiled yet.
     """
 
     def builder() -> Any:
-        import_deepspeed(environment.device)
+        import_deepspeed(rank_context.device)
         return async_io_builder()
 
-    zero = engine_config(config, environment, num_parameters=1)["zero_optimization"]
+    zero = engine_config(config, rank_context, num_parameters=1)["zero_optimization"]
     async_io.require_ability(zero, builder)
 
 
-def require_known_keys(config: TrainingConfig, environment: Environment, key: str) -> None:
+def require_known_keys(config: TrainingConfig, rank_context: RankContext, key: str) -> None:
     """Raises ConfigError if `config.deepspeed`, which `key` names, is not what DeepSpeed reads."""
     if not config.deepspeed:
         return
-    import_deepspeed(environment.device)
+    import_deepspeed(rank_context.device)
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
-    settings = AskedFor(engine_config(config, environment, num_parameters=1))
+    settings = AskedFor(engine_config(config, rank_context, num_parameters=1))
     try:
         DeepSpeedConfig(settings)
     except ValidationError as error:

@@ -8,7 +8,7 @@ from datetime import timedelta
 from pipeline.cluster import ClusterConfig
 from pipeline.errors import ConfigError
 from pipeline.training.launch.phases import Assembled, timeout_seconds, train_each
-from pipeline.training.spec import Environment, TrainingResult, TrainingSpec
+from pipeline.training.spec import RankContext, TrainingResult, TrainingSpec
 
 
 def run_in_process(
@@ -47,4 +47,4 @@ def run_in_process(
         )
         # Not before: DeepSpeed remembers the group, and later phases of a command use it again.
         atexit.register(dist.destroy_process_group)
-    return train_each(specs, Environment(rank, world_size, local_rank, device), assembled)
+    return train_each(specs, RankContext(rank, world_size, local_rank, device), assembled)

@@ -39,7 +39,7 @@ def launch_all(
     later phases are not begun or in the list. What is finished already is left as it is. Raises a
     PipelineError of one sentence for whatever goes wrong on a rank.
     """
-    from pipeline.training.loop import finished_result
+    from pipeline.training.result import finished_result
 
     for spec in specs:
         for world_size in cluster.world_sizes():  # refused here, before anything starts

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pipeline.training.spec import Environment, TrainingResult, TrainingSpec
+from pipeline.training.spec import RankContext, TrainingResult, TrainingSpec
 
 if TYPE_CHECKING:
     from pipeline.training.assembly import Assembly
@@ -13,14 +13,14 @@ Assembled = Callable[[TrainingSpec], "Assembly"]
 
 
 def train_each(
-    specs: Sequence[TrainingSpec], environment: Environment, assembled: Assembled | None
+    specs: Sequence[TrainingSpec], rank_context: RankContext, assembled: Assembled | None
 ) -> list[TrainingResult]:
     from pipeline.training.assembly import assemble
     from pipeline.training.loop import train
 
     results = []
     for spec in specs:
-        results.append(train(spec, environment, assembled or assemble))
+        results.append(train(spec, rank_context, assembled or assemble))
         if results[-1].state == "stopped":
             break
     return results
@@ -28,7 +28,7 @@ def train_each(
 
 def results_of(specs: Sequence[TrainingSpec], finished_before: set[str]) -> list[TrainingResult]:
     """Reads how phases ended from their folders, up to the first that was stopped."""
-    from pipeline.training.loop import finished_result
+    from pipeline.training.result import finished_result
     from pipeline.training.tracking.metrics_log import last_loss, read_events
 
     results = []

@@ -21,7 +21,7 @@ from pipeline.scratch import scratch_folder
 from pipeline.training.launch.failures import in_one_sentence, refusal
 from pipeline.training.launch.phases import Assembled, results_of, timeout_seconds, train_each
 from pipeline.training.launch.process_group import join_group, open_store
-from pipeline.training.spec import Environment, TrainingResult, TrainingSpec
+from pipeline.training.spec import RankContext, TrainingResult, TrainingSpec
 from pipeline.training.stop_request import asked_to_leave
 
 SECONDS_BETWEEN_POLLS = 0.2  # of ranks that were asked to leave
@@ -38,7 +38,7 @@ def run_on_ray(
     specs: Sequence[TrainingSpec], cluster: ClusterConfig, assembled: Assembled | None
 ) -> list[TrainingResult]:
     """Trains the phases on ranks that Ray Train starts, and starts again when they are lost."""
-    from pipeline.training.loop import finished_result
+    from pipeline.training.result import finished_result
 
     finished_before = {spec.folder for spec in specs if finished_result(spec)}
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -140,7 +140,7 @@ def _fit(trainer: Any, waiting: Waiting, each: Mapping[str, float]) -> None:
 
     threading.Thread(target=fit, name="ray-train", daemon=True).start()
     while not futures.wait([done], SECONDS_BETWEEN_CHECKS_OF_ROOM).done:
-        waiting.look(partial(_is_pending, each))
+        waiting.tell_if_waiting(partial(_is_pending, each))
     done.result()
 
 
@@ -160,11 +160,11 @@ def _on_ray_worker(config: dict[str, Any]) -> None:
     import ray.train.torch
 
     context = ray.train.get_context()
-    environment = Environment(
+    rank_context = RankContext(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         local_rank=context.get_local_rank(),
         device=str(ray.train.torch.get_device()),
     )
     specs = [TrainingSpec.model_validate(spec) for spec in config["specs"]]
-    train_each(specs, environment, config["assembled"])
+    train_each(specs, rank_context, config["assembled"])

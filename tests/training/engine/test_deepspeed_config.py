@@ -6,13 +6,13 @@ import pytest
 from pipeline.errors import ConfigError
 from pipeline.training.config import TrainingConfig
 from pipeline.training.engine.deepspeed_config import engine_config
-from pipeline.training.spec import Environment
+from pipeline.training.spec import RankContext
 
 
 def config_of(**settings: Any) -> dict[str, Any]:
     sizes = {"steps": 10, "global_batch_size": 24, "micro_batch_size": 2}
     config = TrainingConfig.model_validate({**sizes, **settings})
-    return engine_config(config, Environment(1, 3, 1, settings.pop("device", "cpu")), 1000)
+    return engine_config(config, RankContext(1, 3, 1, settings.pop("device", "cpu")), 1000)
 
 
 def test_the_resolved_configuration_is_plain_and_whole() -> None:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from pipeline.errors import TrainingError
 from pipeline.training.engine.engine import Engine
 from pipeline.training.engine.schedule import rate_factor
-from pipeline.training.spec import Environment
+from pipeline.training.spec import RankContext
 from tests.training.stand_in import StandIn, StandInBatch, make_spec, stand_in
 
-HERE = Environment(rank=0, world_size=1, local_rank=0, device="cpu")
+HERE = RankContext(rank=0, world_size=1, local_rank=0, device="cpu")
 
 STAGES = [
     (0, "fp32"),

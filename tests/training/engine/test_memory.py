@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from pipeline.training.config import TrainingConfig
 from pipeline.training.engine.engine import Engine
 from pipeline.training.engine.memory import state_bytes
-from pipeline.training.spec import Environment
+from pipeline.training.spec import RankContext
 from tests.training.stand_in import make_spec
 
-HERE = Environment(rank=0, world_size=1, local_rank=0, device="cpu")
+HERE = RankContext(rank=0, world_size=1, local_rank=0, device="cpu")
 WIDTH = 256
 
 
@@ -74,7 +74,7 @@ def test_a_step_holds_as_many_bytes_as_foretold(
 
 
 def test_ranks_share_what_the_stage_cuts_up() -> None:
-    eight = Environment(rank=0, world_size=8, local_rank=0, device="cuda:0")
+    eight = RankContext(rank=0, world_size=8, local_rank=0, device="cuda:0")
 
     def of(stage: int, **more: Any) -> tuple[int, int]:
         config = TrainingConfig(

@@ -8,11 +8,11 @@ import pytest
 from pipeline.errors import ConfigError
 from pipeline.training.engine.engine import Engine
 from pipeline.training.engine.requirements import require_known_keys, require_precision
-from pipeline.training.spec import Environment
+from pipeline.training.spec import RankContext
 from tests.training.engine.test_engine import advance
 from tests.training.stand_in import make_spec, stand_in
 
-HERE = Environment(rank=0, world_size=1, local_rank=0, device="cpu")
+HERE = RankContext(rank=0, world_size=1, local_rank=0, device="cpu")
 
 
 @pytest.mark.usefixtures("alone")

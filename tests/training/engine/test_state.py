@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from pipeline.training.engine.engine import Engine
-from pipeline.training.spec import Environment
+from pipeline.training.spec import RankContext
 from tests.training.engine.test_engine import advance
 from tests.training.stand_in import make_spec, stand_in
 
-HERE = Environment(rank=0, world_size=1, local_rank=0, device="cpu")
+HERE = RankContext(rank=0, world_size=1, local_rank=0, device="cpu")
 
 
 @pytest.mark.usefixtures("alone")

@@ -19,7 +19,7 @@ from pipeline.training.assembly import Assembly
 from pipeline.training.engine.engine import Engine
 from pipeline.training.engine.memory import state_bytes
 from pipeline.training.engine.requirements import require_swapping
-from pipeline.training.spec import Environment, TrainingSpec
+from pipeline.training.spec import RankContext, TrainingSpec
 from pipeline.training.tracking.metrics_log import read_metrics
 from tests.training.engine.test_engine import advance
 from tests.training.stand_in import (
@@ -34,7 +34,7 @@ from tests.training.stand_in import (
     train_on,
 )
 
-HERE = Environment(rank=0, world_size=1, local_rank=0, device="cpu")
+HERE = RankContext(rank=0, world_size=1, local_rank=0, device="cpu")
 
 pytestmark = pytest.mark.processes  # a compiler, and ranks
 WIDE = 701

@@ -15,7 +15,7 @@ import pytest
 from pipeline.cluster import ClusterConfig
 from pipeline.errors import FeatureError
 from pipeline.training.launch.launch import launch, launch_all
-from pipeline.training.loop import finished_result
+from pipeline.training.result import finished_result
 from pipeline.training.spec import TrainingSpec
 from pipeline.training.tracking.metrics_log import read_metrics
 from tests.ray_head import RayHead

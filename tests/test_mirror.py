@@ -9,7 +9,6 @@ THROUGH_OTHERS = {
     "benchmarks/base.py": "an interface: its implementations",
     "data/ingest/comparison.py": "the comparison of a listing with a manifest: ingest",
     "data/ingest/ingest_plan.py": "the plan that ingest carries out: ingest",
-    "data/ingest/listing_spool.py": "the listing on its way to the disk: listing",
     "data/ingest/outcome.py": "a type without code: ingest",
     "data/manifest/index.py": "the index of a split: dataset",
     "data/manifest/table.py": "a table of the manifest: manifest",

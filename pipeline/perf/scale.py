@@ -158,7 +158,11 @@ def _peers(config: ScaleBenchConfig, folder: Path, ours: Opened) -> Comparison:
         seconds[peer], memory[peer] = found["seconds"], found["peak_bytes"]
         versions.append(f"{peer} {found['version']}")
         shutil.rmtree(folder / peer, ignore_errors=True)
-    notes = ["each in a process of its own, memory above its imports; one of eight ranks"]
+    notes = [
+        "each in a process of its own, memory above its imports; ours is one of eight ranks and "
+        "its memory that of 65 steps, a peer is alone and reads one batch; of energon's SQLite "
+        "index only one tar's samples are there"
+    ]
     notes += [", ".join(versions)] if versions else []
     notes += [f"not here to compare with: {'; '.join(absent)}"] if absent else []
     return Comparison(

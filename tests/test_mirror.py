@@ -32,6 +32,7 @@ THROUGH_OTHERS = {
     "perf/start_up.py": "a process that a bench times: train",
     "perf/table_rerun.py": "a process that a bench times: rerun",
     "reason.py": "an enumeration: whoever counts rejects",
+    "stages/estimate.py": "what a check tells of a training: check",
     "training/feed/micro_batch.py": "a type without code: device_feed",
     "training/launch/followers.py": "the followers of a run: launch",
     "training/launch/phases.py": "the phases of a run: launch",

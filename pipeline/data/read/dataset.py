@@ -19,7 +19,7 @@ from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.read.features import FeatureBatch as FeatureBatch
 from pipeline.data.read.features import FeatureReader, open_features
 from pipeline.data.read.images import ImageReader, LiveConfig, LiveReader
-from pipeline.data.read.rows import Located, Rows, ShardTotals, SplitFiles, SplitRows
+from pipeline.data.read.rows import DatasetFiles, Located, Rows, ShardTotals, SplitRows
 from pipeline.data.sample import TextKind as TextKind
 from pipeline.data.sample import Texts
 from pipeline.data.tars.members import Int64Array, Members
@@ -93,7 +93,9 @@ class Dataset:
             self._check_listed(extractor, name, rows, num_samples)
             reader = open_features(self.url, extractor, rows, self._files)
         live = features if isinstance(features, LiveConfig) else None
-        return Split(self.url, name, rows, SplitFiles(self.url, index), self._files, reader or live)
+        return Split(
+            self.url, name, rows, DatasetFiles(self.url, index), self._files, reader or live
+        )
 
     def _index(self, extractor: str | None) -> Index:
         return open_index(self._manifest, extractor, self._cache)
@@ -125,7 +127,7 @@ class Split:
         url: str,
         name: str,
         rows: SplitRows,
-        locations: SplitFiles,
+        located_in: DatasetFiles,
         files: ShardFiles,
         features: FeatureReader | LiveConfig | None,
     ) -> None:
@@ -137,9 +139,9 @@ class Split:
         # (num_shards + 1,): the first row of each shard and, last, the number of rows.
         self.shard_starts = rows.starts
         # Whether all it reads is on this machine.
-        self.is_local = storage.is_local(url) and locations.tars_are_local
+        self.is_local = storage.is_local(url) and located_in.tars_are_local
         self._rows = rows
-        self._members = Members(files, locations)
+        self._members = Members(files, located_in.location)
         self._features: FeatureReader | LiveReader | None
         if isinstance(features, LiveConfig):
             self._features = LiveReader(ImageReader(self._members), features)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from itertools import accumulate
 from operator import sub
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.lib.format as npy
@@ -16,7 +16,6 @@ from pipeline import storage
 from pipeline.data.read.buffers import BufferPool
 from pipeline.data.read.extractor_card import card_location, read_card
 from pipeline.data.read.rows import Located, SplitRows
-from pipeline.data.tars.foreign_tar import Location
 from pipeline.data.tars.members import Int64Array, Members, Places
 from pipeline.data.tars.shard import sidecar_location
 from pipeline.data.tars.shard_files import ShardFiles
@@ -228,33 +227,16 @@ class MaskReader:
         return masks
 
 
-class Sidecars(Sequence[Location]):
-    """The sidecars of a split's shards, by the numbers of these."""
-
-    def __init__(self, url: str, extractor: str, rows: SplitRows) -> None:
-        self._url = url
-        self._extractor = extractor
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return self._rows.num_shards
-
-    @overload
-    def __getitem__(self, number: int) -> Location: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Location]: ...
-    def __getitem__(self, number: int | slice) -> Location | Sequence[Location]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        return sidecar_location(self._url, self._extractor, self._rows.shard_name(number))
-
-
 def open_features(url: str, extractor: str, rows: SplitRows, files: ShardFiles) -> FeatureReader:
     """Returns a reader of the features that the rows of a split have.
 
     Raises FeatureError if the first of them disagree with the card.
     """
-    members = Members(files, Sidecars(url, extractor, rows))
+
+    def sidecar(shard: int) -> str:
+        return sidecar_location(url, extractor, rows.shard_name(shard))
+
+    members = Members(files, sidecar)
     first = rows.located([0])
     values = ArrayReader(members, "values", first, num_axes=2)
     if values.dtype == np.int8 and "scales" not in rows.parts:

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +24,9 @@ from pipeline.data.tars.shard import shard_location
 from pipeline.errors import ManifestError
 
 SHARDS_HELD = 24  # two windows of an order, the one that is read and the next, and some
+
+_WINDOWS_JOINED = 3
+_ROWS_A_SHARD_TO_JOIN = 8  # of a batch; with fewer, batches of a window meet different shards
 
 Rows = Sequence[int] | Int64Array
 
@@ -92,6 +94,8 @@ class SplitRows:
         self.starts = np.concatenate([[0], np.cumsum(self._total("num_rows"))])
         self._columns = {name: i for i, name in enumerate(index.columns)}
         self._of_shard = lru_cache(maxsize=SHARDS_HELD)(self._read)
+        # Batches of one window meet the same shards: one step for all of them, not one for each.
+        self._joined = lru_cache(maxsize=_WINDOWS_JOINED)(self._join)
 
     @property
     def num_rows(self) -> int:
@@ -128,14 +132,19 @@ class SplitRows:
         """Returns what is known of some rows, in any order."""
         rows = np.asarray(rows, np.int64)
         shards = np.searchsorted(self.starts, rows, side="right") - 1
+        inside = rows - self.starts[shards]
+        met = sorted(set(shards.tolist()))
+        if len(rows) >= _ROWS_A_SHARD_TO_JOIN * len(met):
+            parts, firsts = self._joined(tuple(met))
+            at = firsts[np.searchsorted(met, shards)] + inside
+            return Located(shards, parts.keys[at], parts.numbers[at], self._columns)
         keys = np.empty(len(rows), object)
         numbers = np.empty((len(rows), len(self._columns)), np.int64)
-        for shard in set(shards.tolist()):
+        for shard in met:
             here = np.flatnonzero(shards == shard)
-            inside = rows[here] - self.starts[shard]
             found = self._of_shard(shard)
-            keys[here] = found.keys[inside]
-            numbers[here] = found.numbers[inside]
+            keys[here] = found.keys[inside[here]]
+            numbers[here] = found.numbers[inside[here]]
         return Located(shards, keys, numbers, self._columns)
 
     def of_shard(self, shard: int) -> Located:
@@ -143,6 +152,13 @@ class SplitRows:
         found = self._of_shard(shard)
         shards = np.full(len(found.keys), shard)
         return Located(shards, found.keys, found.numbers, self._columns)
+
+    def _join(self, shards: tuple[int, ...]) -> tuple[ShardRows, Int64Array]:
+        """Returns the rows of some shards as one, and where in it each shard begins."""
+        parts = [self._of_shard(shard) for shard in shards]
+        firsts = np.cumsum([0, *(len(part.keys) for part in parts[:-1])])
+        numbers = np.concatenate([part.numbers for part in parts])
+        return ShardRows(np.concatenate([part.keys for part in parts]), numbers), firsts
 
     def _total(self, column: str) -> Int64Array:
         found: Int64Array = self._shards[column].to_numpy()
@@ -165,7 +181,7 @@ class SplitRows:
             ) from error
 
 
-class SplitFiles(Sequence[Location]):
+class DatasetFiles:
     """The files that images and texts of a dataset lie in, as the index numbers them."""
 
     def __init__(self, url: str, index: Index) -> None:
@@ -178,16 +194,8 @@ class SplitFiles(Sequence[Location]):
         tars, _ = foreign_tars(self._files["tar"])
         return all(storage.is_local(tar.location) for tar in tars)
 
-    def __len__(self) -> int:
-        return len(self._files)
-
-    @overload
-    def __getitem__(self, number: int) -> Location: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Location]: ...
-    def __getitem__(self, number: int | slice) -> Location | Sequence[Location]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
+    def location(self, number: int) -> Location:
+        """Returns the file of a number."""
         file = self._files.slice(number, 1).to_pylist()[0]
         if file["tar"] is not None:
             return ForeignTar(**file["tar"])

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -12,6 +13,8 @@ import pyarrow as pa
 from pipeline.data.tars.foreign_tar import Location
 from pipeline.data.tars.shard_files import ShardFiles
 from pipeline.errors import ShardError
+
+_LOCATIONS_HELD = 256
 
 Int64Array = npt.NDArray[np.int64]
 Wanted = TypeVar("Wanted")
@@ -36,22 +39,22 @@ class Places:
 class Members:
     """Reads parts of samples from the files they lie in; any number of threads may at once."""
 
-    def __init__(self, files: ShardFiles, locations: Sequence[Location]) -> None:
+    def __init__(self, files: ShardFiles, location: Callable[[int], Location]) -> None:
         self._files = files
-        self._locations = locations
+        self._location = lru_cache(maxsize=_LOCATIONS_HELD)(location)  # of a file's number
 
     def where(self, places: Places, i: int) -> str:
         """Returns the file and the sample of a place, as messages have them."""
-        return f"{self._locations[int(places.files[i])]}: sample {places.keys[i]!r}"
+        return f"{self._location(int(places.files[i]))}: sample {places.keys[i]!r}"
 
     def location(self, places: Places, i: int) -> str:
         """Returns the file of a place."""
-        return str(self._locations[int(places.files[i])])
+        return str(self._location(int(places.files[i])))
 
     def fetch(self, places: Places) -> None:
         """Brings the files of these places, where they are far away, into the cache."""
         for number in np.unique(places.files).tolist():
-            self._files.fetch(self._locations[number])
+            self._files.fetch(self._location(number))
 
     def read(self, places: Places) -> list[bytes]:
         """Returns the payloads, or raises ShardError naming the file and the sample."""
@@ -73,7 +76,7 @@ class Members:
         """Returns what a call gives for each descriptor, what is wanted of it, and offset."""
         numbers = places.files.tolist()
         files = {  # held until all is read, for a file that nobody holds may be closed
-            number: self._files.open(self._locations[number]) for number in set(numbers)
+            number: self._files.open(self._location(number)) for number in set(numbers)
         }
         descriptors = [files[number].descriptor for number in numbers]
         found: list[Found] = []

@@ -19,7 +19,7 @@ def places(offsets: list[int], rows: list[int]) -> Places:
 
 
 def members(folder: Path, locations: list[str]) -> Members:
-    return Members(ShardFiles(folder / "cache"), locations)
+    return Members(ShardFiles(folder / "cache"), locations.__getitem__)
 
 
 def two_files(folder: Path) -> list[str]:

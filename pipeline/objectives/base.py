@@ -139,6 +139,10 @@ class Objective(ABC):
     ) -> tuple[Encodings, Any]:
         """Returns the sequences as the model shall see them, and the target, for B samples."""
 
+    def select(self, target: Any, samples: Tensor, num_tokens: int) -> Any:  # noqa: ARG002
+        """Returns the target of these samples (N,), the longest of which has so many tokens."""
+        return target[samples]
+
     def hide(self, batch: Batch, inputs: Inputs, drawn: Any) -> Inputs:  # noqa: ARG002
         """Returns the inputs with the regions hidden that the model shall not see."""
         return inputs

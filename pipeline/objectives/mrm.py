@@ -114,6 +114,9 @@ class Labels:
     label: Tensor  # (N,) int64
     confidence: Tensor  # (N,) float32, from 0 to 1
 
+    def __getitem__(self, regions: Tensor) -> "Labels":
+        return Labels(self.label[regions], self.confidence[regions])
+
 
 @dataclass(frozen=True)
 class RegionTarget:
@@ -123,6 +126,19 @@ class RegionTarget:
     features: Tensor | None  # (N, F) as stored
     classes: Tensor | Labels | None  # (N, C) probabilities, or the likeliest
     attributes: Tensor | Labels | None  # (N, A) probabilities, or the likeliest
+
+    def select(self, samples: Tensor) -> "RegionTarget":
+        """Returns the target of these samples."""
+        numbers = torch.zeros(self.chosen.shape, dtype=torch.long)
+        numbers[self.chosen] = torch.arange(int(self.chosen.sum()))
+        chosen = self.chosen[samples]
+        regions = numbers[samples][chosen]
+        return RegionTarget(
+            chosen,
+            features=None if self.features is None else self.features[regions],
+            classes=None if self.classes is None else self.classes[regions],
+            attributes=None if self.attributes is None else self.attributes[regions],
+        )
 
 
 @dataclass(frozen=True)
@@ -200,6 +216,14 @@ class MaskedRegionModelling(Objective):
             attributes=attributes,
         )
         return encodings, target
+
+    def select(
+        self,
+        target: RegionTarget,
+        samples: Tensor,
+        num_tokens: int,  # noqa: ARG002
+    ) -> RegionTarget:
+        return target.select(samples)
 
     def hide(self, batch: Batch, inputs: Inputs, drawn: RegionCorruption) -> Inputs:
         values = _features(batch).values

@@ -121,6 +121,19 @@ class StreamCollator:
         matched = [text == shown for text, shown in zip(own, texts, strict=True)]
         return StreamBatch(inputs, targets, torch.tensor(matched))
 
+    def select(self, batch: StreamBatch, samples: Tensor) -> StreamBatch:
+        """Returns these samples (N,) of a batch it made, as it would make them by themselves."""
+        if not batch.targets:
+            return batch
+        inputs = batch.inputs.select(samples)
+        num_tokens = inputs.tokens.shape[1]
+        targets = {
+            objective.name: objective.select(batch.targets[objective.name], samples, num_tokens)
+            for objective in self.objectives
+            if objective.name in batch.targets
+        }
+        return StreamBatch(inputs, targets, batch.is_matched[samples])
+
 
 class ObjectiveModel(nn.Module):
     """A model with its losses: what is trained. Every parameter is used inside its forward.

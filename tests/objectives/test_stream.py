@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.data.load.loader import Batch
 from pipeline.errors import ConfigError, FeatureError
 from pipeline.objectives.base import IGNORED, Objective, Vocabulary
-from pipeline.objectives.objective import ObjectivesConfig
+from pipeline.objectives.objective import ObjectivesConfig, by_stream
 from pipeline.objectives.stream import (
     ObjectiveModel,
+    StreamCollator,
     encode_texts,
     make_inputs,
 )
 from tests.objectives.tiny import (
+    ANSWERS,
     collated,
     make_batch,
     make_family,
@@ -23,6 +26,8 @@ from tests.objectives.tiny import (
     make_objectives,
     make_texts,
     make_tokenizer,
+    part,
+    tensors,
 )
 
 ALL: dict[str, Any] = {"mlm": {}, "itm": {"weight": 0.5}, "lm": {"weight": 2.0}, "answer": {}}
@@ -306,3 +311,59 @@ def test_what_is_drawn_is_what_runs_have_drawn_so_far(tokenizer: Any) -> None:
     assert torch.equal(regions.features[2, 1], before[2, 1])
     assert torch.equal(regions.features[3, 0], before[3, 3])
     assert torch.equal(regions.features[4, 3], before[4, 2])
+
+
+def with_labels(batch: Batch) -> Batch:
+    """What an extractor gives that tells one class a region and, of each, how sure it is."""
+    features = batch.features
+    assert features is not None
+    assert features.classes is not None
+    labels = features.classes.argmax(-1).astype(np.int32)
+    scores = features.classes.max(-1)
+    given = replace(features, classes=None, attributes=None, labels=labels, scores=scores)
+    return replace(batch, features=given)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ALL | {"itc": {}},
+        {
+            "mlm": {"texts": ("captions", "questions"), "whole_words": True},
+            "itm": {"texts": ("captions", "questions")},
+            "mrm": {"features": {}, "classes": {}, "attributes": {}, "exchanged": 0.0},
+            "qa": {},
+        },
+        {"mrm": {"classes": {"distance": "label"}, "zeroed": 0.5, "exchanged": 0.5}, "mlm": {}},
+        {"itm": {"mismatch_probability": 0.9}, "mrm": {"features": {}, "mask_fraction": 0.8}},
+    ],
+)
+@pytest.mark.parametrize("blind", [False, True])
+def test_samples_selected_of_a_batch_are_those_collated_by_themselves(
+    settings: dict[str, Any], blind: bool, tokenizer: Any
+) -> None:
+    if blind:
+        settings = {name: of_one for name, of_one in settings.items() if name != "mrm"}
+    rng = np.random.default_rng(2)
+    narrower = 0
+    for collate in (
+        StreamCollator(group, tokenizer, 24, ANSWERS, 7 if blind else None)
+        for group in by_stream(make_objectives(**settings)).values()
+    ):
+        for step in range(4):
+            batch = make_batch(10, step=step)
+            if "distance" in str(settings):
+                batch = with_labels(batch)
+            whole = collate(batch)
+            for size in (1, 2, 3, 9, 10):
+                samples = rng.choice(10, size, replace=False)
+                found = collate.select(whole, torch.from_numpy(samples))
+                expected = collate(part(batch, samples.tolist()))
+                assert found.targets.keys() == expected.targets.keys()
+                pairs = zip(tensors(found), tensors(expected), strict=True)
+                for ours, alone in pairs:
+                    assert ours.dtype == alone.dtype
+                    assert ours.is_contiguous()
+                    assert torch.equal(ours, alone)
+                narrower += found.inputs.tokens.shape[1] < whole.inputs.tokens.shape[1]
+    assert narrower

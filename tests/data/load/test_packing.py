@@ -1,16 +1,10 @@
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.load.loader import Loader
-from pipeline.data.load.order import Order
-from pipeline.data.load.packing import pack, part
-from pipeline.data.read.dataset import Dataset
-from tests.data.load.test_loader import fingerprints
-from tests.data.tiny_dataset import EXTRACTOR, make_dataset
+from pipeline.data.load.packing import pack
 
 
 def arrays(passes: int, count: int) -> st.SearchStrategy[np.ndarray]:
@@ -46,21 +40,3 @@ def test_what_is_too_long_is_by_itself_and_no_room_is_left_unused() -> None:
     assert found == [[1, 3, 5], [0, 4], [2]]
     found = [indices.tolist() for (indices,) in pack([lengths], max_tokens=10, max_samples=2)]
     assert found == [[1, 3], [4, 5], [0], [2]]
-
-
-def test_a_part_is_what_the_loader_would_have_read(tmp_path: Path) -> None:
-    make_dataset(str(tmp_path))
-    split = Dataset.open(str(tmp_path)).split("train", EXTRACTOR)
-    order = Order(split, "captions", seed=1)
-    loader = Loader(split, order, global_batch_size=6, seed=1, distractors=True)
-    ((whole,),) = loader.batches(0, 1, 0, 1, 6)
-    ((*_, last),) = loader.batches(0, 1, 0, 1, 2)
-    cut = part(whole, np.array([4, 5]))
-    assert fingerprints(cut) == fingerprints(last)
-    assert cut.keys == last.keys
-    assert cut.features is not None
-    assert last.features is not None
-    regions = int(last.features.num_regions.max())
-    assert np.array_equal(cut.features.values[:, :regions], last.features.values)
-    assert np.array_equal(cut.features.boxes[:, :regions], last.features.boxes)
-    assert cut.rng(1).random() == last.rng(1).random()

@@ -10,9 +10,8 @@ listed does not exist.
 """
 
 import json
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -36,9 +35,10 @@ from pipeline.data.ingest.listing import STAYS_AS_IT_IS, FingerprintOf, Listing
 from pipeline.data.ingest.outcome import live_row, reject_row
 from pipeline.data.ingest.shard_tasks import run_tasks
 from pipeline.data.ingest.survey import without_duplicates
-from pipeline.data.ingest.treatment import Treatment, digest
+from pipeline.data.ingest.treatment import Treatment
 from pipeline.data.ingest.unopened import find_unopened
 from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.pending_commits import PendingCommits
 from pipeline.data.manifest.schema import SampleRow, from_table, to_table
 from pipeline.data.media.image_check import BadImageError, Verify
 from pipeline.data.media.reencode import ReencodeConfig
@@ -46,10 +46,10 @@ from pipeline.data.sample import Sample
 from pipeline.data.sources.base import ConfiguredSource, Record, Source, SourceConfig
 from pipeline.data.tars.foreign_tar import REFERENCE, ImageReference
 from pipeline.data.tars.shard import Member, Shard, ShardWriter
+from pipeline.digest import digest_of
 from pipeline.errors import RejectError, RemovalError, SourceError
 from pipeline.reason import Reason
 
-COMMIT_SECONDS = 1.0  # the most work a kill can cost; a commit takes a hundredth of it
 _TOP_REASONS = 5
 _EXAMPLES = 5
 
@@ -161,20 +161,20 @@ def ingest(
     origin = _origin(source, config)
     manifest = plan.manifest.commit(plan.settled, origin)
     num_done, num_to_do, num_shards = 0, plan.changed.num_rows, 0
-    unlisted: list[pa.Table] = []
-    listed_at = time.monotonic()
+
+    def list_written(rows: Sequence[pa.Table]) -> None:
+        nonlocal manifest
+        manifest = manifest.commit(pa.concat_tables(rows), origin)
+
+    unlisted = PendingCommits(list_written)
     on_progress(num_done, num_to_do)
     if num_to_do and config.shards_in_flight:
         start_ray()
     for entry in _written(plan, source, config):
         rejects.add(entry.rows)
-        unlisted.append(entry.rows)
         num_done += entry.rows.num_rows
         num_shards += entry.shard is not None
-        if num_done == num_to_do or time.monotonic() - listed_at >= COMMIT_SECONDS:
-            manifest = manifest.commit(pa.concat_tables(unlisted), origin)
-            unlisted.clear()
-            listed_at = time.monotonic()
+        unlisted.add(entry.rows, is_last=num_done == num_to_do)
         on_progress(num_done, num_to_do)
     unchanged = manifest.version == plan.manifest.version
     held = plan.held if unchanged else held_by_reason(manifest)
@@ -203,7 +203,7 @@ def _origin(source: Source, config: IngestConfig) -> str:
     places = {key: storage.absolute(at) for key, at in source.config.locations().items()}
     treatment = [config.treatment().identity(), config.filters.model_dump_json()]
     settings = [source.config.model_dump_json(), places, treatment, config.fingerprint]
-    return digest(json.dumps(settings).encode())
+    return digest_of(json.dumps(settings).encode())
 
 
 def _plan(source: Source, manifest: Manifest, config: IngestConfig) -> IngestPlan:
@@ -305,8 +305,8 @@ def _write_record(
         return reject_row(record, error.reason, f"{record.image}: {error.detail}")
     row = replace(
         live_row(record),
-        digest=digest(stored.payload),
-        source_digest="" if stored.payload is payload else digest(payload),
+        digest=digest_of(stored.payload),
+        source_digest="" if stored.payload is payload else digest_of(payload),
         perceptual_hash=record.perceptual_hash,
         width=stored.width,
         height=stored.height,

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from msgspec.structs import replace
 
-from pipeline.data.ingest.treatment import Treatment, digest
+from pipeline.data.ingest.treatment import Treatment
 from pipeline.data.sources.base import (
     ListedTar,
     Record,
@@ -26,6 +26,7 @@ from pipeline.data.sources.base import (
 from pipeline.data.sources.columns import ColumnarSource, accounted_batches, in_batches
 from pipeline.data.sources.digests import digests, in_hex
 from pipeline.data.tars.foreign_tar import ForeignTar
+from pipeline.digest import digest_of
 from pipeline.errors import ConfigError, SourceError
 from pipeline.look_ahead import map_ahead
 
@@ -113,7 +114,7 @@ class Listing:
     def _under_settings(self, tar: ForeignTar) -> ForeignTar:
         settings = [tar.listing, self._treatment.identity()]
         settings.append(self._treatment.filters.model_dump_json())
-        return replace(tar, listing=digest(json.dumps(settings).encode()))
+        return replace(tar, listing=digest_of(json.dumps(settings).encode()))
 
     def _as_wanted(self, entries: Iterator[Record | Reject]) -> Iterator[Record | Reject]:
         if self._by_content:
@@ -151,7 +152,7 @@ class Listing:
         if isinstance(entry, Reject):
             return entry
         try:
-            content = f"content {digest(self._source.read(entry))}"
+            content = f"content {digest_of(self._source.read(entry))}"
             if entry.tar:  # the same bytes at another place are to be found there
                 content += f" in {entry.image}"
         except SourceError:

@@ -7,8 +7,6 @@ sample has to be made again.
 import json
 from dataclasses import dataclass, field
 
-import xxhash
-
 from pipeline.data.ingest.filters import FilterConfig
 from pipeline.data.media.image_check import Verify
 from pipeline.data.media.kind import is_picture
@@ -57,9 +55,3 @@ class Treatment:
             return StoredImage(payload, *self.examine(payload))
         self.filters.check_size(*check_media(payload, "header"))
         return reencode(payload, self.reencode)
-
-
-def digest(payload: bytes) -> str:
-    """Returns what tells whether image bytes are the same: xxh3_128 in hex."""
-    found: str = xxhash.xxh3_128_hexdigest(payload)
-    return found

@@ -14,7 +14,7 @@ from pipeline import config, storage
 from pipeline.data.load.loader import AnyOrder, AnySplit, Batch, Loader
 from pipeline.data.load.mixture import MixedOrder, MixedSplit
 from pipeline.data.load.order import Order
-from pipeline.data.load.packing import pack, part
+from pipeline.data.load.packing import cut_by_tokens, part
 from pipeline.data.read.dataset import Dataset, Split, TextKind
 from pipeline.data.read.images import LiveConfig
 from pipeline.data.text.vocabulary import load_tokenizer
@@ -189,7 +189,7 @@ class _Feed:
                 kind: part(batch, indices)
                 for (kind, batch), indices in zip(share.items(), of_kinds, strict=True)
             }
-            for of_kinds in pack(lengths, max_tokens, self.micro_batch_size)
+            for of_kinds in cut_by_tokens(lengths, max_tokens, self.micro_batch_size)
         ]
 
 

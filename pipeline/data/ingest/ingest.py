@@ -24,6 +24,7 @@ from pipeline.config import Config
 from pipeline.data.ingest.comparison import SharedKeyError
 from pipeline.data.ingest.duplicates import Duplicates
 from pipeline.data.ingest.filters import WANTED_REASONS, FilterConfig
+from pipeline.data.ingest.image_policy import ImagePolicy
 from pipeline.data.ingest.ingest_plan import (
     IngestPlan,
     ShardPlan,
@@ -31,11 +32,10 @@ from pipeline.data.ingest.ingest_plan import (
     held_by_reason,
     plan_ingest,
 )
-from pipeline.data.ingest.listing import STAYS_AS_IT_IS, FingerprintOf, Listing
 from pipeline.data.ingest.outcome import live_row, reject_row
 from pipeline.data.ingest.shard_tasks import run_tasks
+from pipeline.data.ingest.source_view import STAYS_AS_IT_IS, FingerprintOf, SourceView
 from pipeline.data.ingest.survey import without_duplicates
-from pipeline.data.ingest.treatment import Treatment
 from pipeline.data.ingest.unopened import find_unopened
 from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.manifest.pending_commits import PendingCommits
@@ -93,9 +93,9 @@ class IngestConfig(Config):
         "source that is only half there; a single sample may always go, unless it is 0",
     )
 
-    def treatment(self) -> Treatment:
+    def image_policy(self) -> ImagePolicy:
         """Returns what image files go through."""
-        return Treatment(self.verify, self.reencode, self.filters)
+        return ImagePolicy(self.verify, self.reencode, self.filters)
 
     def check_source(self, source: SourceConfig) -> None:
         """Raises ValueError if the images of this source cannot go through that."""
@@ -201,19 +201,19 @@ def _origin(source: Source, config: IngestConfig) -> str:
     if not isinstance(source, ConfiguredSource):
         return ""
     places = {key: storage.absolute(at) for key, at in source.config.locations().items()}
-    treatment = [config.treatment().identity(), config.filters.model_dump_json()]
-    settings = [source.config.model_dump_json(), places, treatment, config.fingerprint]
+    policy = [config.image_policy().identity(), config.filters.model_dump_json()]
+    settings = [source.config.model_dump_json(), places, policy, config.fingerprint]
     return digest_of(json.dumps(settings).encode())
 
 
 def _plan(source: Source, manifest: Manifest, config: IngestConfig) -> IngestPlan:
     """Compares the listing with the manifest; of tars of others only what changed is opened."""
-    settings = (source, config.treatment(), config.fingerprint)
-    listing = Listing(*settings)
+    settings = (source, config.image_policy(), config.fingerprint)
+    listing = SourceView(*settings)
     unopened = find_unopened(manifest, listing.tars())
     if unopened:
         try:
-            return plan_ingest(Listing(*settings, unopened), manifest, [*unopened.values()])
+            return plan_ingest(SourceView(*settings, unopened), manifest, [*unopened.values()])
         except SharedKeyError:
             pass  # all tars are opened, as in a first run
     return plan_ingest(listing, manifest)
@@ -253,7 +253,7 @@ def write_shard(plan: ShardPlan, source: Source) -> ShardEntry:
             if plan.keep_images and old is not None:
                 rows.append(_write_texts(writer, record, old))
             else:
-                rows.append(_write_record(writer, record, old, source, plan.treatment))
+                rows.append(_write_record(writer, record, old, source, plan.policy))
     shard = writer.shard if writer.num_samples else None
     if shard is not None:  # its name is the digest of the whole: known only now
         rows = [_in_shard(row, shard.name) for row in rows]
@@ -293,12 +293,12 @@ def _write_record(
     record: Record,
     old: SampleRow | None,
     source: Source,
-    treatment: Treatment,
+    policy: ImagePolicy,
 ) -> SampleRow:
     """Reads, checks and writes a record; returns its row, of a sample or of a reject."""
     try:
         payload = source.read(record)
-        stored = treatment.apply(payload)
+        stored = policy.apply(payload)
     except SourceError as error:
         return reject_row(record, Reason.UNREADABLE_IMAGE, str(error))
     except BadImageError as error:
@@ -347,7 +347,7 @@ def _holds(old: SampleRow, new: SampleRow, record: Record) -> bool:
 
 def _written(plan: IngestPlan, source: Source, config: IngestConfig) -> Iterator[ShardEntry]:
     """Yields shards as they are finished, a bounded number of them in the making."""
-    plans = plan.shards(config.samples_per_shard, config.treatment())
+    plans = plan.shards(config.samples_per_shard, config.image_policy())
     if config.filters.duplicates != "keep" and plan.changed.num_rows:
         duplicates = Duplicates(plan.holders(), config.filters)
         plans = without_duplicates(plans, source, duplicates, config.shards_in_flight)

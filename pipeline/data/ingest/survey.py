@@ -54,10 +54,10 @@ def look_at_images(plan: ShardPlan, source: Source) -> pa.Table:
 
 
 def _surveyed(record: Record, plan: ShardPlan, source: Source) -> Surveyed:
-    near = plan.treatment.filters.duplicates == "near"
+    near = plan.policy.filters.duplicates == "near"
     try:
         payload = source.read(record)
-        plan.treatment.examine(payload)
+        plan.policy.examine(payload)
         hashed = perceptual_hash(payload) if near else None
     except SourceError as error:
         reject = reject_row(record, Reason.UNREADABLE_IMAGE, str(error))
@@ -86,6 +86,6 @@ def _decided(plan: ShardPlan, images: pa.Table, duplicates: Duplicates) -> Shard
     return replace(
         plan,
         records=records.filter(unique),
-        treatment=replace(plan.treatment, verify="header"),  # they were decoded just now
+        policy=replace(plan.policy, verify="header"),  # they were decoded just now
         left_out=to_table([*faulty, *rejects], SampleRow),
     )

@@ -19,9 +19,9 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.data.ingest.filters import FilterConfig
+from pipeline.data.ingest.image_policy import ImagePolicy
 from pipeline.data.ingest.ingest import IngestConfig, IngestReport, ingest, write_shard
 from pipeline.data.ingest.ingest_plan import plan_ingest
-from pipeline.data.ingest.treatment import Treatment
 from pipeline.data.manifest import pending_commits
 from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.media.reencode import ReencodeConfig
@@ -555,7 +555,7 @@ def test_an_overlapping_run_does_not_list_again_what_another_has(tmp_path: Path)
     report = ingest(world, str(tmp_path), config(samples_per_shard=4))
 
     manifest = late.manifest.commit(late.settled)
-    for shard_plan in late.shards(samples_per_shard=3, treatment=Treatment()):
+    for shard_plan in late.shards(samples_per_shard=3, policy=ImagePolicy()):
         manifest = manifest.commit(write_shard(shard_plan, world).rows)
 
     assert Manifest.open(str(tmp_path)).version == report.version
@@ -578,7 +578,7 @@ def test_an_older_listing_does_not_remove_what_a_newer_one_added(tmp_path: Path)
 def test_writing_a_shard_again_gives_the_same_shard(tmp_path: Path) -> None:
     world = make_world(9)
     plan = plan_ingest(world, Manifest.create(str(tmp_path)))
-    plans = list(plan.shards(samples_per_shard=50, treatment=Treatment()))
+    plans = list(plan.shards(samples_per_shard=50, policy=ImagePolicy()))
     first = [write_shard(shard_plan, world) for shard_plan in plans]
     again = [write_shard(shard_plan, world) for shard_plan in plans]
     assert [entry.shard for entry in first] == [entry.shard for entry in again]

@@ -1,4 +1,4 @@
-"""The treatment of an image file before it is stored: checked, filtered, encoded anew if asked.
+"""The image policy: how a file is checked, filtered and encoded anew before it is stored.
 
 What becomes of a file depends on these settings alone, so they are part of what tells whether a
 sample has to be made again.
@@ -19,7 +19,7 @@ _METHOD = 1
 
 
 @dataclass(frozen=True)
-class Treatment:
+class ImagePolicy:
     """The settings. By default images are stored as they came; videos and DICOM always are."""
 
     verify: Verify = "decode"

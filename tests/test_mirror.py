@@ -32,6 +32,7 @@ THROUGH_OTHERS = {
     "perf/start_up.py": "a process that a bench times: train",
     "perf/table_rerun.py": "a process that a bench times: rerun",
     "reason.py": "an enumeration: whoever counts rejects",
+    "report/titles.py": "names without code: sentence, phase_charts",
     "stages/publish.py": "the model that a run leaves: run, changed",
     "stages/tokenizer.py": "the tokenizer of a run: train, run",
     "training/feed/micro_batch.py": "a type without code: device_feed",

@@ -30,7 +30,6 @@ THROUGH_OTHERS = {
     "perf/loader_data.py": "what a bench reads: loader",
     "perf/loader_peers.py": "what a bench compares with: loader",
     "perf/start_up.py": "a process that a bench times: train",
-    "perf/table_rerun.py": "a process that a bench times: rerun",
     "reason.py": "an enumeration: whoever counts rejects",
     "stages/estimate.py": "what a check tells of a training: check",
     "training/feed/micro_batch.py": "a type without code: device_feed",

@@ -11,12 +11,15 @@ import yaml
 
 from pipeline import storage
 from pipeline.errors import StageError
-from pipeline.report.curves import Chart, PhaseMetrics, Role, Stretch, chart, read_metrics
+from pipeline.report.curves import Chart, Role, chart
 from pipeline.report.examples import FILE as EXAMPLES_FILE
 from pipeline.report.examples import Example, Gallery, read_gallery
 from pipeline.report.heat import Heat, attention_heat
 from pipeline.report.inline_image import InlineImage, inline_image, shared_ratio
 from pipeline.report.page import duration, render
+from pipeline.report.phase_metrics import PhaseMetrics
+from pipeline.training.tracking.metrics_log import METRICS as METRICS_FILE
+from pipeline.training.tracking.metrics_log import Stretch
 
 PHASES = {
     "pretrain": "Pretraining",
@@ -142,7 +145,8 @@ def write_report(run: str) -> str:
     """Writes RUN/report.html from the files of the run alone, and returns its location.
 
     A run that is not finished gets a report that says what is missing; no number is shown that
-    is not in a file. Raises StageError if this is no run or one of its files is damaged.
+    is not in a file. Raises StageError if this is no run, and it or StorageError if one of its
+    files is damaged.
     """
     found = read_run(run)
     location = storage.join(run, "report.html")
@@ -157,9 +161,9 @@ def read_run(run: str) -> Run:
     evaluated = _json(run, "evaluation", "metrics.json")
     recipe, recipe_text = _recipe(run)
     phases = {
-        phase: read_metrics(run, phase)
+        phase: PhaseMetrics.read(run, phase)
         for phase in PHASES
-        if storage.exists(storage.join(run, phase, "metrics.jsonl"))
+        if storage.exists(storage.join(run, phase, METRICS_FILE))
     }
     has_gallery = storage.exists(storage.join(run, *EXAMPLES_FILE))
     if not (summary or environment or evaluated or recipe or phases or has_gallery):

@@ -179,7 +179,11 @@ class Distillation(Objective):
         return self._map
 
     def prepare(
-        self, batch: Batch, encodings: Encodings, vocabulary: Vocabulary
+        self,
+        batch: Batch,
+        encodings: Encodings,
+        vocabulary: Vocabulary,
+        drawn: None,  # noqa: ARG002
     ) -> tuple[Encodings, TeacherView]:
         if self.config.next_words is None:
             compared = encodings.is_word & (encodings.tokens == vocabulary.mask)

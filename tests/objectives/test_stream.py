@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError, FeatureError
-from pipeline.objectives.base import Objective, Vocabulary
+from pipeline.objectives.base import IGNORED, Objective, Vocabulary
 from pipeline.objectives.objective import ObjectivesConfig
 from pipeline.objectives.stream import (
     ObjectiveModel,
@@ -278,3 +278,31 @@ def test_pieces_know_the_word_that_they_are_of(tokenizer: Any) -> None:
     starts = [not piece.startswith("##") for piece in pieces[1:-1]]
     assert encodings.words[0, 1:-1].tolist() == (np.cumsum(starts) - 1).tolist()
     assert not all(starts)
+
+
+def test_what_is_drawn_is_what_runs_have_drawn_so_far(tokenizer: Any) -> None:
+    """Recorded values: a run that goes on after an update goes on with the same examples."""
+    shares = {"mask_fraction": 0.4, "zeroed": 0.6, "exchanged": 0.3}
+    objectives = make_objectives(mlm={}, itm={}, qa={}, mrm={"features": {}} | shares)
+    batch = make_batch(6)
+    streams = collated(objectives, tokenizer, batch).streams
+    captions, questions = streams["captions-full"], streams["questions-full"]
+    assert captions.targets["itm"].tolist() == [False, True, True, True, True, True]
+    assert questions.targets["qa"].tolist() == [0, 0, 2, 0, 2, 2]
+    words = captions.targets["mlm"]
+    chosen = [[0, 2], [1, 2], [2, 5], [3, 2], [3, 6], [4, 4], [4, 9], [5, 6]]
+    assert (words != IGNORED).nonzero().tolist() == chosen
+    assert [int(words[i, at]) for i, at in chosen] == [73, 76, 75, 76, 50, 77, 53, 50]
+    shown = [int(captions.inputs.tokens[i, at]) for i, at in chosen]
+    assert shown == [4, 76, 4, 4, 39, 4, 4, 4]  # 4 is [MASK]
+    regions = captions.inputs
+    chosen = [[0, 0], [1, 1], [2, 0], [2, 1], [3, 0], [3, 3], [4, 3], [5, 0]]
+    assert captions.targets["mrm"].chosen.nonzero().tolist() == chosen
+    assert regions.masked_regions is not None
+    masked = [[0, 0], [1, 1], [2, 0], [3, 3], [5, 0]]
+    assert regions.masked_regions.nonzero().tolist() == masked
+    assert batch.features is not None
+    before = torch.from_numpy(batch.features.values)
+    assert torch.equal(regions.features[2, 1], before[2, 1])
+    assert torch.equal(regions.features[3, 0], before[3, 3])
+    assert torch.equal(regions.features[4, 3], before[4, 2])

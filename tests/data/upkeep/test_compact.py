@@ -16,6 +16,7 @@ from pipeline import storage
 from pipeline.data.ingest.image_policy import ImagePolicy
 from pipeline.data.ingest.ingest import IngestConfig, ingest
 from pipeline.data.ingest.ingest_plan import plan_ingest
+from pipeline.data.manifest import pending_commits
 from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.manifest.retention import Retention
 from pipeline.data.manifest.schema import FeaturePart, FeatureRow, to_table
@@ -368,7 +369,7 @@ class Killed(BaseException):
 def test_a_break_at_any_write_or_removal_leaves_a_valid_dataset(
     tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compact_module, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(pending_commits, "COMMIT_SECONDS", 0.0)
     random = Random(seed)
     world = make_world(16, seed)
     url = str(tmp_path)

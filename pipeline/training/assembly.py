@@ -14,7 +14,7 @@ from pipeline import config, storage
 from pipeline.data.load.loader import AnyOrder, AnySplit, Batch, Loader
 from pipeline.data.load.mixture import MixedOrder, MixedSplit
 from pipeline.data.load.order import Order
-from pipeline.data.load.packing import pack
+from pipeline.data.load.packing import cut_by_tokens
 from pipeline.data.read.dataset import Dataset, Split, TextKind
 from pipeline.data.read.images import LiveConfig
 from pipeline.data.text.vocabulary import load_tokenizer
@@ -188,7 +188,7 @@ class _Feed:
             lengths.append(np.stack(taken) if taken else np.zeros((1, len(batch.rows)), np.int64))
         return [
             self._part(collated, dict(zip(share, map(torch.from_numpy, of_kinds), strict=True)))
-            for of_kinds in pack(lengths, max_tokens, self.micro_batch_size)
+            for of_kinds in cut_by_tokens(lengths, max_tokens, self.micro_batch_size)
         ]
 
     def _part(

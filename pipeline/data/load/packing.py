@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.data.tars.members import Int64Array
 
 
-def pack(
+def cut_by_tokens(
     lengths: Sequence[Int64Array], max_tokens: int, max_samples: int
 ) -> list[tuple[Int64Array, ...]]:
     """Returns for each micro-batch, and each kind of text, indices in the share: shortest first.

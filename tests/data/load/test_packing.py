@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.load.packing import pack
+from pipeline.data.load.packing import cut_by_tokens
 
 
 def arrays(passes: int, count: int) -> st.SearchStrategy[np.ndarray]:
@@ -17,7 +17,7 @@ def test_every_example_is_in_one_micro_batch_that_is_not_too_large(
     data: st.DataObject, count: int, max_tokens: int, max_samples: int
 ) -> None:
     lengths = [data.draw(arrays(2, count)), data.draw(arrays(1, count))]
-    micro_batches = pack(lengths, max_tokens, max_samples)
+    micro_batches = cut_by_tokens(lengths, max_tokens, max_samples)
     for number, of_kind in enumerate(lengths):
         groups = [indices[number].tolist() for indices in micro_batches]
         assert sorted(index for indices in groups for index in indices) == list(range(count))
@@ -36,7 +36,11 @@ def test_every_example_is_in_one_micro_batch_that_is_not_too_large(
 
 def test_what_is_too_long_is_by_itself_and_no_room_is_left_unused() -> None:
     lengths = np.array([[5, 2, 30, 2, 4, 2]])
-    found = [indices.tolist() for (indices,) in pack([lengths], max_tokens=10, max_samples=9)]
+    found = [
+        indices.tolist() for (indices,) in cut_by_tokens([lengths], max_tokens=10, max_samples=9)
+    ]
     assert found == [[1, 3, 5], [0, 4], [2]]
-    found = [indices.tolist() for (indices,) in pack([lengths], max_tokens=10, max_samples=2)]
+    found = [
+        indices.tolist() for (indices,) in cut_by_tokens([lengths], max_tokens=10, max_samples=2)
+    ]
     assert found == [[1, 3], [4, 5], [0], [2]]

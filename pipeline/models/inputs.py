@@ -30,6 +30,16 @@ class Inputs:
         """Returns the batch on a device; pinned tensors are copied without waiting."""
         return mapped(self, lambda tensor: tensor.to(device, non_blocking=True))
 
+    def select(self, samples: Tensor) -> "Inputs":
+        """Returns these samples (N,), with no more tokens than the longest; regions as padded."""
+        num_tokens = int((~self.token_padding[samples]).sum(dim=1).max())
+        words = replace(
+            self,
+            tokens=self.tokens[:, :num_tokens],
+            token_padding=self.token_padding[:, :num_tokens],
+        )
+        return mapped(words, lambda tensor: tensor[samples])
+
     def without_image(self) -> "Inputs":
         """Returns the batch with no regions at all: what a blind twin sees."""
         return replace(

@@ -42,7 +42,11 @@ class Answering(Objective):
         super().__init__(config.weight)
 
     def prepare(
-        self, batch: Batch, encodings: Encodings, vocabulary: Vocabulary
+        self,
+        batch: Batch,
+        encodings: Encodings,
+        vocabulary: Vocabulary,
+        drawn: None,  # noqa: ARG002
     ) -> tuple[Encodings, Tensor]:
         """The target is (B, A), a score from 0 to 1 for each answer."""
         target = torch.zeros(len(batch.keys), len(vocabulary.answers))

@@ -79,7 +79,8 @@ class Objective(ABC):
     a Tensor, or a dataclass of some with their `to(device)`.
 
     Its life: `check` and `open` before anything starts and `attach` when the module is built; then
-    for each micro-batch `choose_texts`, `prepare` and `hide` while it is collated, and `loss`.
+    for each micro-batch `draw`, `choose_texts`, `prepare` and `hide` while it is collated, and
+    `loss`. What `draw` returns is handed to the next three.
     """
 
     name: str
@@ -124,17 +125,25 @@ class Objective(ABC):
         """
         return None
 
-    def choose_texts(self, batch: Batch, texts: list[str]) -> list[str]:  # noqa: ARG002
+    def draw(self, batch: Batch) -> Any:  # noqa: ARG002
+        """Returns what is drawn once for a batch, because more than one of the next needs it."""
+        return None
+
+    def choose_texts(self, texts: list[str], drawn: Any) -> list[str]:  # noqa: ARG002
         """Returns the text shown with each image (B,), before tokens are made of it."""
         return texts
 
     @abstractmethod
     def prepare(
-        self, batch: Batch, encodings: Encodings, vocabulary: Vocabulary
+        self, batch: Batch, encodings: Encodings, vocabulary: Vocabulary, drawn: Any
     ) -> tuple[Encodings, Any]:
         """Returns the sequences as the model shall see them, and the target, for B samples."""
 
-    def hide(self, batch: Batch, inputs: Inputs) -> Inputs:  # noqa: ARG002
+    def select(self, target: Any, samples: Tensor, num_tokens: int) -> Any:  # noqa: ARG002
+        """Returns the target of these samples (N,), the longest of which has so many tokens."""
+        return target[samples]
+
+    def hide(self, batch: Batch, inputs: Inputs, drawn: Any) -> Inputs:  # noqa: ARG002
         """Returns the inputs with the regions hidden that the model shall not see."""
         return inputs
 

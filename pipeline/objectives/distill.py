@@ -114,6 +114,19 @@ class TeacherView:
     boxes: Tensor | None  # (B, R, 4)
     region_padding: Tensor | None  # (B, R) bool
 
+    def select(self, samples: Tensor, num_tokens: int) -> "TeacherView":
+        """Returns the view of these samples (N,), the longest of which has so many tokens."""
+        mask = self.word_mask[:, :num_tokens][samples]
+        if self.features is None or self.boxes is None or self.region_padding is None:
+            return TeacherView(mask, None, None, None)
+        width = int((~self.region_padding[samples]).sum(dim=1).max())
+        return TeacherView(
+            mask,
+            self.features[:, :width][samples],
+            self.boxes[:, :width][samples],
+            self.region_padding[:, :width][samples],
+        )
+
     def of(self, inputs: Inputs) -> Inputs:
         """Returns the teacher's inputs beside the student's: the same text, as corrupted."""
         if self.features is None or self.boxes is None or self.region_padding is None:
@@ -179,7 +192,11 @@ class Distillation(Objective):
         return self._map
 
     def prepare(
-        self, batch: Batch, encodings: Encodings, vocabulary: Vocabulary
+        self,
+        batch: Batch,
+        encodings: Encodings,
+        vocabulary: Vocabulary,
+        drawn: None,  # noqa: ARG002
     ) -> tuple[Encodings, TeacherView]:
         if self.config.next_words is None:
             compared = encodings.is_word & (encodings.tokens == vocabulary.mask)
@@ -203,6 +220,9 @@ class Distillation(Objective):
             mask, torch.from_numpy(seen.values), torch.from_numpy(seen.boxes), padding
         )
         return encodings, view
+
+    def select(self, target: TeacherView, samples: Tensor, num_tokens: int) -> TeacherView:
+        return target.select(samples, num_tokens)
 
     def loss(
         self, model: VisionLanguageModel, encoded: Encoded, inputs: Inputs, target: TeacherView

@@ -59,6 +59,7 @@ class ImageTextContrast(Objective):
         batch: Batch,
         encodings: Encodings,
         vocabulary: Vocabulary,  # noqa: ARG002
+        drawn: None,  # noqa: ARG002
     ) -> tuple[Encodings, Tensor]:
         """The target (B,) is the row of the image."""
         return encodings, torch.from_numpy(batch.rows)

@@ -52,19 +52,22 @@ class ImageTextMatching(Objective):
         self.stream = Stream(kind, "full")
         self.mismatch_probability = config.mismatch_probability
 
-    def choose_texts(self, batch: Batch, texts: list[str]) -> list[str]:
-        wrong = [self._wrong_text(batch, i) for i in range(len(texts))]
-        return [text if other is None else other for text, other in zip(texts, wrong, strict=True)]
+    def draw(self, batch: Batch) -> list[str | None]:
+        """Returns what is shown instead of each example's own text; None if that is shown."""
+        return [self._wrong_text(batch, i) for i in range(len(batch.keys))]
+
+    def choose_texts(self, texts: list[str], drawn: list[str | None]) -> list[str]:
+        return [text if other is None else other for text, other in zip(texts, drawn, strict=True)]
 
     def prepare(
         self,
-        batch: Batch,
+        batch: Batch,  # noqa: ARG002
         encodings: Encodings,
         vocabulary: Vocabulary,  # noqa: ARG002
+        drawn: list[str | None],
     ) -> tuple[Encodings, Tensor]:
         """The target (B,) is True where the text shown is the image's own."""
-        matched = [self._wrong_text(batch, i) is None for i in range(len(batch.keys))]
-        return encodings, torch.tensor(matched)
+        return encodings, torch.tensor([wrong is None for wrong in drawn])
 
     def loss(
         self,
@@ -87,7 +90,6 @@ class ImageTextMatching(Objective):
         return (judged_matched == target).float()
 
     def _wrong_text(self, batch: Batch, i: int) -> str | None:
-        """Returns what is shown instead of example i's own text; None if that is shown."""
         rng = batch.rng(i, _SALT)
         if rng.random() >= self.mismatch_probability:
             return None

@@ -40,6 +40,7 @@ class LanguageModelling(TokenObjective):
         batch: Batch,  # noqa: ARG002
         encodings: Encodings,
         vocabulary: Vocabulary,  # noqa: ARG002
+        drawn: None,  # noqa: ARG002
     ) -> tuple[Encodings, Tensor]:
         """The target (B, T) of a position is the token after it."""
         target = np.full_like(encodings.tokens, IGNORED)

@@ -70,7 +70,11 @@ class MaskedLanguageModelling(TokenObjective):
         self.whole_words = config.whole_words
 
     def prepare(
-        self, batch: Batch, encodings: Encodings, vocabulary: Vocabulary
+        self,
+        batch: Batch,
+        encodings: Encodings,
+        vocabulary: Vocabulary,
+        drawn: None,  # noqa: ARG002
     ) -> tuple[Encodings, Tensor]:
         """Returns the corrupted sequences and the true piece (B, T) at the chosen positions."""
         tokens = encodings.tokens.copy()

@@ -114,6 +114,9 @@ class Labels:
     label: Tensor  # (N,) int64
     confidence: Tensor  # (N,) float32, from 0 to 1
 
+    def __getitem__(self, regions: Tensor) -> "Labels":
+        return Labels(self.label[regions], self.confidence[regions])
+
 
 @dataclass(frozen=True)
 class RegionTarget:
@@ -123,6 +126,28 @@ class RegionTarget:
     features: Tensor | None  # (N, F) as stored
     classes: Tensor | Labels | None  # (N, C) probabilities, or the likeliest
     attributes: Tensor | Labels | None  # (N, A) probabilities, or the likeliest
+
+    def select(self, samples: Tensor) -> "RegionTarget":
+        """Returns the target of these samples."""
+        numbers = torch.zeros(self.chosen.shape, dtype=torch.long)
+        numbers[self.chosen] = torch.arange(int(self.chosen.sum()))
+        chosen = self.chosen[samples]
+        regions = numbers[samples][chosen]
+        return RegionTarget(
+            chosen,
+            features=None if self.features is None else self.features[regions],
+            classes=None if self.classes is None else self.classes[regions],
+            attributes=None if self.attributes is None else self.attributes[regions],
+        )
+
+
+@dataclass(frozen=True)
+class RegionCorruption:
+    """What becomes of B samples' regions."""
+
+    chosen: npt.NDArray[np.bool_]  # (B, R): predicted
+    zeroed: npt.NDArray[np.bool_]  # (B, R)
+    source: npt.NDArray[np.int64]  # (B, R): which region of the image is shown instead
 
 
 class MaskedRegionModelling(Objective):
@@ -144,15 +169,36 @@ class MaskedRegionModelling(Objective):
         self.stream = Stream(kind, "full")
         self.matched_only = config.matched_only
 
+    def draw(self, batch: Batch) -> RegionCorruption:
+        """Returns what becomes of each region: a function of seed, step and position."""
+        features = _features(batch)
+        shape = features.values.shape[:2]
+        chosen, zeroed = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
+        source = np.tile(np.arange(shape[1]), (shape[0], 1))
+        for i, count in enumerate(features.num_regions.tolist()):
+            if not count:
+                continue
+            rng = batch.rng(i, _SALT)
+            is_chosen = rng.random(count) < self.config.mask_fraction
+            if not is_chosen.any():
+                is_chosen[rng.integers(count)] = True
+            draws, others = rng.random(count), rng.integers(count, size=count)
+            is_zeroed = draws < self.config.zeroed
+            is_exchanged = ~is_zeroed & (draws < self.config.zeroed + self.config.exchanged)
+            chosen[i, :count] = is_chosen
+            zeroed[i, :count] = is_chosen & is_zeroed
+            source[i, :count] = np.where(is_chosen & is_exchanged, others, source[i, :count])
+        return RegionCorruption(chosen, zeroed, source)
+
     def prepare(
         self,
         batch: Batch,
         encodings: Encodings,
         vocabulary: Vocabulary,  # noqa: ARG002
+        drawn: RegionCorruption,
     ) -> tuple[Encodings, RegionTarget]:
         """Raises FeatureError if the features do not tell what is to be predicted."""
-        config, features = self.config, _features(batch)
-        chosen = self._corruption(batch).chosen
+        config, features, chosen = self.config, _features(batch), drawn.chosen
         known, classes = None, None
         if features.labels is not None:
             known = _labels(features.labels, features.scores, chosen)
@@ -171,19 +217,26 @@ class MaskedRegionModelling(Objective):
         )
         return encodings, target
 
-    def hide(self, batch: Batch, inputs: Inputs) -> Inputs:
-        corruption = self._corruption(batch)
+    def select(
+        self,
+        target: RegionTarget,
+        samples: Tensor,
+        num_tokens: int,  # noqa: ARG002
+    ) -> RegionTarget:
+        return target.select(samples)
+
+    def hide(self, batch: Batch, inputs: Inputs, drawn: RegionCorruption) -> Inputs:
         values = _features(batch).values
         rows = np.arange(len(values))[:, None]
-        values = values[rows, corruption.source]  # a copy
-        values[corruption.zeroed] = _GREY if values.dtype == np.uint8 else 0
+        values = values[rows, drawn.source]  # a copy
+        values[drawn.zeroed] = _GREY if values.dtype == np.uint8 else 0
         return Inputs(
             tokens=inputs.tokens,
             token_padding=inputs.token_padding,
             features=torch.from_numpy(values),
             boxes=inputs.boxes,
             region_padding=inputs.region_padding,
-            masked_regions=torch.from_numpy(corruption.zeroed),
+            masked_regions=torch.from_numpy(drawn.zeroed),
         )
 
     def loss(
@@ -251,36 +304,6 @@ class MaskedRegionModelling(Objective):
                 )
             terms.append((term.weight, _DISTANCES[term.distance], predicted, true))
         return terms
-
-    def _corruption(self, batch: Batch) -> "_Corruption":
-        """Returns what becomes of each region: a function of seed, step and position."""
-        features = _features(batch)
-        shape = features.values.shape[:2]
-        chosen, zeroed = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
-        source = np.tile(np.arange(shape[1]), (shape[0], 1))
-        for i, count in enumerate(features.num_regions.tolist()):
-            if not count:
-                continue
-            rng = batch.rng(i, _SALT)
-            is_chosen = rng.random(count) < self.config.mask_fraction
-            if not is_chosen.any():
-                is_chosen[rng.integers(count)] = True
-            draws, others = rng.random(count), rng.integers(count, size=count)
-            is_zeroed = draws < self.config.zeroed
-            is_exchanged = ~is_zeroed & (draws < self.config.zeroed + self.config.exchanged)
-            chosen[i, :count] = is_chosen
-            zeroed[i, :count] = is_chosen & is_zeroed
-            source[i, :count] = np.where(is_chosen & is_exchanged, others, source[i, :count])
-        return _Corruption(chosen, zeroed, source)
-
-
-@dataclass(frozen=True)
-class _Corruption:
-    """What becomes of B samples' regions."""
-
-    chosen: npt.NDArray[np.bool_]  # (B, R): predicted
-    zeroed: npt.NDArray[np.bool_]  # (B, R)
-    source: npt.NDArray[np.int64]  # (B, R): which region of the image is shown instead
 
 
 def _verdict(

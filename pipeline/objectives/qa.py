@@ -56,7 +56,11 @@ class QuestionAnswering(Objective):
             raise ConfigError("objectives.qa: there is no answer to learn; it needs a vocabulary")
 
     def prepare(
-        self, batch: Batch, encodings: Encodings, vocabulary: Vocabulary
+        self,
+        batch: Batch,
+        encodings: Encodings,
+        vocabulary: Vocabulary,
+        drawn: None,  # noqa: ARG002
     ) -> tuple[Encodings, Tensor]:
         """The target (B,) is the column of the drawn answer, IGNORED if none is known."""
         target = torch.full((len(batch.keys),), IGNORED)
@@ -65,8 +69,8 @@ class QuestionAnswering(Objective):
             known = sorted(set(given) & vocabulary.answers.keys())
             scores = np.array([consensus(answer, given) for answer in known])
             if scores.sum() > 0:
-                drawn = batch.rng(i, _SALT).choice(len(known), p=scores / scores.sum())
-                target[i] = vocabulary.answers[known[drawn]]
+                label = batch.rng(i, _SALT).choice(len(known), p=scores / scores.sum())
+                target[i] = vocabulary.answers[known[label]]
         return encodings, target
 
     def loss(

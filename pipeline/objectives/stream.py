@@ -103,22 +103,36 @@ class StreamCollator:
         due = [one for one in self.objectives if one.is_due(batch.seed, batch.step)]
         if not due:
             return _nothing()
+        drawn = {objective.name: objective.draw(batch) for objective in due}
         own = texts = own_texts(batch, self.stream.kind)
         for objective in due:
-            texts = objective.choose_texts(batch, texts)
+            texts = objective.choose_texts(texts, drawn[objective.name])
         encodings = encode_texts(
             texts, self.stream.kind, self._tokenizer, self._vocabulary, self._max_tokens
         )
         targets = {}
         for objective in due:
             encodings, targets[objective.name] = objective.prepare(
-                batch, encodings, self._vocabulary
+                batch, encodings, self._vocabulary, drawn[objective.name]
             )
         inputs = make_inputs(encodings, batch.features, self._blind_dim)
         for objective in due:
-            inputs = objective.hide(batch, inputs)
+            inputs = objective.hide(batch, inputs, drawn[objective.name])
         matched = [text == shown for text, shown in zip(own, texts, strict=True)]
         return StreamBatch(inputs, targets, torch.tensor(matched))
+
+    def select(self, batch: StreamBatch, samples: Tensor) -> StreamBatch:
+        """Returns these samples (N,) of a batch it made, as it would make them by themselves."""
+        if not batch.targets:
+            return batch
+        inputs = batch.inputs.select(samples)
+        num_tokens = inputs.tokens.shape[1]
+        targets = {
+            objective.name: objective.select(batch.targets[objective.name], samples, num_tokens)
+            for objective in self.objectives
+            if objective.name in batch.targets
+        }
+        return StreamBatch(inputs, targets, batch.is_matched[samples])
 
 
 class ObjectiveModel(nn.Module):

@@ -14,6 +14,9 @@ class TokenObjective(Objective):
 
     metric_name = "accuracy"
 
+    def select(self, target: Tensor, samples: Tensor, num_tokens: int) -> Tensor:
+        return target[:, :num_tokens][samples]
+
     def loss(
         self,
         model: VisionLanguageModel,

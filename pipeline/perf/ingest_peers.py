@@ -8,10 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 
-import xxhash
-
 from pipeline.data.sample import Sample, Texts
 from pipeline.data.tars.shard import ShardWriter
+from pipeline.digest import digest_of
 from pipeline.errors import PipelineError
 
 SAMPLES_PER_SHARD = 1000
@@ -117,7 +116,7 @@ def bare_shards(images: Path, captions: dict[str, str], output: Path) -> None:
             for path in part:
                 with io.FileIO(path) as file:
                     payload = file.read()
-                xxhash.xxh3_128_hexdigest(payload)
+                digest_of(payload)
                 texts = Texts(path.stem, (captions[path.name],)).to_json()
                 writer.write(Sample(path.stem, {"jpg": payload, "json": texts}))
 

@@ -5,7 +5,6 @@ Memory is that of a process of its own, which has only what an ingest needs: the
 """
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pipeline.data.manifest.schema import SampleRow, to_table
 from pipeline.data.sample import Texts
 from pipeline.data.sources.base import Record, fingerprint
 from pipeline.errors import PipelineError
+from pipeline.perf.own_process import in_its_own_process, peak_bytes
 
 _ROWS_AT_ONCE = 100_000
 _SAMPLES_PER_SHARD = 1000
@@ -58,12 +58,7 @@ def measure_rerun(num_records: int, folder: Path) -> Rerun:
     """Lists the records in a manifest, then measures a run that finds them all there."""
     url = str(folder.absolute() / "dataset")
     _fill(url, num_records)
-    command = [sys.executable, "-m", "pipeline.perf.rerun", url, str(num_records)]
-    package = Path(__file__).parents[2]  # not the working folder, whose modules would come first
-    done = subprocess.run(command, cwd=package, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise PipelineError(f"an unchanged run failed: {done.stderr}")
-    return Rerun(**json.loads(done.stdout))
+    return in_its_own_process("pipeline.perf.rerun", Rerun, url, num_records)
 
 
 def _fill(url: str, num_records: int) -> None:
@@ -106,13 +101,6 @@ def _rerun(url: str, num_records: int) -> Rerun:
         processor_seconds=time.process_time() - before,
         peak_bytes=peak_bytes(),
     )
-
-
-def peak_bytes() -> int:
-    """Returns the most memory this process had: `getrusage` begins with its parent's peak."""
-    status = Path("/proc/self/status").read_text()
-    (peak,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(peak) * 1024
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pipeline.errors import PipelineError
 from pipeline.perf import measure
 from pipeline.perf.result import Comparison, Figure, Goals, Result
 from pipeline.perf.scale_data import ScaleData, write_table
-from pipeline.perf.scale_steps import Ingested, Opened, Written, in_its_own_process
+from pipeline.perf.scale_steps import Ingested, Opened, Written, take
 
 PEERS = ("streaming", "litdata", "energon")
 OURS = "ours"
@@ -56,9 +56,7 @@ def _goals(config: ScaleBenchConfig, folder: Path) -> tuple[Goals, Opened]:
     small = ScaleData(folder / "small", num_small, max(config.shards // _TENTH, 1))
     whole = ScaleData(folder / "whole", config.samples, config.shards)
     for data in (small, whole):
-        written = in_its_own_process(
-            "write", Written, data.folder, data.num_samples, data.num_shards
-        )
+        written = take("write", Written, data.folder, data.num_samples, data.num_shards)
     first = {data: _open(data) for data in (small, whole)}
     again = {data: _open(data) for data in (small, whole)}
     rerun = {data: _unchanged(data) for data in (small, whole)}
@@ -121,11 +119,11 @@ def _goals(config: ScaleBenchConfig, folder: Path) -> tuple[Goals, Opened]:
 
 
 def _open(data: ScaleData) -> Opened:
-    return in_its_own_process("open", Opened, data.url)
+    return take("open", Opened, data.url)
 
 
 def _unchanged(data: ScaleData) -> Ingested:
-    took = in_its_own_process("ingest", Ingested, data.table, data.url)
+    took = take("ingest", Ingested, data.table, data.url)
     if took.num_unchanged != data.num_samples or took.num_added:
         raise PipelineError(f"{took.num_unchanged} of {data.num_samples} records were unchanged")
     return took
@@ -138,9 +136,9 @@ def _inserted(config: ScaleBenchConfig, data: ScaleData, folder: Path) -> tuple[
         raise PipelineError(f"inserted={config.inserted} is more than samples={data.num_samples}")
     only = folder / "alone" / "table"
     write_table(only / "1.parquet", numbers)
-    alone = in_its_own_process("ingest", Ingested, only, folder / "alone" / "dataset")
+    alone = take("ingest", Ingested, only, folder / "alone" / "dataset")
     shutil.copy(only / "1.parquet", data.table)
-    added = in_its_own_process("ingest", Ingested, data.table, data.url)
+    added = take("ingest", Ingested, data.table, data.url)
     for took in (alone, added):
         if took.num_added != config.inserted:
             raise PipelineError(f"{took.num_added} of {config.inserted} records were added")

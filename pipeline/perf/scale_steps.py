@@ -5,7 +5,6 @@ that of a process which has only what the step needs. Nothing here imports torch
 """
 
 import json
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from pipeline.data.load.loader import Loader
 from pipeline.data.load.order import Order
 from pipeline.data.read.dataset import Dataset
 from pipeline.errors import PipelineError
+from pipeline.perf.own_process import begin_peak, in_its_own_process, peak_bytes
 from pipeline.perf.scale_data import SPLIT, ScaleData, table_source
 
 GLOBAL_BATCH_SIZE, WORLD_SIZE = 512, 8
@@ -54,26 +54,21 @@ class Ingested:
 Took = TypeVar("Took", Written, Opened, Ingested)
 
 
-def in_its_own_process(step: str, kind: type[Took], *arguments: object) -> Took:
+def take(step: str, kind: type[Took], *arguments: object) -> Took:
     """Takes a step in a process of its own; raises PipelineError if it fails."""
-    command = [sys.executable, "-m", "pipeline.perf.scale_steps", step, *map(str, arguments)]
-    package = Path(__file__).parents[2]  # not the working folder, whose modules would come first
-    done = subprocess.run(command, cwd=package, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise PipelineError(f"the step {step!r} failed: {done.stderr.strip()}")
-    return kind(**json.loads(done.stdout))
+    return in_its_own_process("pipeline.perf.scale_steps", kind, step, *arguments)
 
 
 def write(folder: str, num_samples: int, num_shards: int) -> Written:
     """Makes a synthetic dataset."""
     start = time.perf_counter()
     ScaleData(Path(folder), num_samples, num_shards).write()
-    return Written(time.perf_counter() - start, _peak_bytes())
+    return Written(time.perf_counter() - start, peak_bytes())
 
 
 def open_split(url: str) -> Opened:
     """Opens a split as one of eight ranks does, and reads."""
-    before = _begin_peak()
+    before = begin_peak()
     start, processor_start = time.perf_counter(), time.process_time()
     split = Dataset.open(url).split(SPLIT)
     order = Order(split, "captions", seed=1)
@@ -87,7 +82,7 @@ def open_split(url: str) -> Opened:
     )
     for _ in batches:
         pass
-    return Opened(seconds, processor_seconds, _peak_bytes() - before)
+    return Opened(seconds, processor_seconds, peak_bytes() - before)
 
 
 def run_ingest(table: str, url: str) -> Ingested:
@@ -103,27 +98,10 @@ def run_ingest(table: str, url: str) -> Ingested:
     return Ingested(
         processor_seconds=end - start,
         work_processor_seconds=end - compared[0],
-        peak_bytes=_peak_bytes(),
+        peak_bytes=peak_bytes(),
         num_added=report.num_added,
         num_unchanged=report.num_unchanged,
     )
-
-
-def _begin_peak() -> int:
-    """Forgets the peak up to now; returns what the process holds."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status_bytes("VmRSS")
-
-
-def _peak_bytes() -> int:
-    """Of this process alone. Not `getrusage`, which begins with its parent's peak."""
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(name: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    (found,) = (line.split()[1] for line in status.splitlines() if line.startswith(f"{name}:"))
-    return int(found) * 1024
 
 
 def main(step: str, *arguments: str) -> None:

@@ -20,13 +20,14 @@ def main(recipe_location: str, output: str) -> None:
     from pipeline.cluster import start_ray
     from pipeline.perf.steps import MARKS, Marked
     from pipeline.recipe import Recipe
-    from pipeline.stages import train
+    from pipeline.stages.data_inputs import DataInputs
+    from pipeline.stages.phase_spec import phase_specs
     from pipeline.training.launch.launch import launch
 
     done["Python and its imports"] = time.time()
     recipe = config.load(Recipe, recipe_location)
-    inputs = train.DataInputs.open(recipe)
-    spec = train.phase_specs(recipe, inputs)[0]
+    inputs = DataInputs.open(recipe)
+    spec = phase_specs(recipe, inputs)[0]
     done["recipe, dataset and tokenizer opened"] = time.time()
     start_ray(recipe.cluster)
     done["Ray started"] = time.time()

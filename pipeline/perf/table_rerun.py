@@ -7,7 +7,6 @@ is the same small one, which Parquet stores once. As in `rerun` a run is a proce
 
 import io
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from pipeline.data.sources.digests import digests, in_hex
 from pipeline.data.sources.readers.text_columns import TextColumns
 from pipeline.data.sources.table import TableSource, TableSourceConfig
 from pipeline.errors import PipelineError
-from pipeline.perf.rerun import peak_bytes
+from pipeline.perf.own_process import in_its_own_process, peak_bytes
 
 _ROWS_AT_ONCE = 100_000
 _SAMPLES_PER_SHARD = 1000
@@ -133,12 +132,7 @@ def _live(rows: pa.Table, first: int) -> pa.Table:
 
 def measure(table: Path, url: str) -> TableRerun:
     """Ingests the table into a dataset in a process of its own."""
-    command = [sys.executable, "-m", "pipeline.perf.table_rerun", str(table), url]
-    package = Path(__file__).parents[2]  # not the working folder, whose modules would come first
-    done = subprocess.run(command, cwd=package, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise PipelineError(f"a run over a table failed: {done.stderr}")
-    return TableRerun(**json.loads(done.stdout))
+    return in_its_own_process("pipeline.perf.table_rerun", TableRerun, table, url)
 
 
 def measure_table_rerun(

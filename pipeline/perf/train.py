@@ -24,7 +24,9 @@ from pipeline.perf.measure import Times
 from pipeline.perf.result import Comparison, Result
 from pipeline.perf.steps import BARE, MARKS, OURS, Marked
 from pipeline.recipe import Recipe
-from pipeline.stages import extract, ingest, train
+from pipeline.stages import extract, ingest
+from pipeline.stages.data_inputs import DataInputs
+from pipeline.stages.phase_spec import phase_specs
 from pipeline.stages.progress import StageProgress
 from pipeline.training.launch.launch import launch_all
 from pipeline.training.spec import TrainingSpec
@@ -84,8 +86,8 @@ class _Bench:
         for stage in (ingest, extract):
             with StageProgress(quiet, stage.__name__) as progress:
                 stage.run(self._recipe, progress)
-        inputs = train.DataInputs.open(self._recipe)
-        self._spec = train.phase_specs(self._recipe, inputs)[0]
+        inputs = DataInputs.open(self._recipe)
+        self._spec = phase_specs(self._recipe, inputs)[0]
 
     def comparisons(self) -> Iterator[Comparison]:
         yield from self._against_bare()

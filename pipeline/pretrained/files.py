@@ -7,12 +7,12 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline import storage
 from pipeline.data.read.extractor_card import ExtractorCard
+from pipeline.digest import digest_of, digest_of_parts
 from pipeline.errors import FeatureError, ModelError, StorageError
 
 CONFIG = "config.json"
@@ -128,18 +128,16 @@ def read_original(location: str) -> dict[str, Tensor]:
 
 def digest(location: str) -> str:
     """Returns a digest of a model's weights: of a folder's, or of one file."""
-    hashed = xxhash.xxh3_128()
     try:
-        for part in [location] if is_original(location) else _weights_of(location)[0]:
-            hashed.update(storage.read_bytes(part))
+        parts = [location] if is_original(location) else _weights_of(location)[0]
+        return digest_of_parts(map(storage.read_bytes, parts))
     except StorageError as error:
         raise ModelError(f"{location}: {error}") from error
-    return hashed.hexdigest()
 
 
 def with_digests(own: Mapping[str, Any], payloads: Mapping[str, bytes]) -> dict[str, Any]:
     """Adds to what `sightline.json` records the digests of files beside it, and its own."""
-    digests = {name: xxhash.xxh3_128_hexdigest(payload) for name, payload in payloads.items()}
+    digests = {name: digest_of(payload) for name, payload in payloads.items()}
     whole = {**own, DIGESTS: digests}
     return {**own, DIGESTS: {**digests, OWN: _own_digest(whole)}}
 
@@ -155,7 +153,7 @@ def require_unchanged(folder: str, own: Mapping[str, Any]) -> None:
             found = _own_digest(own)
         else:
             try:
-                found = xxhash.xxh3_128_hexdigest(storage.read_bytes(location))
+                found = digest_of(storage.read_bytes(location))
             except StorageError as error:
                 raise ModelError(f"{location}: it belongs to the model and is gone") from error
         if found != expected:
@@ -169,7 +167,7 @@ def require_unchanged(folder: str, own: Mapping[str, Any]) -> None:
 def _own_digest(own: Mapping[str, Any]) -> str:
     digests = {name: one for name, one in own[DIGESTS].items() if name != OWN}
     canonical = json.dumps({**own, DIGESTS: digests}, sort_keys=True, ensure_ascii=True)
-    return xxhash.xxh3_128_hexdigest(canonical.encode())
+    return digest_of(canonical.encode())
 
 
 def _weights_of(folder: str) -> tuple[list[str], list[str]]:

@@ -1,17 +1,16 @@
-"""Training curves: a phase's metrics.jsonl thinned, smoothed, and laid out as SVG paths."""
+"""Training curves: series of values by step, thinned, smoothed, and laid out as SVG paths."""
 
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import storage
-from pipeline.errors import StageError
+from pipeline.training.tracking.metrics_log import Stretch
 
 Role = Literal["model", "blind"]
 
@@ -53,14 +52,6 @@ class Tick:
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Where a run went on with other settings."""
-
-    step: int  # the last one before it
-    changed: str  # what changed and how, in words
-
-
-@dataclass(frozen=True)
 class Chart:
     """Everything a template needs to draw one figure."""
 
@@ -72,75 +63,6 @@ class Chart:
     readout: str  # JSON [[x, text], …] for the pointer and the arrow keys
     note: str  # what is not in the drawing, e.g. values that are not finite
     marks: tuple[Tick, ...] = ()  # steps after which the run has other settings
-
-
-@dataclass(frozen=True, eq=False)
-class PhaseMetrics:
-    """The lines of one metrics.jsonl, one per step; a step recorded twice keeps its last line."""
-
-    phase: str
-    steps: NDArray[np.int64]
-    records: tuple[Mapping[str, Any], ...]
-    is_cut_short: bool  # the last line was only half written
-    stretches: tuple[Stretch, ...] = ()
-
-    def objectives(self) -> list[str]:
-        """Returns the names in `losses`, in the order of their first appearance."""
-        return list(dict.fromkeys(name for line in self.records for name in line.get("losses", {})))
-
-    def loss(self, objective: str, label: str, role: Role) -> Series:
-        return self._series(label, role, lambda line: line.get("losses", {}).get(objective))
-
-    def value(self, name: str, label: str, role: Role, scale: float = 1.0) -> Series:
-        series = self._series(label, role, lambda line: line.get(name))
-        return Series(label, role, series.steps, series.values * scale)
-
-    def _series(self, label: str, role: Role, pick: Callable[[Mapping[str, Any]], Any]) -> Series:
-        picked = [pick(line) for line in self.records]
-        kept = [index for index, value in enumerate(picked) if value is not None]
-        values = np.array([picked[index] for index in kept], np.float64)
-        return Series(label, role, self.steps[kept], values)
-
-    def has(self, name: str) -> bool:
-        return any(line.get(name) is not None for line in self.records)
-
-
-def read_metrics(run: str, phase: str) -> PhaseMetrics:
-    """Reads RUN/<phase>/metrics.jsonl; raises StageError naming a line that is damaged."""
-    location = storage.join(run, phase, "metrics.jsonl")
-    text = storage.read_bytes(location).decode("utf-8", errors="replace")
-    whole, _, rest = text.rpartition("\n")  # a killed run may leave a line without its end
-    by_step: dict[int, Mapping[str, Any]] = {}
-    stretches: list[Stretch] = []
-    for number, line in enumerate(whole.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if "event" in record:
-                stretches.append(_stretch(record))
-            else:
-                by_step[int(record["step"])] = record
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StageError(
-                f"{location}: line {number} is not a step's metrics: {line[:80]!r}"
-            ) from error
-    steps = sorted(by_step)
-    return PhaseMetrics(
-        phase=phase,
-        steps=np.array(steps, np.int64),
-        records=tuple(by_step[step] for step in steps),
-        is_cut_short=bool(rest.strip()),
-        stretches=tuple(stretches),
-    )
-
-
-def _stretch(record: Mapping[str, Any]) -> Stretch:
-    changes = (
-        f"{key}: {json.dumps(then)} → {json.dumps(now)}"
-        for key, (then, now) in record["changed"].items()
-    )
-    return Stretch(int(record["step"]), "; ".join(changes))
 
 
 def chart(
@@ -199,7 +121,7 @@ def chart(
         readout=_readout(finite, smoothed, place, unit, smooth),
         note=note,
         marks=tuple(
-            Tick(round(place.x(one.step), 1), f"after step {one.step:,}: {one.changed}")
+            Tick(round(place.x(one.step), 1), f"after step {one.step:,}: {one.described()}")
             for one in stretches
             if x_range[0] <= one.step <= x_range[1]
         ),

@@ -27,7 +27,7 @@ from pipeline.errors import ConfigError, FeatureError, ManifestError, StoppedErr
 from pipeline.models import families
 from pipeline.objectives.objective import ObjectivesConfig
 from pipeline.recipe import Recipe
-from pipeline.stages import train
+from pipeline.stages.data_inputs import DataInputs
 from pipeline.stages.estimate import (
     GB,
     STAGES,
@@ -38,6 +38,7 @@ from pipeline.stages.estimate import (
     Phase,
     Report,
 )
+from pipeline.stages.phase_spec import check_fits, phase_specs
 from pipeline.stages.preflight import initial_weights, preflight, small_validation
 from pipeline.stages.progress import StageProgress
 from pipeline.training.assembly import assemble
@@ -76,7 +77,7 @@ def check(recipe: Recipe, console: Console) -> Report:
     if machine.bytes_per_rank is None:
         unknown.append(f"the memory of {machine.name}; compare the bytes with it yourself")
     try:
-        inputs = train.DataInputs.open(recipe)
+        inputs = DataInputs.open(recipe)
     except (ManifestError, FeatureError) as error:
         unknown.append(
             f"samples, epochs, activations and hours: {error}; run `sightline ingest` and "
@@ -121,11 +122,11 @@ def activation_bytes(module: nn.Module, batch: MicroBatch, dtype: torch.dtype) -
     return sum(kept.values())
 
 
-def _phases_of_data(recipe: Recipe, inputs: train.DataInputs, machine: Machine) -> list[Phase]:
+def _phases_of_data(recipe: Recipe, inputs: DataInputs, machine: Machine) -> list[Phase]:
     phases = []
-    for spec in train.phase_specs(recipe, inputs):
+    for spec in phase_specs(recipe, inputs):
         split = inputs.split(spec.split)
-        train.check_fits(spec, inputs, recipe.cluster.workers)
+        check_fits(spec, inputs, recipe.cluster.workers)
         assembly = assemble(spec)
         phase = _phase(spec.phase, spec.training, machine, assembly.module)
         with contextlib.closing(assembly.batches(0, 0, machine.workers)) as batches:
@@ -213,7 +214,7 @@ def _data(spec: TrainingSpec, split: Split) -> Data:
 
 
 def _timed(
-    recipe: Recipe, inputs: train.DataInputs, phases: list[Phase], console: Console
+    recipe: Recipe, inputs: DataInputs, phases: list[Phase], console: Console
 ) -> list[Phase]:
     """Trains a few steps of every phase, just as the run will, in a folder that is removed."""
     folder = storage.join(recipe.run, FOLDER)
@@ -232,7 +233,7 @@ def _timed(
                 "training": spec.training.model_copy(update=changes),
             }
         )
-        for spec in train.phase_specs(recipe, inputs)
+        for spec in phase_specs(recipe, inputs)
     ]
     lines: dict[str, list[dict[str, Any]]] = {spec.phase: [] for spec in specs}
     storage.remove(folder)

@@ -23,9 +23,9 @@ from pipeline.report.examples import (
     write_gallery,
 )
 from pipeline.report.inline_image import thumbnail
+from pipeline.stages.data_inputs import DataInputs
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.state import Outcome, once
-from pipeline.stages.train import DataInputs
 
 EVALUATE_VERSION = 1
 BATCH_SIZE = 64

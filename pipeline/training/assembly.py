@@ -14,7 +14,7 @@ from pipeline import config, storage
 from pipeline.data.load.loader import AnyOrder, AnySplit, Batch, Loader
 from pipeline.data.load.mixture import MixedOrder, MixedSplit
 from pipeline.data.load.order import Order
-from pipeline.data.load.packing import pack, part
+from pipeline.data.load.packing import cut_by_tokens
 from pipeline.data.read.dataset import Dataset, Split, TextKind
 from pipeline.data.read.images import LiveConfig
 from pipeline.data.text.vocabulary import load_tokenizer
@@ -139,9 +139,10 @@ class _Feed:
                     dict(zip(self.loaders, of_kinds, strict=True))
                     for of_kinds in zip(*step, strict=True)
                 ]
+                collated = [self._collated(batches) for batches in read]
                 if self.tokens_per_micro_batch is not None:
-                    read = self._cut(read[0], self.tokens_per_micro_batch)
-                yield [self._collated(batches) for batches in read]
+                    collated = self._cut(read[0], collated[0], self.tokens_per_micro_batch)
+                yield collated
 
     def _require_one_pass(self, world_size: int) -> None:
         """Raises ConfigError if a global batch is cut that an objective needs whole."""
@@ -165,16 +166,17 @@ class _Feed:
             }
         )
 
-    def _cut(self, share: Mapping[TextKind, Batch], max_tokens: int) -> list[dict[TextKind, Batch]]:
+    def _cut(
+        self, share: Mapping[TextKind, Batch], collated: stream.CollatedBatch, max_tokens: int
+    ) -> list[stream.CollatedBatch]:
         """Cuts a rank's share of a step by what its examples take as the model shall see them.
 
-        How long a text comes to be is the objectives' doing, so the share is collated to find out.
+        How long a text comes to be is the objectives' doing, so the share is collated before it.
         """
-        collated = self._collated(share).streams
         lengths = []
         for kind, batch in share.items():
             passes = [
-                collated[collate.stream.name].inputs
+                collated.streams[collate.stream.name].inputs
                 for collate in self.collators
                 if collate.stream.kind == kind
             ]
@@ -185,12 +187,21 @@ class _Feed:
             ]
             lengths.append(np.stack(taken) if taken else np.zeros((1, len(batch.rows)), np.int64))
         return [
-            {
-                kind: part(batch, indices)
-                for (kind, batch), indices in zip(share.items(), of_kinds, strict=True)
-            }
-            for of_kinds in pack(lengths, max_tokens, self.micro_batch_size)
+            self._part(collated, dict(zip(share, map(torch.from_numpy, of_kinds), strict=True)))
+            for of_kinds in cut_by_tokens(lengths, max_tokens, self.micro_batch_size)
         ]
+
+    def _part(
+        self, whole: stream.CollatedBatch, samples: Mapping[TextKind, Tensor]
+    ) -> stream.CollatedBatch:
+        return stream.CollatedBatch(
+            {
+                collate.stream.name: collate.select(
+                    whole.streams[collate.stream.name], samples[collate.stream.kind]
+                )
+                for collate in self.collators
+            }
+        )
 
 
 def _feed(

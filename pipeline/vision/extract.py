@@ -25,6 +25,7 @@ from pydantic import Field
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.pending_commits import PendingCommits
 from pipeline.data.manifest.schema import foreign_tars, matching_rows
 from pipeline.data.read.extractor_card import (
     ExtractionEnvironment,
@@ -43,7 +44,6 @@ from pipeline.vision.extractors.network import NetworkConfig, fit_if_absent
 from pipeline.vision.extractors.registry import AnyExtractor, from_card
 from pipeline.vision.sidecar import Sidecar, SidecarPlan, prepared_images, write_sidecar
 
-COMMIT_SECONDS = 1.0  # the most work a kill can cost beyond the shards in flight
 MEASURED_IMAGES = 5
 MEASURED_SHARDS = 8  # that are looked at until there are as many images
 SHARD_RETRIES = 3  # for a lost actor or node; an error is not retried
@@ -144,24 +144,18 @@ def extract(
     meter = _Meter(sum(len(plan.live) for plan in plans))
     on_progress(meter.progress())
     listed = manifest.features(extractor.name)
-    unlisted: list[pa.Table] = []
-    listed_at = time.monotonic()
+    unlisted = PendingCommits[pa.Table](lambda rows: listed.commit(pa.concat_tables(rows)))
     try:
         for result in work:
             if isinstance(result, ExtractionEnvironment):
                 card.add(result)
                 continue
-            unlisted.append(result.rows)
             meter.add(result)
+            unlisted.add(result.rows)
             rejects.add(result)
-            if time.monotonic() - listed_at >= COMMIT_SECONDS:
-                listed.commit(pa.concat_tables(unlisted))
-                unlisted.clear()
-                listed_at = time.monotonic()
             on_progress(meter.progress())
     finally:
-        if unlisted:
-            listed.commit(pa.concat_tables(unlisted))
+        unlisted.flush()
     progress = meter.progress()
     return ExtractReport(
         extractor=extractor.name,

@@ -24,7 +24,7 @@ def test_the_soft_score_is_the_official_accuracy_of_each_known_answer() -> None:
         ["grey", "red", "green", "yes", "blue"],
     )
     batch = with_texts(make_batch(2), texts)
-    _, target = Answering(AnswerConfig()).prepare(batch, NOTHING, vocabulary)
+    _, target = Answering(AnswerConfig()).prepare(batch, NOTHING, vocabulary, None)
     assert target.tolist() == [
         pytest.approx([1.0, 0.3, 0.9, 0.0, 0.6]),
         pytest.approx([0.0, 1.0, 0.0, 0.0, 0.0]),

@@ -17,7 +17,8 @@ from pipeline.models.base import VisionLanguageModel
 from pipeline.models.families import to_saved
 from pipeline.objectives.base import Objective
 from pipeline.objectives.distill import Distillation, DistillConfig
-from pipeline.objectives.stream import ObjectiveModel
+from pipeline.objectives.objective import by_stream
+from pipeline.objectives.stream import ObjectiveModel, StreamCollator
 from tests.objectives.tiny import (
     ANSWERS,
     collated,
@@ -25,6 +26,8 @@ from tests.objectives.tiny import (
     make_family,
     make_objectives,
     make_tokenizer,
+    part,
+    tensors,
 )
 
 EVERYTHING: dict[str, Any] = {"words": {}, "match": {}, "hidden": {}, "attention": {}}
@@ -243,6 +246,37 @@ def test_a_teacher_may_see_through_another_extractor(
     assert losses["distill"] > 0
     moved = batch.to(torch.device("cpu"), torch.bfloat16)
     assert torch.isfinite(module.bfloat16()(moved)[0])
+
+
+def test_a_view_of_selected_samples_is_as_if_they_had_been_read_by_themselves(
+    wide: str, tokenizer: Any
+) -> None:
+    class SplitOfSomeRegions(SplitOfTheTeacher):
+        def features(self, rows: Any) -> FeatureBatch:
+            seen = super().features(rows)
+            num_regions = (np.asarray(rows) % 4).astype(np.int32)
+            width = int(num_regions.max())
+            kept = (np.arange(width) < num_regions[:, None])[..., None]
+            values, boxes = seen.values[:, :width], seen.boxes[:, :width]
+            return FeatureBatch(values * kept, boxes * kept, num_regions)
+
+    class Dataset:
+        def split(self, name: str, features: str) -> SplitOfSomeRegions:  # noqa: ARG002
+            return SplitOfSomeRegions()
+
+    for features in (None, "regions-1234abcd"):
+        objectives = distilled(wide, features=features, next_words={}, **EVERYTHING)
+        for group in by_stream(objectives).values():
+            for objective in group:
+                objective.open(Dataset(), "train")  # type: ignore[arg-type]
+            collate = StreamCollator(group, tokenizer, 24, ANSWERS)
+            whole = collate(make_batch(9))
+            for samples in ([0, 4], [1, 5, 2], [8], [7, 3, 0]):
+                found = collate.select(whole, torch.tensor(samples))
+                expected = collate(part(make_batch(9), samples))
+                for ours, alone in zip(tensors(found), tensors(expected), strict=True):
+                    assert ours.dtype == alone.dtype
+                    assert torch.equal(ours, alone)
 
 
 def test_a_teacher_with_other_words_or_answers_is_refused(wide: str, tokenizer: Any) -> None:

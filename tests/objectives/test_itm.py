@@ -17,9 +17,10 @@ NOTHING: Any = None
 
 def shown(batch: Any, probability: float = 0.5) -> tuple[list[str], list[bool]]:
     objective = ImageTextMatching(ItmConfig(mismatch_probability=probability))
-    texts = objective.choose_texts(batch, own_texts(batch, "captions"))
+    drawn = objective.draw(batch)
+    texts = objective.choose_texts(own_texts(batch, "captions"), drawn)
     encodings: Encodings = NOTHING
-    _, target = objective.prepare(batch, encodings, NOTHING)
+    _, target = objective.prepare(batch, encodings, NOTHING, drawn)
     return texts, target.tolist()
 
 
@@ -65,8 +66,9 @@ def test_a_wrong_question_is_another_images() -> None:
     wrong = 0
     for step in range(20):
         batch = make_batch(step=step)
-        texts = objective.choose_texts(batch, own_texts(batch, "questions"))
-        _, target = objective.prepare(batch, NOTHING, NOTHING)
+        drawn = objective.draw(batch)
+        texts = objective.choose_texts(own_texts(batch, "questions"), drawn)
+        _, target = objective.prepare(batch, NOTHING, NOTHING, drawn)
         for i, (text, matched) in enumerate(zip(texts, target.tolist(), strict=True)):
             source = batch.texts[i] if matched else batch.distractors[i]
             assert text == source.questions[0].question

@@ -14,7 +14,8 @@ def test_each_place_predicts_the_next_token_up_to_the_closing_one() -> None:
     tokenizer: Any = make_tokenizer()
     vocabulary = Vocabulary.of(tokenizer)
     encodings = encode_texts(["a red dog", "cat"], "captions", tokenizer, vocabulary, 24)
-    same, target = LanguageModelling(LmConfig()).prepare(make_batch(2), encodings, vocabulary)
+    objective = LanguageModelling(LmConfig())
+    same, target = objective.prepare(make_batch(2), encodings, vocabulary, None)
     assert same is encodings
     a, red, dog, cat, sep = tokenizer.convert_tokens_to_ids(["a", "red", "dog", "cat", "[SEP]"])
     assert target.tolist() == [
@@ -32,7 +33,7 @@ def test_no_loss_looks_at_the_words_after_it() -> None:
         encodings = encode_texts(
             [f"a red {last}", "a blue wall"], "captions", tokenizer, vocabulary, 24
         )
-        _, target = objective.prepare(batch, encodings, vocabulary)
+        _, target = objective.prepare(batch, encodings, vocabulary, None)
         target[:, 2:] = IGNORED  # the last word and the closing token
         inputs = make_inputs(encodings, batch.features)
         with torch.no_grad():

@@ -27,7 +27,7 @@ def make_encodings(lengths: list[int], width: int) -> Encodings:
 def corrupt(lengths: list[int], step: int = 0) -> tuple[Encodings, Encodings, torch.Tensor]:
     before = make_encodings(lengths, max(lengths) + 2)
     batch = replace(make_batch(len(lengths), step=step), seed=3)
-    after, target = MaskedLanguageModelling(MlmConfig()).prepare(batch, before, VOCABULARY)
+    after, target = MaskedLanguageModelling(MlmConfig()).prepare(batch, before, VOCABULARY, None)
     return before, after, target
 
 
@@ -88,7 +88,7 @@ def test_whole_words_are_hidden_together_and_the_share_of_words_is_the_same() ->
         before = make_encodings([300, 299], 302)
         words = np.where(before.is_word, np.arange(302) // 3, 0)  # words of three pieces
         batch = replace(make_batch(2, step=step), seed=3)
-        after, target = objective.prepare(batch, replace(before, words=words), VOCABULARY)
+        after, target = objective.prepare(batch, replace(before, words=words), VOCABULARY, None)
         for i in range(2):
             chosen, of_text = (target[i] != IGNORED).numpy(), before.is_word[i]
             hidden = set(words[i, chosen].tolist())

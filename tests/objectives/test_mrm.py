@@ -58,11 +58,12 @@ def hidden(batch: Batch, tokenizer: Any, **settings: Any) -> tuple[Inputs, Input
     vocabulary = Vocabulary.of(tokenizer)
     texts = ["a"] * len(batch.keys)
     encodings = encode_texts(texts, "captions", tokenizer, vocabulary, 9)
-    same, target = objective.prepare(batch, encodings, vocabulary)
+    drawn = objective.draw(batch)
+    same, target = objective.prepare(batch, encodings, vocabulary, drawn)
     assert same is encodings  # the text stays as it is
     inputs = make_inputs(encodings, batch.features)
     before = replace(inputs, features=inputs.features.clone())
-    after = objective.hide(batch, inputs)
+    after = objective.hide(batch, inputs, drawn)
     assert torch.equal(inputs.features, before.features)  # what is read again stays whole
     return before, after, target
 

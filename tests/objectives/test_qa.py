@@ -21,7 +21,7 @@ def drawn(*given: str, step: int = 0) -> int:
     batch = with_texts(
         make_batch(1, step=step), [Texts(1, questions=(Question(1, "is it?", given),))]
     )
-    _, target = QuestionAnswering(QaConfig()).prepare(batch, NOTHING, VOCABULARY)
+    _, target = QuestionAnswering(QaConfig()).prepare(batch, NOTHING, VOCABULARY, None)
     return int(target[0])
 
 

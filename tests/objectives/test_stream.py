@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.data.load.loader import Batch
 from pipeline.errors import ConfigError, FeatureError
-from pipeline.objectives.base import Objective, Vocabulary
-from pipeline.objectives.objective import ObjectivesConfig
+from pipeline.objectives.base import IGNORED, Objective, Vocabulary
+from pipeline.objectives.objective import ObjectivesConfig, by_stream
 from pipeline.objectives.stream import (
     ObjectiveModel,
+    StreamCollator,
     encode_texts,
     make_inputs,
 )
 from tests.objectives.tiny import (
+    ANSWERS,
     collated,
     make_batch,
     make_family,
@@ -23,6 +26,8 @@ from tests.objectives.tiny import (
     make_objectives,
     make_texts,
     make_tokenizer,
+    part,
+    tensors,
 )
 
 ALL: dict[str, Any] = {"mlm": {}, "itm": {"weight": 0.5}, "lm": {"weight": 2.0}, "answer": {}}
@@ -278,3 +283,87 @@ def test_pieces_know_the_word_that_they_are_of(tokenizer: Any) -> None:
     starts = [not piece.startswith("##") for piece in pieces[1:-1]]
     assert encodings.words[0, 1:-1].tolist() == (np.cumsum(starts) - 1).tolist()
     assert not all(starts)
+
+
+def test_what_is_drawn_is_what_runs_have_drawn_so_far(tokenizer: Any) -> None:
+    """Recorded values: a run that goes on after an update goes on with the same examples."""
+    shares = {"mask_fraction": 0.4, "zeroed": 0.6, "exchanged": 0.3}
+    objectives = make_objectives(mlm={}, itm={}, qa={}, mrm={"features": {}} | shares)
+    batch = make_batch(6)
+    streams = collated(objectives, tokenizer, batch).streams
+    captions, questions = streams["captions-full"], streams["questions-full"]
+    assert captions.targets["itm"].tolist() == [False, True, True, True, True, True]
+    assert questions.targets["qa"].tolist() == [0, 0, 2, 0, 2, 2]
+    words = captions.targets["mlm"]
+    chosen = [[0, 2], [1, 2], [2, 5], [3, 2], [3, 6], [4, 4], [4, 9], [5, 6]]
+    assert (words != IGNORED).nonzero().tolist() == chosen
+    assert [int(words[i, at]) for i, at in chosen] == [73, 76, 75, 76, 50, 77, 53, 50]
+    shown = [int(captions.inputs.tokens[i, at]) for i, at in chosen]
+    assert shown == [4, 76, 4, 4, 39, 4, 4, 4]  # 4 is [MASK]
+    regions = captions.inputs
+    chosen = [[0, 0], [1, 1], [2, 0], [2, 1], [3, 0], [3, 3], [4, 3], [5, 0]]
+    assert captions.targets["mrm"].chosen.nonzero().tolist() == chosen
+    assert regions.masked_regions is not None
+    masked = [[0, 0], [1, 1], [2, 0], [3, 3], [5, 0]]
+    assert regions.masked_regions.nonzero().tolist() == masked
+    assert batch.features is not None
+    before = torch.from_numpy(batch.features.values)
+    assert torch.equal(regions.features[2, 1], before[2, 1])
+    assert torch.equal(regions.features[3, 0], before[3, 3])
+    assert torch.equal(regions.features[4, 3], before[4, 2])
+
+
+def with_labels(batch: Batch) -> Batch:
+    """What an extractor gives that tells one class a region and, of each, how sure it is."""
+    features = batch.features
+    assert features is not None
+    assert features.classes is not None
+    labels = features.classes.argmax(-1).astype(np.int32)
+    scores = features.classes.max(-1)
+    given = replace(features, classes=None, attributes=None, labels=labels, scores=scores)
+    return replace(batch, features=given)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ALL | {"itc": {}},
+        {
+            "mlm": {"texts": ("captions", "questions"), "whole_words": True},
+            "itm": {"texts": ("captions", "questions")},
+            "mrm": {"features": {}, "classes": {}, "attributes": {}, "exchanged": 0.0},
+            "qa": {},
+        },
+        {"mrm": {"classes": {"distance": "label"}, "zeroed": 0.5, "exchanged": 0.5}, "mlm": {}},
+        {"itm": {"mismatch_probability": 0.9}, "mrm": {"features": {}, "mask_fraction": 0.8}},
+    ],
+)
+@pytest.mark.parametrize("blind", [False, True])
+def test_samples_selected_of_a_batch_are_those_collated_by_themselves(
+    settings: dict[str, Any], blind: bool, tokenizer: Any
+) -> None:
+    if blind:
+        settings = {name: of_one for name, of_one in settings.items() if name != "mrm"}
+    rng = np.random.default_rng(2)
+    narrower = 0
+    for collate in (
+        StreamCollator(group, tokenizer, 24, ANSWERS, 7 if blind else None)
+        for group in by_stream(make_objectives(**settings)).values()
+    ):
+        for step in range(4):
+            batch = make_batch(10, step=step)
+            if "distance" in str(settings):
+                batch = with_labels(batch)
+            whole = collate(batch)
+            for size in (1, 2, 3, 9, 10):
+                samples = rng.choice(10, size, replace=False)
+                found = collate.select(whole, torch.from_numpy(samples))
+                expected = collate(part(batch, samples.tolist()))
+                assert found.targets.keys() == expected.targets.keys()
+                pairs = zip(tensors(found), tensors(expected), strict=True)
+                for ours, alone in pairs:
+                    assert ours.dtype == alone.dtype
+                    assert ours.is_contiguous()
+                    assert torch.equal(ours, alone)
+                narrower += found.inputs.tokens.shape[1] < whole.inputs.tokens.shape[1]
+    assert narrower

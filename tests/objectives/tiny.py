@@ -13,6 +13,7 @@ from pipeline.data.sample import Question, Texts
 from pipeline.data.text.vocabulary import build_tokenizer
 from pipeline.models.base import VisionLanguageModel
 from pipeline.models.families import FAMILIES, build
+from pipeline.models.tensors import mapped
 from pipeline.models.visualbert import VisualBert, VisualBertConfig
 from pipeline.objectives.base import Objective
 from pipeline.objectives.objective import ObjectivesConfig, by_stream
@@ -70,6 +71,38 @@ def make_batch(size: int = 6, step: int = 3, first: int = 0) -> Batch:
         step=step,
         seed=11,
     )
+
+
+def part(batch: Batch, indices: Sequence[int]) -> Batch:
+    """These examples of a batch, as a batch of their own, whose regions stay padded as they are."""
+    assert batch.features is not None
+    of_features = {
+        name: array[list(indices)]
+        for name, array in vars(batch.features).items()
+        if array is not None
+    }
+    return replace(
+        batch,
+        keys=[batch.keys[index] for index in indices],
+        rows=batch.rows[list(indices)],
+        positions=batch.positions[list(indices)],
+        texts=[batch.texts[index] for index in indices],
+        text_index=batch.text_index[list(indices)],
+        distractors=[batch.distractors[index] for index in indices],
+        features=replace(batch.features, **of_features),
+    )
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """Every tensor of a collated batch, in the order of its fields."""
+    found: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    mapped(value, keep)
+    return found
 
 
 def with_texts(batch: Batch, texts: Sequence[Texts], **changes: Any) -> Batch:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from pipeline.report.examples import Attention, Example, Gallery, write_gallery
 from pipeline.report.inline_image import thumbnail
+from pipeline.report.run_report import write_report
 
 METRICS = {"vqa/accuracy": 81.25, "vqa/accuracy_blind": 40.5, "caption/cider": 1.2345}
 TYPES = {"vqa/accuracy/count": 62.5, "vqa/accuracy_blind/count": 31.25}
@@ -153,3 +154,10 @@ def run_folder(tmp_path: Path) -> Path:
     )
     write_gallery(str(folder), make_gallery())
     return folder
+
+
+def report(run: Path) -> str:
+    """The page of a run."""
+    location = write_report(str(run))
+    assert location == str(run / "report.html")
+    return (run / "report.html").read_text()

@@ -13,6 +13,14 @@ from tests.training.conftest import alone
 __all__ = ["alone"]
 
 
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the small recipe's data, and no run."""
+    folder = tmp_path_factory.mktemp("extracted")
+    run_stages(small(folder), ["ingest", "extract"], Console(stderr=True, quiet=True))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def run_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A folder in which the small recipe has been run once, and a copy of it."""

@@ -12,21 +12,13 @@ from torch import Tensor, nn
 from pipeline.errors import ConfigError
 from pipeline.stages import check as checking
 from pipeline.stages.check import activation_bytes, check
+from pipeline.stages.data_inputs import DataInputs
 from pipeline.stages.estimate import Report
 from pipeline.stages.preflight import small_validation
 from pipeline.stages.run import run_stages
-from pipeline.stages.train import DataInputs
 from tests.stages.small_recipe import small
 
 QUIET = Console(stderr=True, quiet=True)
-
-
-@pytest.fixture(scope="module")
-def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the small recipe's data, and no run."""
-    folder = tmp_path_factory.mktemp("extracted")
-    run_stages(small(folder), ["ingest", "extract"], QUIET)
-    return folder
 
 
 def looked_at(folder: Path, *overrides: str) -> Report:

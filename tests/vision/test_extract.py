@@ -260,9 +260,10 @@ def test_killed_run_loses_only_the_shard_in_flight(tmp_path: Path) -> None:
     make_dataset(str(tmp_path), images, samples_per_shard=2)
     program = """
 import sys, time
+from pipeline.data.manifest import pending_commits
 from pipeline.vision import extract as module
 from tests.vision.test_extract import HERE, PIXELS
-module.COMMIT_SECONDS = 0
+pending_commits.COMMIT_SECONDS = 0
 def slowly(progress):
     print(progress.num_done, flush=True)
     time.sleep(0.2)

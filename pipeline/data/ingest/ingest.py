@@ -10,9 +10,8 @@ listed does not exist.
 """
 
 import json
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -25,6 +24,7 @@ from pipeline.config import Config
 from pipeline.data.ingest.comparison import SharedKeyError
 from pipeline.data.ingest.duplicates import Duplicates
 from pipeline.data.ingest.filters import WANTED_REASONS, FilterConfig
+from pipeline.data.ingest.image_policy import ImagePolicy
 from pipeline.data.ingest.ingest_plan import (
     IngestPlan,
     ShardPlan,
@@ -32,13 +32,13 @@ from pipeline.data.ingest.ingest_plan import (
     held_by_reason,
     plan_ingest,
 )
-from pipeline.data.ingest.listing import STAYS_AS_IT_IS, FingerprintOf, Listing
 from pipeline.data.ingest.outcome import live_row, reject_row
 from pipeline.data.ingest.shard_tasks import run_tasks
+from pipeline.data.ingest.source_view import STAYS_AS_IT_IS, FingerprintOf, SourceView
 from pipeline.data.ingest.survey import without_duplicates
-from pipeline.data.ingest.treatment import Treatment, digest
 from pipeline.data.ingest.unopened import find_unopened
 from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.pending_commits import PendingCommits
 from pipeline.data.manifest.schema import SampleRow, from_table, to_table
 from pipeline.data.media.image_check import BadImageError, Verify
 from pipeline.data.media.reencode import ReencodeConfig
@@ -46,10 +46,10 @@ from pipeline.data.sample import Sample
 from pipeline.data.sources.base import ConfiguredSource, Record, Source, SourceConfig
 from pipeline.data.tars.foreign_tar import REFERENCE, ImageReference
 from pipeline.data.tars.shard import Member, Shard, ShardWriter
+from pipeline.digest import digest_of
 from pipeline.errors import RejectError, RemovalError, SourceError
 from pipeline.reason import Reason
 
-COMMIT_SECONDS = 1.0  # the most work a kill can cost; a commit takes a hundredth of it
 _TOP_REASONS = 5
 _EXAMPLES = 5
 
@@ -93,9 +93,9 @@ class IngestConfig(Config):
         "source that is only half there; a single sample may always go, unless it is 0",
     )
 
-    def treatment(self) -> Treatment:
+    def image_policy(self) -> ImagePolicy:
         """Returns what image files go through."""
-        return Treatment(self.verify, self.reencode, self.filters)
+        return ImagePolicy(self.verify, self.reencode, self.filters)
 
     def check_source(self, source: SourceConfig) -> None:
         """Raises ValueError if the images of this source cannot go through that."""
@@ -161,20 +161,20 @@ def ingest(
     origin = _origin(source, config)
     manifest = plan.manifest.commit(plan.settled, origin)
     num_done, num_to_do, num_shards = 0, plan.changed.num_rows, 0
-    unlisted: list[pa.Table] = []
-    listed_at = time.monotonic()
+
+    def list_written(rows: Sequence[pa.Table]) -> None:
+        nonlocal manifest
+        manifest = manifest.commit(pa.concat_tables(rows), origin)
+
+    unlisted = PendingCommits(list_written)
     on_progress(num_done, num_to_do)
     if num_to_do and config.shards_in_flight:
         start_ray()
     for entry in _written(plan, source, config):
         rejects.add(entry.rows)
-        unlisted.append(entry.rows)
         num_done += entry.rows.num_rows
         num_shards += entry.shard is not None
-        if num_done == num_to_do or time.monotonic() - listed_at >= COMMIT_SECONDS:
-            manifest = manifest.commit(pa.concat_tables(unlisted), origin)
-            unlisted.clear()
-            listed_at = time.monotonic()
+        unlisted.add(entry.rows, is_last=num_done == num_to_do)
         on_progress(num_done, num_to_do)
     unchanged = manifest.version == plan.manifest.version
     held = plan.held if unchanged else held_by_reason(manifest)
@@ -201,19 +201,19 @@ def _origin(source: Source, config: IngestConfig) -> str:
     if not isinstance(source, ConfiguredSource):
         return ""
     places = {key: storage.absolute(at) for key, at in source.config.locations().items()}
-    treatment = [config.treatment().identity(), config.filters.model_dump_json()]
-    settings = [source.config.model_dump_json(), places, treatment, config.fingerprint]
-    return digest(json.dumps(settings).encode())
+    policy = [config.image_policy().identity(), config.filters.model_dump_json()]
+    settings = [source.config.model_dump_json(), places, policy, config.fingerprint]
+    return digest_of(json.dumps(settings).encode())
 
 
 def _plan(source: Source, manifest: Manifest, config: IngestConfig) -> IngestPlan:
     """Compares the listing with the manifest; of tars of others only what changed is opened."""
-    settings = (source, config.treatment(), config.fingerprint)
-    listing = Listing(*settings)
+    settings = (source, config.image_policy(), config.fingerprint)
+    listing = SourceView(*settings)
     unopened = find_unopened(manifest, listing.tars())
     if unopened:
         try:
-            return plan_ingest(Listing(*settings, unopened), manifest, [*unopened.values()])
+            return plan_ingest(SourceView(*settings, unopened), manifest, [*unopened.values()])
         except SharedKeyError:
             pass  # all tars are opened, as in a first run
     return plan_ingest(listing, manifest)
@@ -253,7 +253,7 @@ def write_shard(plan: ShardPlan, source: Source) -> ShardEntry:
             if plan.keep_images and old is not None:
                 rows.append(_write_texts(writer, record, old))
             else:
-                rows.append(_write_record(writer, record, old, source, plan.treatment))
+                rows.append(_write_record(writer, record, old, source, plan.policy))
     shard = writer.shard if writer.num_samples else None
     if shard is not None:  # its name is the digest of the whole: known only now
         rows = [_in_shard(row, shard.name) for row in rows]
@@ -293,20 +293,20 @@ def _write_record(
     record: Record,
     old: SampleRow | None,
     source: Source,
-    treatment: Treatment,
+    policy: ImagePolicy,
 ) -> SampleRow:
     """Reads, checks and writes a record; returns its row, of a sample or of a reject."""
     try:
         payload = source.read(record)
-        stored = treatment.apply(payload)
+        stored = policy.apply(payload)
     except SourceError as error:
         return reject_row(record, Reason.UNREADABLE_IMAGE, str(error))
     except BadImageError as error:
         return reject_row(record, error.reason, f"{record.image}: {error.detail}")
     row = replace(
         live_row(record),
-        digest=digest(stored.payload),
-        source_digest="" if stored.payload is payload else digest(payload),
+        digest=digest_of(stored.payload),
+        source_digest="" if stored.payload is payload else digest_of(payload),
         perceptual_hash=record.perceptual_hash,
         width=stored.width,
         height=stored.height,
@@ -347,7 +347,7 @@ def _holds(old: SampleRow, new: SampleRow, record: Record) -> bool:
 
 def _written(plan: IngestPlan, source: Source, config: IngestConfig) -> Iterator[ShardEntry]:
     """Yields shards as they are finished, a bounded number of them in the making."""
-    plans = plan.shards(config.samples_per_shard, config.treatment())
+    plans = plan.shards(config.samples_per_shard, config.image_policy())
     if config.filters.duplicates != "keep" and plan.changed.num_rows:
         duplicates = Duplicates(plan.holders(), config.filters)
         plans = without_duplicates(plans, source, duplicates, config.shards_in_flight)

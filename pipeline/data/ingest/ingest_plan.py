@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.ingest.comparison import Comparison
+from pipeline.data.ingest.image_policy import ImagePolicy
 from pipeline.data.ingest.listing_spool import ListingSpool
-from pipeline.data.ingest.treatment import Treatment
 from pipeline.data.manifest.engine import Engine
 from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.manifest.schema import (
@@ -54,7 +54,7 @@ class ShardPlan:
     records: pa.Table  # schema CHANGED, in the shard's order
     known: pa.Table  # schema SAMPLES: the live rows that some of them had until now
     keep_images: bool  # only texts changed: the shard holds no images, the old rows say where
-    treatment: Treatment
+    policy: ImagePolicy
     # Schema SAMPLES: rejects that were found before writing, to be listed with the shard.
     left_out: pa.Table = field(default_factory=SAMPLES.empty_table)
 
@@ -80,7 +80,7 @@ class IngestPlan:
         """The listed records that the manifest has as they are."""
         return self.num_listed - self.num_added - self.num_edited
 
-    def shards(self, samples_per_shard: int, treatment: Treatment) -> Iterator[ShardPlan]:
+    def shards(self, samples_per_shard: int, policy: ImagePolicy) -> Iterator[ShardPlan]:
         """Cuts the changed records into shards: of one split, with images or without."""
         old_row, keeps_image = self._old_rows()
         split_of_row = np.array(self.changed["split"].to_pylist(), object)
@@ -95,7 +95,7 @@ class IngestPlan:
                         records=self.changed.take(part),
                         known=self.known.take(before[before >= 0]),
                         keep_images=keep_images,
-                        treatment=treatment,
+                        policy=policy,
                     )
 
     def _cut(

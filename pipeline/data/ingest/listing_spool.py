@@ -20,7 +20,8 @@ class ListingSpool:
 
     def __enter__(self) -> Self:
         self._file = tempfile.TemporaryFile(prefix="sightline-")
-        self._writer = pa.ipc.new_file(self._file, LISTED)
+        packed = pa.ipc.IpcWriteOptions(compression="lz4")  # a quarter as much, in no more time
+        self._writer = pa.ipc.new_file(self._file, LISTED, options=packed)
         self._first = [0]  # the number of each batch's first record, then of the next one
         return self
 

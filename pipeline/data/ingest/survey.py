@@ -16,11 +16,11 @@ from pipeline.data.ingest.duplicates import Duplicates
 from pipeline.data.ingest.ingest_plan import ShardPlan
 from pipeline.data.ingest.outcome import reject_row
 from pipeline.data.ingest.shard_tasks import run_tasks
-from pipeline.data.ingest.treatment import digest
 from pipeline.data.manifest.schema import SampleRow, from_table, to_table
 from pipeline.data.media.image_check import BadImageError
 from pipeline.data.media.perceptual_hash import perceptual_hash
 from pipeline.data.sources.base import Record, Source
+from pipeline.digest import digest_of
 from pipeline.errors import SourceError
 from pipeline.reason import Reason
 
@@ -54,10 +54,10 @@ def look_at_images(plan: ShardPlan, source: Source) -> pa.Table:
 
 
 def _surveyed(record: Record, plan: ShardPlan, source: Source) -> Surveyed:
-    near = plan.treatment.filters.duplicates == "near"
+    near = plan.policy.filters.duplicates == "near"
     try:
         payload = source.read(record)
-        plan.treatment.examine(payload)
+        plan.policy.examine(payload)
         hashed = perceptual_hash(payload) if near else None
     except SourceError as error:
         reject = reject_row(record, Reason.UNREADABLE_IMAGE, str(error))
@@ -65,7 +65,7 @@ def _surveyed(record: Record, plan: ShardPlan, source: Source) -> Surveyed:
     except BadImageError as error:
         detail = f"{record.image}: {error.detail}"
         return Surveyed(record.key, reject=reject_row(record, error.reason, detail))
-    return Surveyed(record.key, digest(payload), hashed)
+    return Surveyed(record.key, digest_of(payload), hashed)
 
 
 def _decided(plan: ShardPlan, images: pa.Table, duplicates: Duplicates) -> ShardPlan:
@@ -86,6 +86,6 @@ def _decided(plan: ShardPlan, images: pa.Table, duplicates: Duplicates) -> Shard
     return replace(
         plan,
         records=records.filter(unique),
-        treatment=replace(plan.treatment, verify="header"),  # they were decoded just now
+        policy=replace(plan.policy, verify="header"),  # they were decoded just now
         left_out=to_table([*faulty, *rejects], SampleRow),
     )

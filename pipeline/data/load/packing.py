@@ -7,17 +7,14 @@ mean over the samples is that over micro-batches weighted by their samples.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 
-from pipeline.data.load.loader import Batch
-from pipeline.data.read.features import FeatureBatch
 from pipeline.data.tars.members import Int64Array
 
 
-def pack(
+def cut_by_tokens(
     lengths: Sequence[Int64Array], max_tokens: int, max_samples: int
 ) -> list[tuple[Int64Array, ...]]:
     """Returns for each micro-batch, and each kind of text, indices in the share: shortest first.
@@ -46,22 +43,3 @@ def pack(
     return [
         tuple(np.sort(order[start:stop]) for order in orders) for start, stop in pairwise(bounds)
     ]
-
-
-def part(batch: Batch, indices: Int64Array) -> Batch:
-    """Returns the examples at these indices of a batch, as a batch of their own."""
-    return replace(
-        batch,
-        keys=[batch.keys[index] for index in indices],
-        rows=batch.rows[indices],
-        positions=batch.positions[indices],
-        texts=[batch.texts[index] for index in indices],
-        text_index=batch.text_index[indices],
-        distractors=[batch.distractors[index] for index in indices if batch.distractors],
-        features=_of_features(batch.features, indices) if batch.features else None,
-    )
-
-
-def _of_features(features: FeatureBatch, indices: Int64Array) -> FeatureBatch:
-    arrays = {name: array[indices] for name, array in vars(features).items() if array is not None}
-    return replace(features, **arrays)

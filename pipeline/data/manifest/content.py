@@ -3,12 +3,11 @@
 import contextlib
 import re
 
-import xxhash
-
 from pipeline import storage
 from pipeline.data.manifest.engine import Engine
 from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.manifest.schema import State
+from pipeline.digest import digest_of_parts
 from pipeline.errors import StorageError
 
 _DIGEST = re.compile(rb"[0-9a-f]{32}")
@@ -16,7 +15,6 @@ _DIGEST = re.compile(rb"[0-9a-f]{32}")
 
 def content(manifest: Manifest, split: str | None) -> str:
     """Returns the digest of the live samples of a split, or of all: of lines sorted by key."""
-    digest = xxhash.xxh3_128()
     of_split = "" if split is None else "AND split = $1"
     with Engine() as engine:
         manifest.register(
@@ -28,9 +26,7 @@ def content(manifest: Manifest, split: str | None) -> str:
             f"FROM samples WHERE state = '{State.LIVE}' {of_split} ORDER BY key",
             [] if split is None else [split],
         )
-        for batch in batches:
-            digest.update("".join(batch["line"].to_pylist()).encode())
-    return digest.hexdigest()
+        return digest_of_parts("".join(batch["line"].to_pylist()).encode() for batch in batches)
 
 
 def kept_content(manifest: Manifest, split: str | None, folder: str) -> str:

@@ -33,6 +33,7 @@ import xxhash
 from pipeline import storage
 from pipeline.data.manifest.schema import SAMPLES, Int64Array
 from pipeline.data.sample import TextKind
+from pipeline.digest import digest_of
 from pipeline.errors import StorageError
 
 FORMAT = 1
@@ -84,7 +85,7 @@ class FileDigest(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, payload: bytes) -> "FileDigest":
         """Returns that of a file's bytes."""
-        return cls(len(payload), xxhash.xxh3_128_hexdigest(payload))
+        return cls(len(payload), digest_of(payload))
 
 
 class IndexCard(msgspec.Struct, frozen=True):

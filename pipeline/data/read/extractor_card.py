@@ -12,12 +12,12 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 from pydantic import ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.data.media.augmentation import AugmentConfig
+from pipeline.digest import digest_of
 from pipeline.errors import FeatureError
 
 FILE = "card.json"
@@ -223,13 +223,13 @@ def identity(
         "selection": dict(selection),
         "storage": dict(storage),
     }
-    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+    return digest_of(json.dumps(parts, sort_keys=True).encode())
 
 
 def wrapped_identity(inner: str, kind: str, rule: Mapping[str, Any]) -> str:
     """Returns the hash of an extractor that does more to another one's features, by a rule."""
     parts = {"of": inner, kind: dict(rule)}
-    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+    return digest_of(json.dumps(parts, sort_keys=True).encode())
 
 
 def card_location(url: str, extractor: str) -> str:

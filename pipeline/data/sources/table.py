@@ -35,7 +35,6 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import xxhash
 from pydantic import Field, field_validator, model_validator
 
 from pipeline import storage
@@ -69,6 +68,7 @@ from pipeline.data.sources.readers.text_columns import TextColumns, cell, gather
 from pipeline.data.sources.splits import check_names, check_splits, hash_split
 from pipeline.data.sources.table_columns import TableColumns
 from pipeline.data.tars.member_names import is_utf8
+from pipeline.digest import digest_of
 from pipeline.errors import ShardError, SourceError
 from pipeline.reason import Reason
 
@@ -485,10 +485,9 @@ def _tell_apart(found: Gathering, into: Gathering) -> Iterator[Reject]:
 
 def _digest(image_bytes: str) -> str:
     try:
-        found: str = xxhash.xxh3_128_hexdigest(read_cell(image_bytes))
+        return digest_of(read_cell(image_bytes))
     except SourceError as error:
         raise _RowError(Reason.NO_IMAGE, str(error)) from error
-    return found
 
 
 def _renamed(texts: Texts, identity: str) -> Texts:

@@ -9,8 +9,8 @@ import os
 from typing import Self
 
 import msgspec
-import xxhash
 
+from pipeline.digest import digest_of
 from pipeline.errors import ShardError
 
 REFERENCE = ".ref"  # ends the name of a part that stands for an image
@@ -52,7 +52,7 @@ class ImageReference(msgspec.Struct, frozen=True):
             image = os.pread(descriptor, self.size, self.offset)
         except OSError as error:
             raise ShardError(f"the image at byte {self.offset} cannot be read ({error})") from error
-        found = xxhash.xxh3_128_hexdigest(image)
+        found = digest_of(image)
         if found != self.digest:
             raise ShardError(
                 f"expected an image of {self.size} bytes at byte {self.offset} with the digest "

@@ -6,8 +6,7 @@ lists. Each step leaves a valid dataset, so that a compaction that is killed is 
 next one, and others may ingest, extract and read meanwhile.
 """
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,13 +17,13 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.data.manifest.index_build import remove_unused_indexes
 from pipeline.data.manifest.manifest import Manifest
+from pipeline.data.manifest.pending_commits import PendingCommits
 from pipeline.data.manifest.retention import DEFAULT_RETENTION, Retention, needed_by
 from pipeline.data.tars.shard import shard_location, sidecar_location
 from pipeline.data.tars.shard_files import ShardFiles, default_cache
 from pipeline.data.upkeep.rewrite import RewritePlan, Rewritten, plan_rewrites, rewrite
 
 MIN_LIVE_FRACTION = 0.5  # of a shard's bytes; below it, it is written anew
-COMMIT_SECONDS = 1.0
 _THREADS = 4
 
 
@@ -57,15 +56,15 @@ def compact(
     plans = plan_rewrites(manifest, MIN_LIVE_FRACTION)
     num_to_do, num_done = sum(plan.samples.num_rows for plan in plans), 0
     on_progress(num_done, num_to_do)
-    unlisted: list[Rewritten] = []
-    listed_at = time.monotonic()
+
+    def list_rewritten(shards: Sequence[Rewritten]) -> None:
+        nonlocal manifest
+        manifest = _list(manifest, shards)
+
+    unlisted = PendingCommits(list_rewritten)
     for rewritten in _rewritten(plans):
-        unlisted.append(rewritten)
         num_done += rewritten.samples.num_rows
-        if num_done == num_to_do or time.monotonic() - listed_at >= COMMIT_SECONDS:
-            manifest = _list(manifest, unlisted)
-            unlisted.clear()
-            listed_at = time.monotonic()
+        unlisted.add(rewritten, is_last=num_done == num_to_do)
         on_progress(num_done, num_to_do)
 
     manifest = manifest.shrink()
@@ -98,7 +97,7 @@ def _rewritten(plans: list[RewritePlan]) -> Iterator[Rewritten]:
             pool.shutdown(cancel_futures=True)
 
 
-def _list(manifest: Manifest, rewritten: list[Rewritten]) -> Manifest:
+def _list(manifest: Manifest, rewritten: Sequence[Rewritten]) -> Manifest:
     """Lists shards; features first, so that no reader meets a sample that has lost them."""
     for extractor in sorted({name for shard in rewritten for name in shard.features}):
         rows = [shard.features[extractor] for shard in rewritten if extractor in shard.features]

@@ -34,6 +34,7 @@ from pipeline.data.tars.shard import (
     stored_bytes,
 )
 from pipeline.data.tars.shard_files import ShardFiles
+from pipeline.digest import digest_of
 from pipeline.errors import ShardError
 
 _SMALL = 0.5  # a shard with fewer samples than this share of the fullest one is joined with others
@@ -163,7 +164,7 @@ def _copied(
 def _image(plan: RewritePlan, row: SampleRow, files: ShardFiles) -> bytes:
     place = Member(row.image_offset, row.image_size)
     payload = _part(plan, row, row.shard, row.suffix, place, files)
-    if xxhash.xxh3_128_hexdigest(payload) != row.digest:
+    if digest_of(payload) != row.digest:
         location = shard_location(plan.url, plan.split, row.shard)
         raise ShardError(
             f"{location}: sample {row.key!r}: the image is not the one that was stored; "

@@ -14,7 +14,6 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import xxhash
 
 from pipeline import storage
 from pipeline.data.manifest.manifest import Manifest
@@ -35,6 +34,7 @@ from pipeline.data.tars.foreign_tar import ForeignTar
 from pipeline.data.tars.members import sorted_codes
 from pipeline.data.tars.shard import Member, read_member, shard_location, sidecar_location
 from pipeline.data.tars.shard_files import ShardFiles
+from pipeline.digest import digest_of
 from pipeline.errors import FeatureError, ShardError
 
 _THREADS = 4  # shards read at a time; hashing and reading release the interpreter's lock
@@ -248,7 +248,7 @@ def _check_foreign_tar(tar: ForeignTar, images: pa.Table, files: ShardFiles) -> 
 
 
 def _image_faults(location: str, row: SampleRow, payload: bytes) -> Iterator[Fault]:
-    digest = xxhash.xxh3_128_hexdigest(payload)
+    digest = digest_of(payload)
     if digest != row.digest:
         detail = f"the image has the digest {digest}, the manifest says {row.digest}"
         yield Fault("changed-image", location, row.key, detail)

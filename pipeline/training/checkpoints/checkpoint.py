@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed
-import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline import storage
+from pipeline.digest import digest_of, digest_of_file
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.training.checkpoints.run_state import RunState
 
@@ -163,7 +163,7 @@ class Saving:
         location = storage.join(self._target, f"rank-{rank:05d}.safetensors")
         with storage.publish(location, durable=True) as path:
             save_file(tensors, path)
-            size_bytes, digest = path.stat().st_size, _digest(path)
+            size_bytes, digest = path.stat().st_size, digest_of_file(path)
         self.seconds_writing = time.perf_counter() - began
         return File(location.rsplit("/", 1)[-1], size_bytes, digest)
 
@@ -217,7 +217,7 @@ def verify(location: str, cache: Path) -> Manifest:
     for file in manifest.files:
         try:
             path = storage.local_copy(storage.join(location, file.name), cache)
-            found = File(file.name, path.stat().st_size, _digest(path))
+            found = File(file.name, path.stat().st_size, digest_of_file(path))
         except (StorageError, OSError) as error:
             raise CheckpointError(f"{location}: {file.name} cannot be read: {error}") from error
         if found != file:
@@ -260,7 +260,7 @@ def read_manifest(location: str) -> Manifest:
 
 def _rendered(document: dict[str, Any]) -> bytes:
     """Returns the file of a manifest: every byte of it follows from its content."""
-    digest = xxhash.xxh3_128(json.dumps(document, indent=1).encode()).hexdigest()
+    digest = digest_of(json.dumps(document, indent=1).encode())
     return json.dumps(document | {"digest": digest}, indent=1).encode()
 
 
@@ -298,14 +298,6 @@ def remove_leftovers(folder: str) -> None:
     for name in storage.list_names(folder):
         if name.endswith(_PARTIAL):
             storage.remove(storage.join(folder, name))
-
-
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _on_all_ranks(what: str, work: Callable[[], Result]) -> list[Result]:

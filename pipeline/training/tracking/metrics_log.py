@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, Self
 
@@ -21,7 +21,6 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 
 SECONDS_BETWEEN_WRITES = 5.0  # to an object store, and a second more for each megabyte
-
 
 STRETCH = "stretch"
 
@@ -34,6 +33,44 @@ class Stretch:
     changed: dict[str, tuple[Any, Any]]  # the recipe's key -> its value before, and from here on
     dataset_version: int
     time: float  # when it began, in seconds since 1970
+
+    @classmethod
+    def of_line(cls, line: Mapping[str, Any]) -> Self:
+        """Returns what a line of metrics.jsonl with an `event` tells."""
+        changed = {key: (old, new) for key, (old, new) in line["changed"].items()}
+        return cls(line["step"], changed, line["dataset_version"], line["time"])
+
+    def described(self) -> str:
+        """Returns what changed and how, in words."""
+        return "; ".join(
+            f"{key}: {json.dumps(old)} → {json.dumps(new)}"
+            for key, (old, new) in self.changed.items()
+        )
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What metrics.jsonl holds."""
+
+    steps: tuple[Mapping[str, Any], ...]  # each step's figures
+    stretches: tuple[Stretch, ...]  # where the run went on with other settings, in order
+    is_cut_short: bool  # the last line is torn, and left out
+
+    @classmethod
+    def read(cls, folder: str) -> Self:
+        """Raises StorageError naming a line that is damaged."""
+        location = storage.join(folder, METRICS)
+        payload = _payload(location)
+        steps, stretches = [], []
+        for number, (line, _) in enumerate(_lines(location, payload), start=1):
+            try:
+                if "event" in line:
+                    stretches.append(Stretch.of_line(line))
+                else:
+                    steps.append({**line, "step": int(line["step"])})
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise _damaged(location, number, f"not a step's figures: {line}") from error
+        return cls(tuple(steps), tuple(stretches), payload[-1:] not in (b"", b"\n"))
 
 
 class MetricsLog:
@@ -53,9 +90,15 @@ class MetricsLog:
         metrics, events = (storage.join(folder, name) for name in (METRICS, EVENTS))
         if begins is not None and _has_other_steps(folder, begins):
             _copy(metrics)
-        kept = (end for line, end in _lines(metrics) if line["step"] < step + ("event" not in line))
+        kept = (
+            end
+            for line, end in _lines(metrics, _payload(metrics))
+            if line["step"] < step + ("event" not in line)
+        )
         self._metrics = _open(metrics, max(kept, default=0))
-        self._events = _open(events, max((end for _, end in _lines(events)), default=0))
+        self._events = _open(
+            events, max((end for _, end in _lines(events, _payload(events))), default=0)
+        )
         if begins is not None:
             self._metrics.append(_encoded({"event": STRETCH, **asdict(begins)}))
 
@@ -95,22 +138,14 @@ def _copy(metrics: str) -> None:
         number += 1
 
 
-def read_metrics(folder: str) -> list[dict[str, Any]]:
+def read_metrics(folder: str) -> Sequence[Mapping[str, Any]]:
     """Returns the steps' figures; a torn last line is left out."""
-    return [line for line, _ in _lines(storage.join(folder, METRICS)) if "event" not in line]
+    return Recorded.read(folder).steps
 
 
-def read_stretches(folder: str) -> list[Stretch]:
+def read_stretches(folder: str) -> Sequence[Stretch]:
     """Returns where the run went on with other settings, in order."""
-    return [
-        stretch_of(line) for line, _ in _lines(storage.join(folder, METRICS)) if "event" in line
-    ]
-
-
-def stretch_of(line: Mapping[str, Any]) -> Stretch:
-    """Returns what a line of metrics.jsonl with an `event` tells."""
-    changed = {key: (old, new) for key, (old, new) in line["changed"].items()}
-    return Stretch(line["step"], changed, line["dataset_version"], line["time"])
+    return Recorded.read(folder).stretches
 
 
 def last_loss(folder: str) -> float:
@@ -121,7 +156,8 @@ def last_loss(folder: str) -> float:
 
 def read_events(folder: str) -> list[dict[str, Any]]:
     """Returns what happened on the way, in order; a torn last line is left out."""
-    return [line for line, _ in _lines(storage.join(folder, EVENTS))]
+    events = storage.join(folder, EVENTS)
+    return [line for line, _ in _lines(events, _payload(events))]
 
 
 class Follower:
@@ -217,12 +253,14 @@ def _open(location: str, size_bytes: int) -> _Log:
     return log(location, size_bytes)
 
 
-def _lines(location: str) -> Iterator[tuple[dict[str, Any], int]]:
+def _payload(location: str) -> bytes:
+    return storage.read_bytes(location) if storage.exists(location) else b""
+
+
+def _lines(location: str, payload: bytes) -> Iterator[tuple[dict[str, Any], int]]:
     """Yields each whole line with the offset after it, up to a torn one; raises StorageError."""
-    if not storage.exists(location):
-        return
     offset = 0
-    for number, raw in enumerate(storage.read_bytes(location).splitlines(keepends=True), start=1):
+    for number, raw in enumerate(payload.splitlines(keepends=True), start=1):
         if not raw.endswith(b"\n"):
             return
         offset += len(raw)
@@ -231,11 +269,15 @@ def _lines(location: str) -> Iterator[tuple[dict[str, Any], int]]:
             if not isinstance(line, dict):
                 raise ValueError(f"expected an object, found {type(line).__name__}")
         except ValueError as error:
-            raise StorageError(
-                f"{location}, line {number}: not JSON: {error}; put an undamaged copy back, or "
-                "take that line out, and start again"
-            ) from error
+            raise _damaged(location, number, f"not JSON: {error}") from error
         yield line, offset
+
+
+def _damaged(location: str, number: int, fault: str) -> StorageError:
+    return StorageError(
+        f"{location}, line {number}: {fault}; put an undamaged copy back, or take that line out, "
+        "and start again"
+    )
 
 
 def _encoded(line: Mapping[str, Any]) -> bytes:

@@ -19,6 +19,7 @@ from pipeline import storage
 from pipeline.config import Config
 from pipeline.data.read.dataset import Dataset
 from pipeline.data.read.extractor_card import ExtractorCard, Fitted, Reduction, wrapped_identity
+from pipeline.digest import digest_of_parts
 from pipeline.errors import ConfigError, FeatureError
 from pipeline.vision.compress.storage_dtype import (
     Storage,
@@ -190,11 +191,11 @@ def load(location: str) -> tuple[Projection, Fitted]:
 
 def digest(projection: Projection) -> str:
     """Returns the hash of the matrix that goes into the identity."""
-    hasher = xxhash.xxh3_128()
-    for array in (projection.mean, projection.components):
-        hasher.update(f"{array.shape}".encode())
-        hasher.update(np.ascontiguousarray(array).tobytes())
-    return hasher.hexdigest()
+    return digest_of_parts(
+        part
+        for array in (projection.mean, projection.components)
+        for part in (f"{array.shape}".encode(), np.ascontiguousarray(array).tobytes())
+    )
 
 
 def _values(exact: Extractor, images: Iterable[bytes]) -> Iterator[npt.NDArray[Any]]:

@@ -27,6 +27,7 @@ import xxhash
 
 from pipeline import storage
 from pipeline.data.tars.member_names import is_hidden
+from pipeline.digest import digest_of_file, digest_of_parts
 from pipeline.errors import FeatureError, UnusableImageError
 from pipeline.reason import Reason
 from pipeline.vision.compress.storage_dtype import Storage, to_storage
@@ -228,11 +229,11 @@ class _NpzFolder(PublishedFeatures):
         }
         if not self._paths:
             raise FeatureError(f"{path}: no .npz files in this folder")
-        hasher = xxhash.xxh3_128()
-        for name, file in self._paths.items():
-            hasher.update(f"{name}\n".encode())
-            hasher.update(file.read_bytes())
-        self.digest = hasher.hexdigest()
+        self.digest = digest_of_parts(
+            part
+            for name, file in self._paths.items()
+            for part in (f"{name}\n".encode(), file.read_bytes())
+        )
 
     def ids(self) -> Sequence[str]:
         return list(self._paths)
@@ -261,11 +262,7 @@ class _Hdf5(PublishedFeatures):
         except ImportError as error:
             raise FeatureError(f"{path}: HDF5 files need h5py: pip install h5py") from error
         self._path = path
-        with path.open("rb") as file:
-            hasher = xxhash.xxh3_128()
-            while chunk := file.read(1 << 24):
-                hasher.update(chunk)
-        self.digest = hasher.hexdigest()
+        self.digest = digest_of_file(path)
         try:
             self._file = h5py.File(path, "r")
         except OSError as error:

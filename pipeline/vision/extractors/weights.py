@@ -9,9 +9,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import xxhash
-
 from pipeline import storage
+from pipeline.digest import digest_of_parts
 from pipeline.errors import FeatureError, StorageError
 
 if TYPE_CHECKING:
@@ -130,12 +129,15 @@ def digest(network: "nn.Module", without: Collection[str] = ()) -> str:
 
     Tensors named in `without` do not count: those that nothing is computed with.
     """
-    hasher = xxhash.xxh3_128()
-    for name, value in sorted(network.state_dict().items()):
-        if not name.endswith("num_batches_tracked") and name not in without:
-            hasher.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            hasher.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return hasher.hexdigest()
+    return digest_of_parts(
+        part
+        for name, value in sorted(network.state_dict().items())
+        if not name.endswith("num_batches_tracked") and name not in without
+        for part in (
+            f"{name} {value.dtype} {tuple(value.shape)}\n".encode(),
+            value.detach().cpu().contiguous().numpy().tobytes(),
+        )
+    )
 
 
 def default_url(network: str) -> str:

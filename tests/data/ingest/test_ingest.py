@@ -18,11 +18,11 @@ import xxhash
 from PIL import Image
 
 from pipeline import storage
-from pipeline.data.ingest import ingest as ingest_module
 from pipeline.data.ingest.filters import FilterConfig
+from pipeline.data.ingest.image_policy import ImagePolicy
 from pipeline.data.ingest.ingest import IngestConfig, IngestReport, ingest, write_shard
 from pipeline.data.ingest.ingest_plan import plan_ingest
-from pipeline.data.ingest.treatment import Treatment
+from pipeline.data.manifest import pending_commits
 from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.media.reencode import ReencodeConfig
 from pipeline.data.sources import columns as columns_module
@@ -333,7 +333,7 @@ def test_a_full_disk_leaves_a_valid_dataset_and_the_next_run_finishes(
         if next(writes) >= 2:
             raise StorageError("no space left on device")
 
-    monkeypatch.setattr(ingest_module, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(pending_commits, "COMMIT_SECONDS", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(storage, "_flush", fill_up)
         with pytest.raises(StorageError, match="no space"):
@@ -348,7 +348,7 @@ def test_a_full_disk_leaves_a_valid_dataset_and_the_next_run_finishes(
 def test_a_run_that_breaks_anywhere_is_finished_by_the_next(
     tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingest_module, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(pending_commits, "COMMIT_SECONDS", 0.0)
     random = Random(seed)
     world = make_world(25, seed)
     for _ in range(6):
@@ -367,7 +367,7 @@ def test_a_run_that_breaks_anywhere_is_finished_by_the_next(
 def test_what_was_listed_before_a_break_is_not_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingest_module, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(pending_commits, "COMMIT_SECONDS", 0.0)
     world = good_world(20)
     world.fail_at_read = 13
     with pytest.raises(Killed):
@@ -428,7 +428,7 @@ def test_edits_reach_an_object_store(object_store: str) -> None:
 def test_overlapping_runs_leave_one_valid_dataset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingest_module, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(pending_commits, "COMMIT_SECONDS", 0.0)
     worlds = [make_world(40, seed=3) for _ in range(3)]
 
     def run(world: World) -> IngestReport:
@@ -444,7 +444,7 @@ def test_overlapping_runs_leave_one_valid_dataset(
 def test_overlapping_runs_of_different_listings_agree_after_one_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingest_module, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(pending_commits, "COMMIT_SECONDS", 0.0)
     random = Random(7)
     worlds = [make_world(30, seed=4), make_world(30, seed=4)]
     ingest(worlds[0], str(tmp_path), config())
@@ -460,12 +460,12 @@ def test_overlapping_runs_of_different_listings_agree_after_one_more(
 
 _INGEST_FOLDER = """
 import sys
-from pipeline.data.ingest import ingest as module
+from pipeline.data.manifest import pending_commits
 from pipeline.data.ingest.ingest import IngestConfig, ingest
 from pipeline.data.sources.folder import FolderSourceConfig
 from pipeline.errors import PipelineError
 
-module.COMMIT_SECONDS = 0.0  # as if each shard took a second to write
+pending_commits.COMMIT_SECONDS = 0.0  # as if each shard took a second to write
 folder, url = sys.argv[1:]
 source = FolderSourceConfig(type="folder", folder=folder).build()
 print("ready", flush=True)
@@ -524,7 +524,7 @@ def test_of_two_sources_ingested_at_once_one_is_refused_on_an_object_store(
 def test_a_run_stops_once_another_source_has_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingest_module, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(pending_commits, "COMMIT_SECONDS", 0.0)
     url = str(tmp_path / "data")
     sources = {}
     for name in ("a", "b"):
@@ -555,7 +555,7 @@ def test_an_overlapping_run_does_not_list_again_what_another_has(tmp_path: Path)
     report = ingest(world, str(tmp_path), config(samples_per_shard=4))
 
     manifest = late.manifest.commit(late.settled)
-    for shard_plan in late.shards(samples_per_shard=3, treatment=Treatment()):
+    for shard_plan in late.shards(samples_per_shard=3, policy=ImagePolicy()):
         manifest = manifest.commit(write_shard(shard_plan, world).rows)
 
     assert Manifest.open(str(tmp_path)).version == report.version
@@ -578,7 +578,7 @@ def test_an_older_listing_does_not_remove_what_a_newer_one_added(tmp_path: Path)
 def test_writing_a_shard_again_gives_the_same_shard(tmp_path: Path) -> None:
     world = make_world(9)
     plan = plan_ingest(world, Manifest.create(str(tmp_path)))
-    plans = list(plan.shards(samples_per_shard=50, treatment=Treatment()))
+    plans = list(plan.shards(samples_per_shard=50, policy=ImagePolicy()))
     first = [write_shard(shard_plan, world) for shard_plan in plans]
     again = [write_shard(shard_plan, world) for shard_plan in plans]
     assert [entry.shard for entry in first] == [entry.shard for entry in again]

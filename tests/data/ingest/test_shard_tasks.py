@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.ingest import shard_tasks
+from pipeline.data.ingest.image_policy import ImagePolicy
 from pipeline.data.ingest.ingest_plan import ShardPlan, plan_ingest
 from pipeline.data.ingest.shard_tasks import run_tasks
-from pipeline.data.ingest.treatment import Treatment
 from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.sources.base import Source
 from pipeline.errors import ShardError
@@ -28,7 +28,7 @@ def world() -> World:
 def plans(tmp_path: Path, world: World) -> list[ShardPlan]:
     """Plans of one record, named by their place."""
     plan = plan_ingest(world, Manifest.create(str(tmp_path)))
-    found = plan.shards(samples_per_shard=1, treatment=Treatment())
+    found = plan.shards(samples_per_shard=1, policy=ImagePolicy())
     return [replace(shard, split=str(place)) for place, shard in enumerate(found)]
 
 
@@ -102,7 +102,7 @@ def test_the_record_that_kills_every_worker_is_named(
 ) -> None:
     monkeypatch.setattr(shard_tasks, "_RETRIES", 1)
     plan = plan_ingest(world, Manifest.create(str(tmp_path)))
-    shards = plan.shards(samples_per_shard=NUM_PLANS, treatment=Treatment())
+    shards = plan.shards(samples_per_shard=NUM_PLANS, policy=ImagePolicy())
     with pytest.raises(ShardError, match=r"died 2 times .*: it dies of record 'key-3', .* alone"):
         list(run_tasks(die_of_one, shards, world, bound=2))
 
@@ -113,6 +113,6 @@ def test_where_no_single_record_kills_workers_the_shard_is_named(
 ) -> None:
     monkeypatch.setattr(shard_tasks, "_RETRIES", 1)
     plan = plan_ingest(world, Manifest.create(str(tmp_path)))
-    shards = plan.shards(samples_per_shard=NUM_PLANS, treatment=Treatment())
+    shards = plan.shards(samples_per_shard=NUM_PLANS, policy=ImagePolicy())
     with pytest.raises(ShardError, match=rf"of {NUM_PLANS} records from .*; no single one"):
         list(run_tasks(die_of_many, shards, world, bound=2))

@@ -8,9 +8,9 @@ from random import Random
 import pytest
 import webdataset
 
-from pipeline.data.ingest import ingest as ingest_module
 from pipeline.data.ingest.filters import FilterConfig
 from pipeline.data.ingest.ingest import IngestConfig, ingest
+from pipeline.data.manifest import pending_commits
 from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.media.reencode import ReencodeConfig
 from pipeline.data.sources.base import Record
@@ -191,7 +191,7 @@ def test_a_run_that_breaks_anywhere_ends_as_an_unbroken_one(
                 raise Killed("as if killed here")
             return super().read(record)
 
-    monkeypatch.setattr(ingest_module, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(pending_commits, "COMMIT_SECONDS", 0.0)
     random = Random(seed)
     files = album(*(random.randrange(9) for _ in range(24))).files
     source = Breaking(files)

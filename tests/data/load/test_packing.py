@@ -1,16 +1,10 @@
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.load.loader import Loader
-from pipeline.data.load.order import Order
-from pipeline.data.load.packing import pack, part
-from pipeline.data.read.dataset import Dataset
-from tests.data.load.test_loader import fingerprints
-from tests.data.tiny_dataset import EXTRACTOR, make_dataset
+from pipeline.data.load.packing import cut_by_tokens
 
 
 def arrays(passes: int, count: int) -> st.SearchStrategy[np.ndarray]:
@@ -23,7 +17,7 @@ def test_every_example_is_in_one_micro_batch_that_is_not_too_large(
     data: st.DataObject, count: int, max_tokens: int, max_samples: int
 ) -> None:
     lengths = [data.draw(arrays(2, count)), data.draw(arrays(1, count))]
-    micro_batches = pack(lengths, max_tokens, max_samples)
+    micro_batches = cut_by_tokens(lengths, max_tokens, max_samples)
     for number, of_kind in enumerate(lengths):
         groups = [indices[number].tolist() for indices in micro_batches]
         assert sorted(index for indices in groups for index in indices) == list(range(count))
@@ -42,25 +36,11 @@ def test_every_example_is_in_one_micro_batch_that_is_not_too_large(
 
 def test_what_is_too_long_is_by_itself_and_no_room_is_left_unused() -> None:
     lengths = np.array([[5, 2, 30, 2, 4, 2]])
-    found = [indices.tolist() for (indices,) in pack([lengths], max_tokens=10, max_samples=9)]
+    found = [
+        indices.tolist() for (indices,) in cut_by_tokens([lengths], max_tokens=10, max_samples=9)
+    ]
     assert found == [[1, 3, 5], [0, 4], [2]]
-    found = [indices.tolist() for (indices,) in pack([lengths], max_tokens=10, max_samples=2)]
+    found = [
+        indices.tolist() for (indices,) in cut_by_tokens([lengths], max_tokens=10, max_samples=2)
+    ]
     assert found == [[1, 3], [4, 5], [0], [2]]
-
-
-def test_a_part_is_what_the_loader_would_have_read(tmp_path: Path) -> None:
-    make_dataset(str(tmp_path))
-    split = Dataset.open(str(tmp_path)).split("train", EXTRACTOR)
-    order = Order(split, "captions", seed=1)
-    loader = Loader(split, order, global_batch_size=6, seed=1, distractors=True)
-    ((whole,),) = loader.batches(0, 1, 0, 1, 6)
-    ((*_, last),) = loader.batches(0, 1, 0, 1, 2)
-    cut = part(whole, np.array([4, 5]))
-    assert fingerprints(cut) == fingerprints(last)
-    assert cut.keys == last.keys
-    assert cut.features is not None
-    assert last.features is not None
-    regions = int(last.features.num_regions.max())
-    assert np.array_equal(cut.features.values[:, :regions], last.features.values)
-    assert np.array_equal(cut.features.boxes[:, :regions], last.features.boxes)
-    assert cut.rng(1).random() == last.rng(1).random()

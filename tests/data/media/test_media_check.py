@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.ingest.filters import FilterConfig
-from pipeline.data.ingest.treatment import Treatment
+from pipeline.data.ingest.image_policy import ImagePolicy
 from pipeline.data.media.image_check import BadImageError, Verify
 from pipeline.data.media.media_check import check_media
 from pipeline.data.media.perceptual_hash import perceptual_hash
@@ -98,11 +98,11 @@ def test_an_mp4_whose_end_is_missing_behind_its_index_is_cut_short() -> None:
 
 
 def test_videos_and_dicom_are_stored_as_they_came_and_filtered_by_their_size() -> None:
-    treatment = Treatment(reencode=ReencodeConfig(shorter_side=8))
+    policy = ImagePolicy(reencode=ReencodeConfig(shorter_side=8))
     for payload in (video(3), folder(2), SCAN):
-        assert treatment.apply(payload).payload == payload
-    assert [treatment.suffix(suffix) for suffix in ("png", "mp4", "dcm")] == ["jpg", "mp4", "dcm"]
-    small = Treatment(filters=FilterConfig(min_shorter_side=20))
+        assert policy.apply(payload).payload == payload
+    assert [policy.suffix(suffix) for suffix in ("png", "mp4", "dcm")] == ["jpg", "mp4", "dcm"]
+    small = ImagePolicy(filters=FilterConfig(min_shorter_side=20))
     assert small.apply(video(3)).height == HEIGHT
     with pytest.raises(BadImageError, match="too-small"):
         small.apply(SCAN)

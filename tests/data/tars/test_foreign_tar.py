@@ -14,11 +14,11 @@ import webdataset
 from PIL import Image
 
 from pipeline import storage
-from pipeline.data.ingest import ingest as ingest_module
 from pipeline.data.ingest.filters import FilterConfig
 from pipeline.data.ingest.ingest import IngestConfig, IngestReport, ingest
 from pipeline.data.load.loader import Loader
 from pipeline.data.load.order import Order
+from pipeline.data.manifest import pending_commits
 from pipeline.data.manifest.diff import diff
 from pipeline.data.manifest.info import describe
 from pipeline.data.manifest.manifest import Manifest
@@ -387,7 +387,7 @@ def test_images_in_place_have_the_texts_of_other_sources(tmp_path: Path) -> None
 def test_a_run_killed_anywhere_is_finished_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingest_module, "COMMIT_SECONDS", 0.0)  # every shard is listed on its own
+    monkeypatch.setattr(pending_commits, "COMMIT_SECONDS", 0.0)  # every shard is listed on its own
     make_tars(tmp_path / "tars", count=4)
     run(tmp_path / "tars", tmp_path / "whole")
     whole = contents(tmp_path / "whole")

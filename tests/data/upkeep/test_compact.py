@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from pipeline import storage
+from pipeline.data.ingest.image_policy import ImagePolicy
 from pipeline.data.ingest.ingest import IngestConfig, ingest
 from pipeline.data.ingest.ingest_plan import plan_ingest
-from pipeline.data.ingest.treatment import Treatment
+from pipeline.data.manifest import pending_commits
 from pipeline.data.manifest.manifest import Manifest
 from pipeline.data.manifest.retention import Retention
 from pipeline.data.manifest.schema import FeaturePart, FeatureRow, to_table
@@ -315,7 +316,7 @@ def test_an_ingest_that_was_planned_before_keeps_its_images(tmp_path: Path) -> N
     from pipeline.data.ingest.ingest import write_shard
 
     manifest = plan.manifest
-    for shard_plan in plan.shards(samples_per_shard=4, treatment=Treatment()):
+    for shard_plan in plan.shards(samples_per_shard=4, policy=ImagePolicy()):
         manifest = manifest.commit(write_shard(shard_plan, world).rows)
     check_dataset(url, world)
     assert verify(url).faults == ()
@@ -368,7 +369,7 @@ class Killed(BaseException):
 def test_a_break_at_any_write_or_removal_leaves_a_valid_dataset(
     tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compact_module, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(pending_commits, "COMMIT_SECONDS", 0.0)
     random = Random(seed)
     world = make_world(16, seed)
     url = str(tmp_path)

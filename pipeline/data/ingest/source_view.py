@@ -1,4 +1,4 @@
-"""The listing: a source's records as a recipe wants them, to be compared with the manifest.
+"""The source view: a source's records as a recipe wants them, to be compared with the manifest.
 
 Captions of unwanted length are gone, and fingerprints tell what the recipe wants told: also of
 the settings that images are treated by, and of the images' bytes where it asks for that. Tars that
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from msgspec.structs import replace
 
-from pipeline.data.ingest.treatment import Treatment, digest
+from pipeline.data.ingest.image_policy import ImagePolicy
 from pipeline.data.sources.base import (
     ListedTar,
     Record,
@@ -26,6 +26,7 @@ from pipeline.data.sources.base import (
 from pipeline.data.sources.columns import ColumnarSource, accounted_batches, in_batches
 from pipeline.data.sources.digests import digests, in_hex
 from pipeline.data.tars.foreign_tar import ForeignTar
+from pipeline.digest import digest_of
 from pipeline.errors import ConfigError, SourceError
 from pipeline.look_ahead import map_ahead
 
@@ -41,7 +42,7 @@ STAYS_AS_IT_IS = (
 _READS_AT_ONCE = 16
 
 
-class Listing:
+class SourceView:
     """A source under the settings of an ingest. Reading images stays the source's own.
 
     `unopened` tars of the source are not listed.
@@ -50,12 +51,12 @@ class Listing:
     def __init__(
         self,
         source: Source,
-        treatment: Treatment,
+        policy: ImagePolicy,
         fingerprint: FingerprintOf,
         unopened: Collection[ForeignTar] = (),
     ) -> None:
         self._source = source
-        self._treatment = treatment
+        self._policy = policy
         self._by_content = fingerprint == "content"
         self._unopened = unopened
 
@@ -84,11 +85,11 @@ class Listing:
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Lists what `records` does, by columns where the source does and nothing is against it."""
-        one_by_one = self._by_content or self._treatment.filters.has_caption_rule
+        one_by_one = self._by_content or self._policy.filters.has_caption_rule
         if one_by_one or not isinstance(self._source, ColumnarSource):
             yield from in_batches(self.records())
             return
-        identity = self._treatment.identity()
+        identity = self._policy.identity()
         for batch in accounted_batches(self._source):
             yield self._treated_batch(batch, identity) if identity else batch
 
@@ -97,7 +98,7 @@ class Listing:
         images = pc.binary_join_element_wise(batch.column("image_fingerprint"), identity, " ")
         treated = pc.if_else(is_record, in_hex(digests(images)), batch.column("image_fingerprint"))
         names = batch.column("suffix").dictionary_encode()
-        suffixes = [self._treatment.suffix(name) for name in names.dictionary.to_pylist()]
+        suffixes = [self._policy.suffix(name) for name in names.dictionary.to_pylist()]
         suffix = pa.array(suffixes, pa.string()).take(names.indices)
         columns = {"image_fingerprint": treated, "suffix": suffix}
         return pa.record_batch(
@@ -111,14 +112,14 @@ class Listing:
         return [replace(entry, tar=tar) for entry in found]
 
     def _under_settings(self, tar: ForeignTar) -> ForeignTar:
-        settings = [tar.listing, self._treatment.identity()]
-        settings.append(self._treatment.filters.model_dump_json())
-        return replace(tar, listing=digest(json.dumps(settings).encode()))
+        settings = [tar.listing, self._policy.identity()]
+        settings.append(self._policy.filters.model_dump_json())
+        return replace(tar, listing=digest_of(json.dumps(settings).encode()))
 
     def _as_wanted(self, entries: Iterator[Record | Reject]) -> Iterator[Record | Reject]:
         if self._by_content:
             entries = self._fingerprinted(entries)
-        identity, filters = self._treatment.identity(), self._treatment.filters
+        identity, filters = self._policy.identity(), self._policy.filters
         if not identity and not filters.has_caption_rule:
             yield from entries
             return
@@ -135,11 +136,11 @@ class Listing:
         return self._source.read(record)
 
     def _treated(self, record: Record, identity: str) -> Record:
-        if record.tar and self._treatment.reencode is not None:
+        if record.tar and self._policy.reencode is not None:
             raise ConfigError(f"dataset.ingest.{STAYS_AS_IT_IS}")
         return replace(
             record,
-            suffix=self._treatment.suffix(record.suffix),
+            suffix=self._policy.suffix(record.suffix),
             image_fingerprint=fingerprint(f"{record.image_fingerprint} {identity}"),
         )
 
@@ -151,7 +152,7 @@ class Listing:
         if isinstance(entry, Reject):
             return entry
         try:
-            content = f"content {digest(self._source.read(entry))}"
+            content = f"content {digest_of(self._source.read(entry))}"
             if entry.tar:  # the same bytes at another place are to be found there
                 content += f" in {entry.image}"
         except SourceError:

@@ -1,6 +1,6 @@
 from pipeline.data.ingest.filters import FilterConfig
-from pipeline.data.ingest.listing import FingerprintOf, Listing
-from pipeline.data.ingest.treatment import Treatment
+from pipeline.data.ingest.image_policy import ImagePolicy
+from pipeline.data.ingest.source_view import FingerprintOf, SourceView
 from pipeline.data.media.reencode import ReencodeConfig
 from pipeline.data.sources.base import Record, Reject, Source
 from pipeline.errors import SourceError
@@ -13,30 +13,30 @@ def album(num_files: int = 3) -> Album:
 
 
 def listed(
-    source: Source, treatment: Treatment | None = None, fingerprint: FingerprintOf = "metadata"
+    source: Source, policy: ImagePolicy | None = None, fingerprint: FingerprintOf = "metadata"
 ) -> list[Record | Reject]:
-    return list(Listing(source, treatment or Treatment(), fingerprint).records())
+    return list(SourceView(source, policy or ImagePolicy(), fingerprint).records())
 
 
 def test_by_default_the_records_are_the_sources_own() -> None:
     assert listed(album()) == list(album().records())
 
 
-def test_a_treatment_changes_what_tells_images_apart_and_leaves_the_texts() -> None:
+def test_an_image_policy_changes_what_tells_images_apart_and_leaves_the_texts() -> None:
     plain = listed(album())
-    small = listed(album(), Treatment(reencode=ReencodeConfig(shorter_side=8)))
+    small = listed(album(), ImagePolicy(reencode=ReencodeConfig(shorter_side=8)))
     for before, after in zip(plain, small, strict=True):
         assert isinstance(after, Record)
         assert before.image_fingerprint != after.image_fingerprint
         assert before.texts_fingerprint == after.texts_fingerprint
         assert after.suffix == "jpg"
-    assert small == listed(album(), Treatment(reencode=ReencodeConfig(shorter_side=8)))
+    assert small == listed(album(), ImagePolicy(reencode=ReencodeConfig(shorter_side=8)))
 
 
 def test_captions_are_filtered_here() -> None:
     source = album()
     source.captions = {"key-0": ("a", "a dog runs"), "key-1": ("a",)}
-    entries = listed(source, Treatment(filters=FilterConfig(min_caption_words=2)))
+    entries = listed(source, ImagePolicy(filters=FilterConfig(min_caption_words=2)))
     assert isinstance(entries[0], Record)
     assert entries[0].texts.decode().captions == ("a dog runs",)
     assert isinstance(entries[1], Reject)

@@ -1,4 +1,4 @@
-"""The treatment of an image file before it is stored: checked, filtered, encoded anew if asked.
+"""The image policy: how a file is checked, filtered and encoded anew before it is stored.
 
 What becomes of a file depends on these settings alone, so they are part of what tells whether a
 sample has to be made again.
@@ -6,8 +6,6 @@ sample has to be made again.
 
 import json
 from dataclasses import dataclass, field
-
-import xxhash
 
 from pipeline.data.ingest.filters import FilterConfig
 from pipeline.data.media.image_check import Verify
@@ -21,7 +19,7 @@ _METHOD = 1
 
 
 @dataclass(frozen=True)
-class Treatment:
+class ImagePolicy:
     """The settings. By default images are stored as they came; videos and DICOM always are."""
 
     verify: Verify = "decode"
@@ -57,9 +55,3 @@ class Treatment:
             return StoredImage(payload, *self.examine(payload))
         self.filters.check_size(*check_media(payload, "header"))
         return reencode(payload, self.reencode)
-
-
-def digest(payload: bytes) -> str:
-    """Returns what tells whether image bytes are the same: xxh3_128 in hex."""
-    found: str = xxhash.xxh3_128_hexdigest(payload)
-    return found

@@ -241,7 +241,8 @@ def _epochs(loader: Loader, config: LoaderBenchConfig, num_samples: int) -> Epoc
         start = next(starts)
         for (batch,) in loader.batches(start, start + steps, 0, 1, config.batch_size):
             assert batch.features is not None
-            yield batch.features.values
+            pixels = batch.features.pixels
+            yield batch.features.values if pixels is None else pixels
 
     return epoch
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, Self
 
@@ -138,14 +138,14 @@ def _copy(metrics: str) -> None:
         number += 1
 
 
-def read_metrics(folder: str) -> Sequence[Mapping[str, Any]]:
+def read_metrics(folder: str) -> list[Mapping[str, Any]]:
     """Returns the steps' figures; a torn last line is left out."""
-    return Recorded.read(folder).steps
+    return list(Recorded.read(folder).steps)
 
 
-def read_stretches(folder: str) -> Sequence[Stretch]:
+def read_stretches(folder: str) -> list[Stretch]:
     """Returns where the run went on with other settings, in order."""
-    return Recorded.read(folder).stretches
+    return list(Recorded.read(folder).stretches)
 
 
 def last_loss(folder: str) -> float:

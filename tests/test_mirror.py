@@ -30,7 +30,7 @@ THROUGH_OTHERS = {
     "perf/loader_data.py": "what a bench reads: loader",
     "perf/loader_peers.py": "what a bench compares with: loader",
     "perf/start_up.py": "a process that a bench times: train",
-    "perf/own_process.py": "a process that a bench times: rerun, scale_steps, table_rerun",
+    "perf/own_process.py": "a process that a bench times: rerun, scale_steps",
     "reason.py": "an enumeration: whoever counts rejects",
     "report/titles.py": "names without code: sentence, phase_charts",
     "stages/publish.py": "the model that a run leaves: run, changed",

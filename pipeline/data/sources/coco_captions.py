@@ -29,7 +29,7 @@ from pipeline.data.sources.base import (
 )
 from pipeline.data.sources.image_files import ImageFolders, image_key, listed, read_image
 from pipeline.data.sources.readers.json_file import Fields, Groups, Identity, read_json
-from pipeline.data.sources.splits import check_splits, folders_of, hash_split
+from pipeline.data.sources.splits import check_splits, folders_of, hash_split, validation_share
 from pipeline.reason import Reason
 
 _KIND = "a COCO captions file"
@@ -41,13 +41,7 @@ class CocoCaptionsSourceConfig(SourceConfig):
     type: Literal["coco-captions"] = Field(description="COCO's caption files")
     images: str | dict[str, str] = Field(description="a folder, or a folder for each split")
     annotations: str | dict[str, str] = Field(description="one file, or a file for each split")
-    validation_fraction: float | None = Field(
-        default=None,
-        ge=0,
-        lt=1,
-        description="the share of images whose key's hash puts them into `validation`, of a "
-        "single file; null: 0.1",
-    )
+    validation_fraction: float | None = validation_share("of a single file")
 
     @model_validator(mode="after")
     def _splits_agree(self) -> Self:

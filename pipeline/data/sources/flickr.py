@@ -30,7 +30,7 @@ from pipeline.data.sources.image_files import (
     read_image,
 )
 from pipeline.data.sources.readers.json_file import read_text, shown
-from pipeline.data.sources.splits import check_splits, folders_of, hash_split
+from pipeline.data.sources.splits import check_splits, folders_of, hash_split, validation_share
 from pipeline.errors import SourceError
 from pipeline.reason import Reason
 
@@ -44,13 +44,7 @@ class FlickrSourceConfig(SourceConfig):
     splits: dict[str, str] | None = Field(
         default=None, description="a list of image names for each split; null: there are no lists"
     )
-    validation_fraction: float | None = Field(
-        default=None,
-        ge=0,
-        lt=1,
-        description="the share of images whose key's hash puts them into `validation`, where "
-        "there are no lists; null: 0.1",
-    )
+    validation_fraction: float | None = validation_share("where there are no lists")
 
     @model_validator(mode="after")
     def _splits_agree(self) -> Self:

@@ -42,7 +42,7 @@ from pipeline.data.sources.base import (
 from pipeline.data.sources.image_files import ImageFile, listed, read_image
 from pipeline.data.sources.readers.json_file import read_text
 from pipeline.data.sources.readers.text_columns import TextColumns, gathered, json_object
-from pipeline.data.sources.splits import check_splits, hash_split
+from pipeline.data.sources.splits import check_splits, hash_split, validation_share
 from pipeline.data.tars.member_names import is_hidden, shown
 from pipeline.errors import PipelineError, SourceError, StorageError
 from pipeline.reason import Reason
@@ -61,13 +61,7 @@ class FolderSourceConfig(SourceConfig):
         default=TextColumns(captions="captions", questions="questions", dialogs="dialogs"),
         description="where the JSON files hold texts",
     )
-    validation_fraction: float | None = Field(
-        default=None,
-        ge=0,
-        lt=1,
-        description="the share of images whose key's hash puts them into `validation`, of a "
-        "single folder; null: 0.1",
-    )
+    validation_fraction: float | None = validation_share("of a single folder")
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:

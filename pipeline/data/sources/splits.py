@@ -2,15 +2,28 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
 from pipeline.data.sample import safe_key
 from pipeline.data.sources.base import Locations, in_validation
 from pipeline.data.sources.digests import digests
 
 _DEFAULT_VALIDATION_FRACTION = 0.1
+
+
+def validation_share(of_what: str) -> Any:
+    """Returns the field `validation_fraction` of settings, for images of what is told."""
+    return Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="the share of images whose key's hash puts them into `validation`, "
+        f"{of_what}; null: {_DEFAULT_VALIDATION_FRACTION}",
+    )
 
 
 def hash_split(key: str, validation_fraction: float | None) -> str:

@@ -65,7 +65,7 @@ from pipeline.data.sources.readers.tables import (
     table_files,
 )
 from pipeline.data.sources.readers.text_columns import TextColumns, cell, gathered
-from pipeline.data.sources.splits import check_names, check_splits, hash_split
+from pipeline.data.sources.splits import check_names, check_splits, hash_split, validation_share
 from pipeline.data.sources.table_columns import TableColumns
 from pipeline.data.tars.member_names import is_utf8
 from pipeline.digest import digest_of
@@ -121,12 +121,8 @@ class TableSourceConfig(SourceConfig):
         description="what rows may name besides local files and files of the table's own kind: "
         "`s3`, `gs`, …",
     )
-    validation_fraction: float | None = Field(
-        default=None,
-        ge=0,
-        lt=1,
-        description="the share of images whose key's hash puts them into `validation`, of a "
-        "single table without a column of splits; null: 0.1",
+    validation_fraction: float | None = validation_share(
+        "of a single table without a column of splits"
     )
 
     @field_validator("delimiter")

@@ -40,7 +40,7 @@ from pipeline.data.sources.readers.json_file import (
     read_json_list,
     shown,
 )
-from pipeline.data.sources.splits import check_splits, folders_of, hash_split
+from pipeline.data.sources.splits import check_splits, folders_of, hash_split, validation_share
 from pipeline.reason import Reason
 
 _DIALOGS = "a VisDial v1.0 file"
@@ -62,13 +62,7 @@ class VisdialSourceConfig(SourceConfig):
         default=None,
         description="the dense annotations of one file of dialogs, or of some of the splits",
     )
-    validation_fraction: float | None = Field(
-        default=None,
-        ge=0,
-        lt=1,
-        description="the share of images whose key's hash puts them into `validation`, of a "
-        "single file; null: 0.1",
-    )
+    validation_fraction: float | None = validation_share("of a single file")
 
     @model_validator(mode="after")
     def _splits_agree(self) -> Self:

@@ -31,7 +31,7 @@ from pipeline.data.sources.base import (
 )
 from pipeline.data.sources.image_files import ImageFolders, image_key, listed, read_image
 from pipeline.data.sources.readers.json_file import Fields, Groups, Identity, JsonList, read_json
-from pipeline.data.sources.splits import check_splits, folders_of, hash_split
+from pipeline.data.sources.splits import check_splits, folders_of, hash_split, validation_share
 from pipeline.errors import SourceError
 from pipeline.reason import Reason
 
@@ -55,13 +55,7 @@ class VqaSourceConfig(SourceConfig):
         default=None,
         description="one file, or a file for each split; null: the questions have no answers",
     )
-    validation_fraction: float | None = Field(
-        default=None,
-        ge=0,
-        lt=1,
-        description="the share of images whose key's hash puts them into `validation`, of a "
-        "single file; null: 0.1",
-    )
+    validation_fraction: float | None = validation_share("of a single file")
 
     @model_validator(mode="after")
     def _splits_agree(self) -> Self:

@@ -48,7 +48,7 @@ from pipeline.data.sources.base import (
 from pipeline.data.sources.image_files import SUFFIXES, ImageFile, image_key, listed
 from pipeline.data.sources.readers.json_file import unique_names
 from pipeline.data.sources.readers.text_columns import TextColumns
-from pipeline.data.sources.splits import check_splits, hash_split
+from pipeline.data.sources.splits import check_splits, hash_split, validation_share
 from pipeline.data.tars.foreign_tar import ForeignTar
 from pipeline.data.tars.member_names import is_hidden, is_utf8, shown
 from pipeline.data.tars.read_ahead import ReadAhead, ReadAheadFile
@@ -85,13 +85,7 @@ class WebDatasetSourceConfig(SourceConfig):
         "copied. In place, a tar that is changed or removed takes its samples with it, and no "
         "image is encoded anew",
     )
-    validation_fraction: float | None = Field(
-        default=None,
-        ge=0,
-        lt=1,
-        description="the share of images whose key's hash puts them into `validation`, of "
-        "shards without splits; null: 0.1",
-    )
+    validation_fraction: float | None = validation_share("of shards without splits")
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
